@@ -1,0 +1,40 @@
+"""fastft: fine-tune open language models, and export the model that was trained.
+
+Everything is imported on first use, so `import fastft` loads neither torch nor transformers and changes nothing.
+"""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+# name -> module that defines it
+_EXPORTS = {
+    "resolve": "fastft.registry.resolve",
+    "register": "fastft.registry.resolve",
+    "ModelSpec": "fastft.registry.spec",
+    "load": "fastft.model.load",
+    "add_lora": "fastft.model.adapters",
+    "add_tokens": "fastft.model.tokens",
+    "generate": "fastft.model.generate",
+    "compile": "fastft.graph.compile",
+    "report": "fastft.graph.compile",
+    "verify": "fastft.train.verify",
+    "chat_dataset": "fastft.data.chat",
+    "sft": "fastft.train.sft",
+    "SFTTrainer": "fastft.train.sft",
+    "SFTConfig": "fastft.train.sft",
+    "FastLanguageModel": "fastft.facade",
+    "FastModel": "fastft.facade",
+}
+__all__ = [*_EXPORTS, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'fastft' has no attribute {name!r}")
+    return getattr(import_module(_EXPORTS[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

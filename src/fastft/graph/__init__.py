@@ -1,0 +1,1 @@
+"""Capture a model's graph, find its regions, prove replacements, rewrite and compile."""

@@ -1,0 +1,1 @@
+"""What the backward pass keeps, recomputes or moves, and what that costs."""

@@ -1,0 +1,1 @@
+"""What fastft knows of each model family, as frozen records."""

@@ -1,0 +1,45 @@
+"""What fastft knows of a loaded model, kept on the model itself as one frozen record."""
+
+from typing import Any
+
+from attrs import evolve, frozen
+
+from fastft.registry.spec import ModelSpec
+
+ATTRIBUTE = "fastft_state"
+
+
+@frozen(eq=False)
+class ModelState:
+    """Facts about one loaded model.
+
+    `quant` is None, "nf4" or "int8"; `notes` are plain sentences about what loading put right.
+    `compiled` is the `fastft.graph.compile.Compiled` record once `fastft.compile` has run.
+    """
+
+    source: str = ""
+    spec: ModelSpec | None = None
+    quant: str | None = None
+    max_length: int | None = None
+    full: bool = False
+    tokenizer: Any = None
+    notes: tuple[str, ...] = ()
+    compiled: Any = None
+
+
+def base_model(model: Any) -> Any:
+    """Return the transformers model inside `model`, which may be wrapped by PEFT."""
+    get_base = getattr(model, "get_base_model", None)
+    return get_base() if callable(get_base) else model
+
+
+def get_state(model: Any) -> ModelState:
+    """Return the state kept on `model`, or an empty one for a model that fastft did not load."""
+    return base_model(model).__dict__.get(ATTRIBUTE) or ModelState()
+
+
+def update_state(model: Any, **changes: Any) -> ModelState:
+    """Replace fields of the state kept on `model` and return the new record."""
+    state = evolve(get_state(model), **changes)
+    object.__setattr__(base_model(model), ATTRIBUTE, state)
+    return state

@@ -1,0 +1,1 @@
+"""Training steps, trainers and the record a run leaves."""
