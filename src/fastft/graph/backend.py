@@ -1,0 +1,98 @@
+"""The Dynamo backend: rewrite a captured graph, then lower it."""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from attrs import define, field, frozen
+from torch import fx, nn
+
+import fastft.kernels
+from fastft.graph.capture import bind
+from fastft.graph.passes.context import Context
+from fastft.graph.pipeline import rewrite
+from fastft.graph.report import GraphReport
+from fastft.graph.verify import Verdict
+from fastft.graph.recompute import TagPass
+from fastft.registry.spec import ModelSpec
+
+BACKENDS = ("inductor", "aot_eager", "eager")
+
+
+@frozen(eq=False)
+class Settings:
+    """How graphs are rewritten and lowered."""
+
+    backend: str = "inductor"
+    plan: str = "auto"
+    disable: tuple[str, ...] = ()
+    implementations: Mapping[str, str] = field(factory=dict)
+
+
+@define(eq=False, repr=False)
+class RewritingBackend:
+    """A backend for `torch.compile`: one object per compiled model, which remembers what it proved and did."""
+
+    root: nn.Module
+    spec: ModelSpec
+    settings: Settings
+    verdicts: dict[tuple[object, ...], Verdict] = field(factory=dict)
+    graphs: list[GraphReport] = field(factory=list)
+
+    def __call__(self, graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        """Rewrite `graph_module` and return the function that runs it."""
+        binding = bind(graph_module, example_inputs, self.root)
+        context = Context(binding, self.spec, self.root.config, self.settings.implementations, self.verdicts)
+        unit = _unit_name(graph_module, context)
+        new, report = rewrite(graph_module, context, unit, self.settings.disable)
+        self.graphs.append(report)
+        return lower(new, example_inputs, self.settings)
+
+
+def _unit_name(graph_module: fx.GraphModule, context: Context) -> str:
+    """Name the class of the compiled module: the decoder layer that contains the first node's module."""
+    for node in graph_module.graph.nodes:
+        for key in node.meta.get("nn_module_stack") or {}:
+            found = context.binding.modules.get(int(str(key).split("@")[0]))
+            if found and any(base.__name__ in context.spec.layer_classes for base in type(found[1]).__mro__):
+                return type(found[1]).__name__
+    return "graph"
+
+
+def lower(graph_module: fx.GraphModule, example_inputs: Sequence[Any], settings: Settings) -> Callable[..., Any]:
+    """Turn a rewritten graph into a function, through AOTAutograd and Inductor where asked."""
+    if settings.backend == "eager":
+        return graph_module.forward
+    tags = TagPass(settings.plan)
+    if settings.backend == "aot_eager":
+        return _aot_eager(graph_module, example_inputs, tags)
+    from torch._inductor.compile_fx import compile_fx
+
+    # The bodies of custom operations are no part of Inductor's cache key.
+    with torch.compiler.config.patch(cache_key_tag=f"{torch.compiler.config.cache_key_tag}fastft-{kernel_hash()}"):
+        return compile_fx(graph_module, list(example_inputs), config_patches={"joint_custom_pre_pass": tags})
+
+
+def _aot_eager(graph_module: fx.GraphModule, example_inputs: Sequence[Any], tags: TagPass) -> Callable[..., Any]:
+    from torch._dynamo.backends.common import aot_autograd
+    from functorch.compile import make_boxed_func
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
+
+    def partition(joint: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any):
+        tags(joint.graph)
+        return min_cut_rematerialization_partition(joint, inputs, **kwargs)
+
+    def run(graph: fx.GraphModule, _inputs: Sequence[Any]) -> Callable[..., Any]:
+        return make_boxed_func(graph.forward)
+
+    return aot_autograd(fw_compiler=run, bw_compiler=run, partition_fn=partition)(graph_module, example_inputs)
+
+
+def kernel_hash() -> str:
+    """Return a hash over the sources of all kernels."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(fastft.kernels.__path__[0]).rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,78 @@
+"""Tie a captured graph back to the model: which module a node came from, which parameter a placeholder is."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from attrs import frozen
+from torch import fx, nn
+
+QUANT_STATE = "quant_state"
+
+
+@frozen(eq=False)
+class Binding:
+    """What the nodes of one captured graph stand for.
+
+    `modules` maps `id(module)` to its qualified name and the module; `names` maps a placeholder's name to the
+    qualified names of the tensor it carries (several, when tensors are shared); `tensors` maps it to that tensor.
+    The tensors of a 4-bit weight's quantisation state are named `<module>.quant_state.<part>`.
+    """
+
+    modules: Mapping[int, tuple[str, nn.Module]]
+    names: Mapping[str, tuple[str, ...]]
+    tensors: Mapping[str, torch.Tensor]
+
+
+def quant_state_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the tensors of a bitsandbytes 4-bit weight's quantisation state by part, empty for other modules."""
+    state = getattr(getattr(module, "weight", None), QUANT_STATE, None)
+    if state is None:
+        return {}
+    parts = {"absmax": state.absmax}
+    if state.nested:
+        parts |= {"code2": state.state2.code, "absmax2": state.state2.absmax, "offset": state.offset}
+    return parts
+
+
+def bind(graph_module: fx.GraphModule, example_inputs: Sequence[object], root: nn.Module) -> Binding:
+    """Bind the placeholders of `graph_module` to the tensors of `root` by identity.
+
+    Dynamo hands a backend the very parameters of the module it traced, so no name needs to be guessed.
+    """
+    modules: dict[int, tuple[str, nn.Module]] = {}
+    owners: dict[int, list[str]] = {}
+    for name, module in root.named_modules():
+        modules.setdefault(id(module), (name, module))
+        prefix = f"{name}." if name else ""
+        own = [*module._parameters.items(), *module._buffers.items()]
+        own += [(f"{QUANT_STATE}.{part}", tensor) for part, tensor in quant_state_tensors(module).items()]
+        for key, tensor in own:
+            if tensor is not None:
+                owners.setdefault(id(tensor), []).append(prefix + key)
+    placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
+    found = [(node.name, example) for node, example in zip(placeholders, example_inputs) if id(example) in owners]
+    return Binding(
+        modules=modules,
+        names={name: tuple(owners[id(example)]) for name, example in found},
+        tensors=dict(found),
+    )
+
+
+def copy_graph(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """Return a copy whose graph can be edited; node names, metadata and submodules are those of the original."""
+    graph = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
+    result = graph.graph_copy(graph_module.graph, mapping)
+    old_output = next(node for node in graph_module.graph.nodes if node.op == "output")
+    graph.output(result).meta = dict(old_output.meta)
+    for old, new in mapping.items():
+        new.meta = dict(old.meta)
+    copied = fx.GraphModule(graph_module, graph)
+    copied.meta = dict(graph_module.meta)
+    return copied
+
+
+def module_stack(node: fx.Node) -> tuple[int, ...]:
+    """Return the ids of the modules whose forward made `node`, outermost first."""
+    stack = node.meta.get("nn_module_stack") or {}
+    return tuple(int(str(key).split("@")[0]) for key in stack)

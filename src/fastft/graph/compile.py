@@ -1,0 +1,201 @@
+"""Compile a model's decoder layers: captured once, rewritten as the spec allows, reused for every layer."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import FunctionType
+from typing import Any
+
+import torch
+from attrs import define, evolve, field
+from torch import nn
+
+from fastft.errors import Problem, UsageError, did_you_mean
+from fastft.graph import attention
+from fastft.graph.backend import BACKENDS, RewritingBackend, Settings
+from fastft.graph.head import prove_head
+from fastft.graph.pipeline import PASSES, default_implementations
+from fastft.graph.report import RewriteReport
+from fastft.graph.recompute import PLANS
+from fastft.registry.resolve import find
+from fastft.registry.spec import ModelSpec
+from fastft.state import base_model, get_state, update_state
+
+# transformers takes one of these by itself; anything else was asked for by name.
+DEFAULT_ATTENTION = ("sdpa", "eager", attention.NAME)
+
+
+@define(eq=False)
+class Compiled:
+    """A compiled model's layers and what was done to them. `enabled` switches the compiled path on and off."""
+
+    spec: ModelSpec | None
+    settings: Settings
+    layers: tuple[nn.Module, ...]
+    backend: RewritingBackend | None
+    base_report: RewriteReport
+    head_proved: bool
+    enabled: bool = True
+    eager_calls: dict[str, int] = field(factory=dict)
+
+    def report(self) -> RewriteReport:
+        """Return what was rewritten up to now, and what was not."""
+        graphs = tuple(self.backend.graphs) if self.backend else ()
+        notes = [f"{count} training calls of a layer ran uncompiled: {why}" for why, count in self.eager_calls.items()]
+        return evolve(self.base_report, graphs=graphs, notes=(*self.base_report.notes, *notes))
+
+
+def compile(
+    model: nn.Module,
+    plan: str = "auto",
+    backend: str = "inductor",
+    *,
+    disable: Sequence[str] = (),
+    implementations: Mapping[str, str] | None = None,
+    dynamic: bool | None = None,
+) -> nn.Module:
+    """Compile the decoder layers of `model` in place and return it.
+
+    The compiled path is taken while the model trains with gradients on and without a cache; generation and evaluation
+    run as before. Nothing is compiled until the first training step. An unknown architecture is returned as it is, and
+    `report(model)` says so. Calling it again replaces what an earlier call installed.
+
+    plan: what is kept for the backward pass, "auto", "keep" or "min".
+    backend: "inductor", or "aot_eager" and "eager" for debugging.
+    disable: names of rewrites to leave out.
+    implementations: per rewrite "op" (fused operation) or "torch" (plain code that Inductor fuses).
+    dynamic: as for `torch.compile`; None compiles for the first length and, at a second one, for all.
+
+    It registers the attention "fastft" with transformers and sets `torch._dynamo.config.specialize_float`, without
+    which constants such as epsilon become inputs of a graph with dynamic lengths. Raises UsageError.
+    """
+    chosen = {**default_implementations(), **(implementations or {})}
+    _check_arguments(plan, backend, disable, chosen)
+    base = base_model(model)
+    spec = get_state(model).spec or find(base.config)
+    settings = Settings(backend, plan, tuple(disable), chosen)
+    layers = decoder_layers(base, spec) if spec else ()
+    uncompile(model)
+    if spec is None or not layers:
+        why = f"architecture {base.config.model_type!r} has no spec" if spec is None else "the spec's layer classes are not in the model"
+        note = f"{why}: it runs unrewritten through transformers and PEFT"
+        report_ = RewriteReport(None, "none", plan, base.config._attn_implementation, "transformers", 0, notes=(note,))
+        update_state(model, compiled=Compiled(spec, settings, (), None, report_, False))
+        return model
+    return _install(model, base, spec, settings, layers, dynamic)
+
+
+def _check_arguments(plan: str, backend: str, disable: Sequence[str], implementations: Mapping[str, str]) -> None:
+    names = [step.name for step in PASSES]
+    problems = []
+    if plan not in PLANS:
+        problems.append(Problem("plan", plan, f"one of {PLANS}", did_you_mean(plan, PLANS)))
+    if backend not in BACKENDS:
+        problems.append(Problem("backend", backend, f"one of {BACKENDS}", did_you_mean(backend, BACKENDS)))
+    for name in (*disable, *implementations):
+        if name not in names:
+            problems.append(Problem("rewrite", name, f"one of {names}", did_you_mean(name, names)))
+    for name, value in implementations.items():
+        if value not in ("op", "torch"):
+            problems.append(Problem(f"implementations[{name!r}]", value, "'op' or 'torch'"))
+    if problems:
+        raise UsageError(*problems)
+
+
+def decoder_layers(base: nn.Module, spec: ModelSpec) -> tuple[nn.Module, ...]:
+    """Return the modules of the classes that the spec calls decoder layers, in order."""
+    return tuple(
+        module
+        for module in base.modules()
+        if any(cls.__name__ in spec.layer_classes for cls in type(module).__mro__)
+    )
+
+
+def _install(
+    model: nn.Module,
+    base: nn.Module,
+    spec: ModelSpec,
+    settings: Settings,
+    layers: tuple[nn.Module, ...],
+    dynamic: bool | None,
+) -> nn.Module:
+    notes = []
+    attention.register()
+    given = base.config._attn_implementation
+    if given in DEFAULT_ATTENTION:
+        base.set_attn_implementation(attention.NAME)
+    else:
+        notes.append(f"attention implementation {given!r} was asked for and is kept")
+    base.config.use_cache = False  # a training forward would build a cache; generate asks for one itself
+    refusal = prove_head(model, spec.head)
+    torch._dynamo.config.specialize_float = True
+    rewriting = RewritingBackend(base, spec, settings)
+    head = "chunked, from hidden states" if not refusal else f"transformers' own: {refusal}"
+    report_ = RewriteReport(
+        spec.name, settings.backend, settings.plan, base.config._attn_implementation, head, len(layers), notes=tuple(notes)
+    )
+    compiled = Compiled(spec, settings, layers, rewriting, report_, not refusal)
+    run = torch.compile(_own_copy(_call_layer), backend=rewriting, fullgraph=True, dynamic=dynamic)
+    for layer in layers:
+        layer._compiled_call_impl = _dispatcher(layer, run, compiled)
+    update_state(model, compiled=compiled)
+    return model
+
+
+def _call_layer(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return layer._call_impl(*args, **kwargs)
+
+
+def _own_copy(function: FunctionType) -> FunctionType:
+    """Return `function` with a code object of its own, which is what Dynamo counts recompilations by."""
+    return FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+
+
+def _dispatcher(layer: nn.Module, run: Callable[..., Any], compiled: Compiled) -> Callable[..., Any]:
+    """Return what `nn.Module.__call__` is to run: the compiled layer when training, the plain one otherwise."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if compiled.enabled and layer.training and torch.is_grad_enabled():
+            if kwargs.get("past_key_values") is None and not kwargs.get("use_cache"):
+                return run(layer, *args, **kwargs)
+            why = "a key-value cache is in use (pass use_cache=False)"
+            compiled.eager_calls[why] = compiled.eager_calls.get(why, 0) + 1
+        return layer._call_impl(*args, **kwargs)
+
+    return call
+
+
+def uncompile(model: nn.Module) -> nn.Module:
+    """Take the compiled path off `model` again and return it."""
+    compiled = get_state(model).compiled
+    if compiled is not None:
+        for layer in compiled.layers:
+            layer._compiled_call_impl = None
+        update_state(model, compiled=None)
+    return model
+
+
+@contextmanager
+def uncompiled(model: nn.Module) -> Iterator[nn.Module]:
+    """Run `model` as transformers and PEFT wrote it within the context, attention included."""
+    compiled = get_state(model).compiled
+    base = base_model(model)
+    given = base.config._attn_implementation
+    enabled = compiled.enabled if compiled else False
+    if compiled:
+        compiled.enabled = False
+    if given == attention.NAME:
+        base.set_attn_implementation("sdpa")
+    try:
+        yield model
+    finally:
+        if compiled:
+            compiled.enabled = enabled
+        base.set_attn_implementation(given)
+
+
+def report(model: nn.Module) -> RewriteReport:
+    """Return what `compile` did to `model`: regions replaced and refused with reasons. Raises UsageError before it."""
+    compiled = get_state(model).compiled
+    if compiled is None:
+        raise UsageError(Problem("model", type(model).__name__, "a compiled model", "call fastft.compile(model) first"))
+    return compiled.report()

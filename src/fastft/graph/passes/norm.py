@@ -1,0 +1,51 @@
+"""Normalisation modules: RMSNorm in its cast orders, LayerNorm."""
+
+from torch import fx
+
+from fastft.graph.passes.context import Context, Replacement, refused, replace_if_proved
+from fastft.graph.regions import NotARegionError, Region, collect, make_region
+from fastft.graph.report import Rewrite
+from fastft.kernels import layer_norm, rms_norm
+from fastft.registry.spec import NormPoint
+
+RULE = "norm"
+
+
+def replace_norms(graph_module: fx.GraphModule, context: Context) -> tuple[Rewrite, ...]:
+    """Replace the regions of the normalisation modules that the spec names."""
+    done = []
+    for point in context.spec.norms:
+        found = collect(graph_module.graph, context.binding, lambda _, m, p=point: is_instance_of(m, p.classes))
+        for name, module, nodes in found:
+            try:
+                region = make_region(name, module, nodes, context.binding)
+            except NotARegionError as error:
+                done.append(refused(RULE, name, str(error)))
+                continue
+            done.append(_replace(graph_module, context, region, point))
+    return tuple(done)
+
+
+def is_instance_of(module: object, classes: tuple[str, ...]) -> bool:
+    """Say whether the module's class or one of its bases has one of these names (FSDP2 makes a renamed subclass)."""
+    return any(base.__name__ in classes for base in type(module).__mro__)
+
+
+def _replace(graph_module: fx.GraphModule, context: Context, region: Region, point: NormPoint) -> Rewrite:
+    if len(region.inputs) != 1 or len(region.outputs) != 1:
+        return refused(RULE, region.name, f"has {len(region.inputs)} inputs and {len(region.outputs)} outputs, not one each")
+    if not hasattr(region.module, point.eps):
+        return refused(RULE, region.name, f"has no attribute {point.eps!r} that the spec names as its epsilon")
+    (x,) = region.inputs
+    epsilon = float(getattr(region.module, point.eps))
+    weight, bias = region.parameters.get("weight"), region.parameters.get("bias")
+    implementation = context.implementations[RULE]
+    if point.kind == "layer":
+        function = layer_norm.layer_norm if implementation == "op" else layer_norm.ref.layer_norm
+        arguments = (x, weight, bias, epsilon)
+    else:
+        if weight is None or bias is not None:
+            return refused(RULE, region.name, f"has parameters {sorted(region.parameters)}, not just a weight")
+        function = rms_norm.rms_norm if implementation == "op" else rms_norm.ref.rms_norm
+        arguments = (x, weight, epsilon, point.offset, point.cast)
+    return replace_if_proved(graph_module, context, region, Replacement(RULE, function, arguments, implementation))

@@ -1,0 +1,66 @@
+"""Rotary position embedding of queries and keys, found by the function that applies it within an attention module."""
+
+import torch
+from torch import fx
+
+from fastft.graph.passes.context import Context, Replacement, refused, replace_if_proved
+from fastft.graph.passes.norm import is_instance_of
+from fastft.graph.regions import NotARegionError, Region, collect, make_region
+from fastft.graph.report import Rewrite
+from fastft.kernels import rope
+from fastft.registry.spec import AttentionPoint
+
+RULE = "rope"
+
+
+def replace_rotations(graph_module: fx.GraphModule, context: Context) -> tuple[Rewrite, ...]:
+    """Replace the regions of the rotation function that the spec names for its attention modules."""
+    done = []
+    for point in context.spec.attentions:
+        if point.rope_function is None:
+            continue
+        found = collect(graph_module.graph, context.binding, lambda _, m, p=point: is_instance_of(m, p.classes))
+        for name, module, nodes in found:
+            inside = [node for node in nodes if f", in {point.rope_function}\n" in (node.meta.get("stack_trace") or "")]
+            if not inside:
+                continue  # a layer without rotation, as every fourth of SmolLM3
+            try:
+                region = make_region(name, module, inside, context.binding)
+            except NotARegionError as error:
+                done.append(refused(RULE, name, str(error)))
+                continue
+            done.append(_replace(graph_module, context, region, point))
+    return tuple(done)
+
+
+def _replace(graph_module: fx.GraphModule, context: Context, region: Region, point: AttentionPoint) -> Rewrite:
+    tensors = [n for n in region.inputs if isinstance(n.meta.get("example_value"), torch.Tensor)]
+    tables = [node for node in tensors if node.meta["example_value"].dim() == 3]
+    states = [node for node in tensors if node.meta["example_value"].dim() == 4]
+    if len(tables) != 2 or len(states) != 2 or len(region.outputs) != 2:
+        return refused(RULE, region.name, f"has {len(states)} states, {len(tables)} tables, {len(region.outputs)} outputs, not 2, 2, 2")
+    implementation = context.implementations[RULE]
+    rotate = rope.rope if implementation == "op" else rope.ref.rope
+    width = int(tables[0].meta["example_value"].shape[-1])
+
+    def function(q, k, cos, sin, layout, table):
+        return rotate(q, k, unique(cos, table, width), unique(sin, table, width), layout)
+
+    # Random tables would lack the repetition that real ones have.
+    inputs = {node: _table(node.meta["example_value"], point.rope_table, seed) for seed, node in enumerate(tables)}
+    arguments = (*states, *tables, point.rope, point.rope_table)
+    return replace_if_proved(
+        graph_module, context, region, Replacement(RULE, function, arguments, implementation, inputs=inputs)
+    )
+
+
+def unique(table: torch.Tensor, kind: str, width: int) -> torch.Tensor:
+    """Return the R/2 distinct columns of a cosine or sine table [B, T, R] that repeats them as `kind` says."""
+    return table[..., : width // 2] if kind == "halves" else table[..., ::2]
+
+
+def _table(example: torch.Tensor, kind: str, seed: int) -> torch.Tensor:
+    shape = [int(size) for size in example.shape]
+    generator = torch.Generator(example.device).manual_seed(seed)
+    half = torch.randn([*shape[:-1], shape[-1] // 2], generator=generator, device=example.device).to(example.dtype)
+    return torch.cat([half, half], dim=-1) if kind == "halves" else half.repeat_interleave(2, dim=-1)

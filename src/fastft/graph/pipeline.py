@@ -1,0 +1,59 @@
+"""The ordered rewrites, and the pure function that runs them over one captured graph."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+from attrs import frozen
+from torch import fx
+
+from fastft.graph.capture import copy_graph
+from fastft.graph.passes.context import Context
+from fastft.graph.passes.glu import replace_glus
+from fastft.graph.passes.lora import replace_lora_linears
+from fastft.graph.passes.norm import replace_norms
+from fastft.graph.passes.rope import replace_rotations
+from fastft.graph.report import GraphReport, Rewrite
+
+
+@frozen(eq=False)
+class Pass:
+    """A rewrite by name. `implementation` is its form within a compiled graph, "op" or "torch", chosen by measurement.
+
+    Inductor fuses transparent norms, gates and rotations with their neighbours, which moves fewer bytes than an opaque
+    kernel between them; it cannot make a LoRA linear over 4-bit weights.
+    """
+
+    name: str
+    rewrite: Callable[[fx.GraphModule, Context], tuple[Rewrite, ...]]
+    implementation: str
+
+
+PASSES = (
+    Pass("lora", replace_lora_linears, "op"),
+    Pass("glu", replace_glus, "torch"),
+    Pass("norm", replace_norms, "torch"),
+    Pass("rope", replace_rotations, "torch"),
+)
+
+
+def default_implementations() -> Mapping[str, str]:
+    """Return the form of each rewrite within a compiled graph."""
+    return {step.name: step.implementation for step in PASSES}
+
+
+def rewrite(
+    graph_module: fx.GraphModule, context: Context, unit: str, disable: Sequence[str] = ()
+) -> tuple[fx.GraphModule, GraphReport]:
+    """Return a rewritten copy of `graph_module` and what was done; the original is left alone.
+
+    `unit` names the compiled module's class in the report; `disable` names passes to leave out.
+    """
+    new = copy_graph(graph_module)
+    done: list[Rewrite] = []
+    for step in PASSES:
+        if step.name not in disable:
+            done += step.rewrite(new, context)
+    new.graph.eliminate_dead_code()
+    new.graph.lint()
+    new.recompile()
+    before, after = len(graph_module.graph.nodes), len(new.graph.nodes)
+    return new, GraphReport(unit, before, after, tuple(done))

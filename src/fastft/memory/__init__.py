@@ -1,1 +1,0 @@
-"""What the backward pass keeps, recomputes or moves, and what that costs."""
