@@ -21,7 +21,7 @@ from fastft.registry.spec import Capabilities, Capability, CapabilityName, Model
 Path_ = tuple[str | int, ...]
 
 
-class _Mismatch(ValueError):
+class _MismatchError(ValueError):
     """One value that does not fit its field; becomes a `Problem` once its path is known."""
 
     def __init__(self, value: object, expected: str, remedy: str = "") -> None:
@@ -39,7 +39,7 @@ def spec_from_dict(data: Mapping[str, Any], source: str = "") -> ModelSpec:
         raise SpecError(Problem(source or "spec", data, "a table of fields"))
     root = data["name"] if isinstance(data.get("name"), str) and data["name"] else source or "spec"
     data = {key: value for key, value in data.items() if key != "source"}
-    mistakes: list[tuple[Path_, _Mismatch]] = []
+    mistakes: list[tuple[Path_, _MismatchError]] = []
     try:
         spec = _converter().structure(data, ModelSpec)
     except ClassValidationError as error:
@@ -123,7 +123,7 @@ def _record(kind: type, converter: Converter) -> Callable[[Any, Any], Any]:
 
     def hook(value: Any, asked: Any) -> Any:
         if not isinstance(value, Mapping):
-            raise _Mismatch(value, f"a table with the fields {', '.join(_field_names(kind))}")
+            raise _MismatchError(value, f"a table with the fields {', '.join(_field_names(kind))}")
         return structure(value, asked)
 
     return hook
@@ -132,7 +132,7 @@ def _record(kind: type, converter: Converter) -> Callable[[Any, Any], Any]:
 def _strict(kind: type, expected: str) -> Callable[[Any, Any], Any]:
     def hook(value: Any, _: Any) -> Any:
         if type(value) is not kind:
-            raise _Mismatch(value, expected)
+            raise _MismatchError(value, expected)
         return value
 
     return hook
@@ -140,14 +140,14 @@ def _strict(kind: type, expected: str) -> Callable[[Any, Any], Any]:
 
 def _number(value: Any, _: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value):
-        raise _Mismatch(value, "a finite number")
+        raise _MismatchError(value, "a finite number")
     return float(value)
 
 
 def _choice(value: Any, kind: Any) -> str:
     allowed = get_args(kind)
     if value not in allowed:
-        raise _Mismatch(value, f"one of {', '.join(map(repr, allowed))}", did_you_mean(str(value), allowed))
+        raise _MismatchError(value, f"one of {', '.join(map(repr, allowed))}", did_you_mean(str(value), allowed))
     return value
 
 
@@ -165,7 +165,7 @@ def _make_optional(converter: Converter) -> Callable[[Any, Any], Any]:
 def _make_tuple(converter: Converter) -> Callable[[Any, Any], Any]:
     def hook(value: Any, kind: Any) -> tuple:
         if not isinstance(value, list | tuple):
-            raise _Mismatch(value, "a list")
+            raise _MismatchError(value, "a list")
         return tuple(converter.structure(list(value), list[get_args(kind)[0]]))
 
     return hook
@@ -174,7 +174,7 @@ def _make_tuple(converter: Converter) -> Callable[[Any, Any], Any]:
 def _make_mapping(converter: Converter) -> Callable[[Any, Any], Any]:
     def hook(value: Any, kind: Any) -> Any:
         if not isinstance(value, Mapping):
-            raise _Mismatch(value, "a table of capabilities")
+            raise _MismatchError(value, "a table of capabilities")
         known = get_args(CapabilityName)
         unknown = {name for name in value if name not in known}
         try:
@@ -199,14 +199,14 @@ class _KnownCapabilities:
 # Mistakes -------------------------------------------------------------------------------------------------------------
 
 
-def _mistakes(error: BaseException, path: Path_, data: Any) -> Iterator[tuple[Path_, _Mismatch]]:
+def _mistakes(error: BaseException, path: Path_, data: Any) -> Iterator[tuple[Path_, _MismatchError]]:
     """Yield every single mistake in a tree of cattrs' exceptions, with its path."""
     if isinstance(error, ClassValidationError | IterableValidationError):
         with_notes, without = error.group_exceptions()
         for inner, note in with_notes:
             step = note.name if isinstance(error, ClassValidationError) else note.index
             if isinstance(inner, KeyError) and isinstance(error, ClassValidationError):
-                yield (*path, step), _Mismatch(None, "a value", "this field is required")
+                yield (*path, step), _MismatchError(None, "a value", "this field is required")
             else:
                 yield from _mistakes(inner, (*path, step), _child(data, step))
         for inner in without:
@@ -215,8 +215,8 @@ def _mistakes(error: BaseException, path: Path_, data: Any) -> Iterator[tuple[Pa
         known = _field_names(error.cl)
         for name in sorted(error.extra_fields):
             remedy = did_you_mean(name, known) or "remove it"
-            yield (*path, name), _Mismatch(_child(data, name), f"a known field ({', '.join(known)})", remedy)
-    elif isinstance(error, _Mismatch):
+            yield (*path, name), _MismatchError(_child(data, name), f"a known field ({', '.join(known)})", remedy)
+    elif isinstance(error, _MismatchError):
         yield path, error
     else:
         raise error
@@ -238,7 +238,7 @@ def _dotted(root: str, path: Iterable[str | int]) -> str:
     return root + "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path)
 
 
-def _structure_rest(data: Mapping[str, Any], mistakes: list[tuple[Path_, _Mismatch]]) -> ModelSpec | None:
+def _structure_rest(data: Mapping[str, Any], mistakes: list[tuple[Path_, _MismatchError]]) -> ModelSpec | None:
     """Make a spec without the fields that are wrong, so that what is left can be checked for sense as well."""
     rest = json.loads(json.dumps(data, default=str))
     for path, _ in mistakes:

@@ -1,4 +1,7 @@
-"""From a name, a config or a folder to the spec of its model family. Needs no torch."""
+"""From a name, a config or a folder to the spec of its model family. Needs no torch.
+
+`fastft.registry.convert` (cattrs) is imported where a spec from outside has to be checked, so that a look-up is quick.
+"""
 
 import json
 import os
@@ -12,7 +15,7 @@ from typing import Any
 from attrs import evolve, frozen
 
 from fastft.errors import Problem, SpecError
-from fastft.registry.convert import checked, load_spec_file
+from fastft.registry.packaged import packaged_specs
 from fastft.registry.spec import ModelSpec, Variant
 
 ENTRY_POINT_GROUP = "fastft.specs"
@@ -34,7 +37,7 @@ _registered: tuple[ModelSpec, ...] = ()
 
 def specs() -> tuple[ModelSpec, ...]:
     """Return every known spec: those that come with fastft, those of entry points, and the registered ones."""
-    return _overlay(_packaged(), _registered)
+    return overlay(_packaged(), _registered)
 
 
 def register(spec: ModelSpec, *, replace: bool = False) -> ModelSpec:
@@ -44,10 +47,12 @@ def register(spec: ModelSpec, *, replace: bool = False) -> ModelSpec:
     specs it clashes with are no longer known.
     """
     global _registered
+    from fastft.registry.convert import checked
+
     spec = checked(evolve(spec, source=spec.source or "register"))
     if not replace:
         _refuse_clashes((*specs(), spec))
-    _registered = _overlay(_registered, (spec,))
+    _registered = overlay(_registered, (spec,))
     return spec
 
 
@@ -66,13 +71,13 @@ def resolve(target: Any, *, extra: Iterable[ModelSpec] = ()) -> ModelSpec:
 
 def find(target: Any, *, extra: Iterable[ModelSpec] = ()) -> ModelSpec | None:
     """Return what `resolve` returns, or None for an architecture that is not known."""
-    found = _look_up(target, _overlay(specs(), tuple(extra)), ())
+    found = _look_up(target, overlay(specs(), tuple(extra)), ())
     return found.spec if found else None
 
 
 def match(target: Any, *, extra: Iterable[ModelSpec] = ()) -> Match:
     """Return the spec for a model and by what it was found; arguments and errors as `resolve`."""
-    known = _overlay(specs(), tuple(extra))
+    known = overlay(specs(), tuple(extra))
     found = _look_up(target, known, ())
     if found is None:
         raise SpecError(_unknown(target, known))
@@ -85,8 +90,7 @@ def match(target: Any, *, extra: Iterable[ModelSpec] = ()) -> Match:
 @cache
 def _packaged() -> tuple[ModelSpec, ...]:
     """Return the specs that are installed: fastft's own data files and those of entry points."""
-    own = sorted((Path(__file__).parent / "specs").glob("*.toml"))
-    found = [load_spec_file(path) for path in own]
+    found = [*packaged_specs()]
     for name, value, load in _entry_points():
         found += _from_entry_point(f"entry point {name} = {value}", load)
     _refuse_clashes(found)
@@ -100,6 +104,8 @@ def _entry_points() -> list[tuple[str, str, Callable[[], Any]]]:
 
 
 def _from_entry_point(source: str, load: Callable[[], Any]) -> list[ModelSpec]:
+    from fastft.registry.convert import checked, load_spec_file
+
     try:
         given = load()
     except (ImportError, AttributeError) as error:
@@ -127,7 +133,7 @@ def _clash(one: ModelSpec, other: ModelSpec) -> str:
     return f"model type {shared[0]!r}" if shared else ""
 
 
-def _overlay(below: tuple[ModelSpec, ...], above: tuple[ModelSpec, ...]) -> tuple[ModelSpec, ...]:
+def overlay(below: tuple[ModelSpec, ...], above: tuple[ModelSpec, ...]) -> tuple[ModelSpec, ...]:
     """Join two sets of specs; where they clash, the upper one's stay."""
     if not above:
         return below

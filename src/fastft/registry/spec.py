@@ -66,7 +66,8 @@ class AttentionPoint:
     """Attention modules: their projections, and how they rotate queries and keys.
 
     `rope` says which features form a rotated pair: `half` (i, i + R/2) or `interleaved` (2i, 2i + 1).
-    `rope_table` says how the cosine table repeats its R/2 values: `halves` (all, then all again) or `pairs` (each twice).
+    `rope_table` says how the cosine table repeats its R/2 values: `halves` (all, then all again) or
+    `pairs` (each twice).
     `rope_function` is the function that applies it, `None` where positions are not rotated.
     `rope_precision` is the dtype in which the products are formed: the input's, or fp32 with one cast at the end.
     `rope_layers` names a config attribute with one entry a layer that is true (or `"sliding_attention"`) where the

@@ -1,0 +1,143 @@
+"""`fastft registry`: look up what fastft knows of a model family, and check a spec of one's own."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fastft.cli.output import CheckFailed, JsonOption, print_fields, print_json, print_table
+from fastft.registry.spec import ModelSpec
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
+
+SpecFiles = Annotated[
+    list[Path] | None,
+    typer.Option("--spec", metavar="FILE", help="Also use the spec in this file, before any other; may be repeated."),
+]
+
+
+@app.callback()
+def _registry() -> None:
+    """Look up model families, and check specs."""
+
+
+@app.command("list")
+def list_specs(spec: SpecFiles = None, json: JsonOption = False) -> None:
+    """List the known model families."""
+    from fastft.registry.resolve import overlay, specs
+
+    known = overlay(specs(), _load(spec))
+    if json:
+        print_json([_summary(one) for one in known])
+        return
+    rows = [(one.name, ", ".join(one.model_types), one.title, _capable(one)) for one in known]
+    print_table(("name", "model types", "models", "supported"), rows)
+
+
+@app.command()
+def show(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of a spec, or a model type.")],
+    spec: SpecFiles = None,
+    json: JsonOption = False,
+) -> None:
+    """Show all that is known of one model family."""
+    from fastft.registry.resolve import match
+
+    found = match(name, extra=_load(spec)).spec
+    if json:
+        print_json(_whole(found))
+    else:
+        print_fields(_readable(found))
+
+
+@app.command()
+def resolve(
+    target: Annotated[
+        str, typer.Argument(metavar="TARGET", help="Model id, local model or adapter folder, model type or spec name.")
+    ],
+    spec: SpecFiles = None,
+    json: JsonOption = False,
+) -> None:
+    """Say which model family a model belongs to."""
+    from fastft.registry.resolve import match
+
+    found = match(target, extra=_load(spec))
+    fields = {"target": target, "name": found.spec.name, "by": found.by}
+    if json:
+        print_json({**fields, "spec": _whole(found.spec)})
+        return
+    print_fields({**fields, **_summary(found.spec), "capabilities": _claims(found.spec)})
+
+
+@app.command()
+def check(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A spec, as .toml or .json.")], json: JsonOption = False
+) -> None:
+    """Check a spec and each of its claims.
+
+    The file's form first, all mistakes at once; then every claim, on a tiny random model of that architecture.
+    """
+    from fastft.registry.convert import load_spec_file
+
+    spec = load_spec_file(file)
+    from fastft.graph.check import check_spec
+
+    report = check_spec(spec)
+    if json:
+        print_json(report.to_dict())
+    else:
+        typer.echo(str(report))
+    if not report.ok:
+        raise CheckFailed(f"{file}: not every claim of spec {spec.name!r} holds")
+
+
+def _load(files: list[Path] | None) -> tuple[ModelSpec, ...]:
+    if not files:
+        return ()
+    from fastft.registry.convert import load_spec_file
+
+    return tuple(load_spec_file(file) for file in files)
+
+
+def _capable(spec: ModelSpec) -> str:
+    return ", ".join(name for name, claim in spec.capabilities.items() if claim.status == "supported")
+
+
+def _claims(spec: ModelSpec) -> dict[str, str]:
+    return {name: str(claim) for name, claim in spec.capabilities.items()}
+
+
+def _summary(spec: ModelSpec) -> dict[str, Any]:
+    return {
+        "name": spec.name,
+        "title": spec.title,
+        "model_types": list(spec.model_types),
+        "chat_format": spec.chat_format,
+        "gguf_architecture": spec.gguf_architecture,
+        "lora_targets": list(spec.lora_targets),
+        "capabilities": {
+            name: {"status": claim.status, "note": claim.note} for name, claim in spec.capabilities.items()
+        },
+        "source": spec.source,
+    }
+
+
+def _whole(spec: ModelSpec) -> dict[str, Any]:
+    """Return every field of a spec, those with default values as well."""
+    from attrs import asdict, evolve
+
+    # Capabilities are a mapping and no record, so they are written out apart.
+    fields = asdict(evolve(spec, capabilities={}))
+    return {**fields, "capabilities": _summary(spec)["capabilities"]}
+
+
+def _readable(spec: ModelSpec) -> dict[str, Any]:
+    """Return a spec's fields for people: in the order of the record, without what is not there."""
+    fields = {name: value for name, value in _whole(spec).items() if value not in (None, "", ())}
+    return _without_nothing({**fields, "capabilities": _claims(spec)})
+
+
+def _without_nothing(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_nothing(item) for name, item in value.items() if item is not None}
+    return [_without_nothing(item) for item in value] if isinstance(value, list | tuple) else value
