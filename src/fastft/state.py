@@ -14,6 +14,7 @@ class ModelState:
     """Facts about one loaded model.
 
     `quant` is None, "nf4" or "int8"; `notes` are plain sentences about what loading put right.
+    `revision` is the hub revision asked for; `added_tokens` are the ids whose rows `add_tokens` made.
     `compiled` is the `fastft.graph.compile.Compiled` record once `fastft.compile` has run.
     """
 
@@ -24,6 +25,8 @@ class ModelState:
     full: bool = False
     tokenizer: Any = None
     notes: tuple[str, ...] = ()
+    revision: str | None = None
+    added_tokens: tuple[int, ...] = ()
     compiled: Any = None
 
 

@@ -1,0 +1,335 @@
+"""Put a LoRA adapter on a loaded model through PEFT."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from difflib import get_close_matches
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastft.errors import Problem, UsageError, did_you_mean
+from fastft.state import ModelState, base_model, get_state, update_state
+
+Targets = str | Sequence[str] | None
+INITS = (True, False, "gaussian", "pissa", "pissa_niter_N", "olora", "orthogonal", "loftq")
+_NEEDS_DATA = ("eva", "corda", "lora_ga")
+# Initialisations that subtract the adapter from the base weight and so must be able to write it.
+_WRITES_BASE = ("pissa", "loftq")
+# Fields of LoraConfig that add_lora passes on under PEFT's own names.
+PASSED_ON = ("alpha_pattern", "exclude_modules", "lora_bias", "loftq_config", "rank_pattern", "target_parameters")
+_RENAMED = {
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "target_modules": "targets",
+    "use_rslora": "rslora",
+    "use_dora": "dora",
+    "init_lora_weights": "init",
+    "layers_to_transform": "layers",
+    "random_state": "seed",
+    "trainable_token_indices": "train_tokens",
+    "ensure_weight_tying": "nothing: tied weights are always kept tied",
+}
+
+
+def add_lora(
+    model: Any,
+    r: int = 16,
+    alpha: float = 16,
+    dropout: float = 0.0,
+    targets: Targets = "all-linear",
+    bias: str = "none",
+    rslora: bool = False,
+    dora: bool = False,
+    init: bool | str = True,
+    modules_to_save: Sequence[str] | None = None,
+    layers: int | Sequence[int] | None = None,
+    layers_pattern: str | Sequence[str] | None = None,
+    train_tokens: str | Sequence[int] | None = "added",
+    seed: int = 3407,
+    **options: Any,
+) -> Any:
+    """Return a PEFT model with a LoRA adapter of rank `r` on `model`, all other weights frozen.
+
+    The adapter adds `scale * B(A(dropout(x)))`, scale = alpha / r, or alpha / sqrt(r) with `rslora` (Kalajdzievski
+    2023, arXiv 2312.03732); `dora` learns the magnitude of each output besides (Liu et al. 2024, arXiv 2402.09353).
+
+    * `targets`: "all-linear" (every linear layer but the head), "spec" (the family's own list), names or a name, or a
+      regular expression for the whole path of a module. The head is adapted only if it is named.
+    * `modules_to_save`: modules trained whole and saved with the adapter, such as ["embed_tokens", "lm_head"]. Where
+      these two share one weight they go on sharing it.
+    * `train_tokens`: rows of embeddings and head that are trained on their own: "added" are those made by `add_tokens`,
+      or give ids, or None. Rows of a module in `modules_to_save` are trained with it.
+    * `layers`: the layers to adapt, by index; None means all.
+    * `init`: True (B zero), False (random: for tests), or a name of `INITS`. PiSSA, OLoRA and LoftQ change the
+      base weights.
+    * `options`: the fields of PEFT's LoraConfig named in `PASSED_ON`.
+
+    A and B are kept in fp32 when the base is in 16 or fewer bits (PEFT's default). The same `seed` gives the same
+    adapter, and torch's global random state is left as it was. Raises `UsageError` with all mistakes at once.
+    """
+    given = {
+        "r": r, "alpha": alpha, "dropout": dropout, "bias": bias, "init": init, "modules_to_save": modules_to_save,
+        "layers": layers, "layers_pattern": layers_pattern, "targets": targets, "train_tokens": train_tokens,
+    }  # fmt: skip
+    _check(model, given, options)
+    base, state = base_model(model), get_state(model)
+    chosen = _choose_targets(base, state, targets)
+    tied = _tied(base)
+    whole = _keep_tied(list(modules_to_save or ()), tied)
+    tokens = _token_rows(base, state, train_tokens, whole, tied)
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=r,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=chosen,
+        bias=bias,
+        use_rslora=rslora,
+        use_dora=dora,
+        init_lora_weights=init,
+        modules_to_save=whole or None,
+        layers_to_transform=layers if layers is None or isinstance(layers, int) else list(layers),
+        layers_pattern=layers_pattern,
+        trainable_token_indices=tokens or None,
+        ensure_weight_tying=bool(tied) and (bool(whole and set(whole) & set(tied)) or bool(_names_any(chosen, tied))),
+        task_type="CAUSAL_LM",
+        revision=state.revision,
+        **options,
+    )
+    devices = sorted({p.device.index for p in base.parameters() if p.device.type == "cuda"})
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        adapted = get_peft_model(base, config)
+    adapted.train(model.training)
+    if tokens:
+        rows = len(next(iter(tokens.values())))
+        note = f"{rows} token rows of {' and '.join(tokens)} are trained with the adapter"
+        update_state(adapted, notes=(*state.notes, note))
+    return adapted
+
+
+def linear_names(model: nn.Module, head: bool = False) -> list[str]:
+    """Return the paths of the linear layers (dense or quantised) of a transformers model, without its head."""
+    out = model.get_output_embeddings()
+    return [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and (head or m is not out)]
+
+
+def _check(model: Any, given: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+    problems: list[Problem | str] = []
+    state = get_state(model)
+    if state.full:
+        problems.append(
+            "add_lora: the model was loaded with full=True, every weight is trained already; train it as it is, or "
+            "load it without full to train an adapter"
+        )
+    if getattr(model, "peft_config", None):
+        problems.append(
+            "add_lora: the model already carries an adapter; train that one, or merge it (merge_and_unload) before "
+            "adding another"
+        )
+    problems += _number_problems(given)
+    problems += _init_problems(given["init"], given["r"], state, base_model(model), options)
+    problems += _module_problems(model, given)
+    problems += _option_problems(options)
+    if problems:
+        raise UsageError(*problems)
+
+
+def _number_problems(given: Mapping[str, Any]) -> list[Problem]:
+    r, alpha, dropout, bias = given["r"], given["alpha"], given["dropout"], given["bias"]
+    problems = []
+    if not isinstance(r, int) or isinstance(r, bool) or r < 1:
+        problems.append(Problem("r", r, "a whole number of at least 1", "8, 16 or 32 are usual."))
+    if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not alpha > 0:
+        problems.append(Problem("alpha", alpha, "a number above 0", "r or 2 * r are usual."))
+    if not isinstance(dropout, (int, float)) or isinstance(dropout, bool) or not 0 <= dropout < 1:
+        problems.append(Problem("dropout", dropout, "a number from 0 up to but not including 1"))
+    if bias not in ("none", "all", "lora_only"):
+        problems.append(
+            Problem("bias", bias, "'none', 'all' or 'lora_only'", did_you_mean(str(bias), ("none", "all", "lora_only")))
+        )
+    return problems
+
+
+def _init_problems(init: Any, r: Any, state: ModelState, base: Any, options: Mapping[str, Any]) -> list[Problem]:
+    if isinstance(init, bool):
+        return []
+    names = [name for name in INITS if isinstance(name, str)]
+    if init in _NEEDS_DATA:
+        return [
+            Problem(
+                "init",
+                init,
+                f"True, False or one of {names}",
+                "It needs training data; use PEFT's own function for it.",
+            )
+        ]
+    if (
+        not isinstance(init, str)
+        or not (init in names or re.fullmatch(r"pissa_niter_\d+", init))
+        or init == "pissa_niter_N"
+    ):
+        return [Problem("init", init, f"True, False or one of {names}", did_you_mean(str(init), names))]
+    if init.startswith(_WRITES_BASE) and state.quant:
+        remedy = f"{init!r} starts from the 16-bit weights and changes them: load with quant=None."
+        return [Problem("init", init, f"True, 'gaussian' or 'olora' on a model in {state.quant}", remedy)]
+    if init == "orthogonal" and isinstance(r, int) and r % 2:
+        return [Problem("r", r, "an even rank for init='orthogonal'")]
+    if init == "loftq" and base.device.type == "cpu":
+        return [Problem("init", init, "another initialisation on a CPU", "PEFT computes LoftQ on a GPU only.")]
+    return []
+
+
+def _module_problems(model: Any, given: Mapping[str, Any]) -> list[Problem]:
+    base = base_model(model)
+    names = [name for name, _ in base.named_modules() if name]
+    last = sorted({name.rpartition(".")[2] for name in names if not name.rpartition(".")[2].isdigit()})
+    problems = []
+    for module in given["modules_to_save"] or ():
+        if not _matching(names, module):
+            problems.append(
+                Problem("modules_to_save", module, "the name of a module of this model", _near(module, last))
+            )
+    problems += _target_problems(base, given["targets"])
+    count = getattr(base.config.get_text_config(), "num_hidden_layers", None)
+    layers = given["layers"]
+    wanted = [] if layers is None else [layers] if isinstance(layers, int) else list(layers)
+    bad = [index for index in wanted if not isinstance(index, int) or (count is not None and not 0 <= index < count)]
+    if bad:
+        problems.append(Problem("layers", bad, f"indices from 0 to {(count or 0) - 1}"))
+    if wanted and _is_regex(given["targets"]):
+        problems.append(
+            Problem(
+                "layers", layers, "None together with a regular expression", "Write the layers into the expression."
+            )
+        )
+    if given["layers_pattern"] is not None and not wanted:
+        problems.append(Problem("layers_pattern", given["layers_pattern"], "None unless layers are given"))
+    tokens = given["train_tokens"]
+    rows = base.get_input_embeddings().weight.shape[0]
+    if isinstance(tokens, str) and tokens != "added":
+        problems.append(Problem("train_tokens", tokens, "'added', token ids, or None"))
+    elif tokens is not None and not isinstance(tokens, str):
+        wrong = [t for t in tokens if not isinstance(t, int) or not 0 <= t < rows]
+        if wrong:
+            problems.append(Problem("train_tokens", wrong, f"token ids from 0 to {rows - 1}"))
+    return problems
+
+
+def _target_problems(base: Any, targets: Targets) -> list[Problem]:
+    if targets in ("all-linear", "spec", None):
+        return []
+    linears = linear_names(base, head=True)
+    able = [name for name, m in base.named_modules() if isinstance(m, (nn.Linear, nn.Embedding))]
+    last = sorted({name.rpartition(".")[2] for name in linears})
+    if _is_regex(targets):
+        try:
+            found = any(re.fullmatch(targets, name) for name in able)
+        except re.error as error:
+            return [
+                Problem(
+                    "targets",
+                    targets,
+                    "a regular expression or names of linear layers",
+                    f"It does not compile: {error}.",
+                )
+            ]
+        remedy = f"It must match the whole path of a module, such as {linears[0]!r}."
+        return [] if found else [Problem("targets", targets, "an expression that matches a linear layer", remedy)]
+    wanted = [targets] if isinstance(targets, str) else list(targets)
+    if not wanted:
+        return [Problem("targets", targets, "at least one linear layer", f"There are {', '.join(last)}.")]
+    return [
+        Problem("targets", target, "the name of a linear layer", _near(target, last))
+        for target in wanted
+        if not isinstance(target, str) or not _matching(able, target)
+    ]
+
+
+def _option_problems(options: Mapping[str, Any]) -> list[str]:
+    from peft import LoraConfig
+
+    known = [name for name in signature(add_lora).parameters if name != "options"] + list(PASSED_ON)
+    theirs = {field.name for field in fields(LoraConfig)}
+    problems = []
+    for name in options:
+        if name in PASSED_ON:
+            continue
+        hint = f"here it is {_RENAMED[name]}" if name in _RENAMED else did_you_mean(name, known)
+        if not hint and name in theirs:
+            hint = "PEFT knows it but add_lora does not pass it on; build the adapter with peft.get_peft_model"
+        problems.append(f"add_lora: unknown argument {name!r}; {hint or 'it takes ' + ', '.join(known)}")
+    return problems
+
+
+def _matching(names: list[str], wanted: str) -> list[str]:
+    return [name for name in names if name == wanted or name.endswith(f".{wanted}")]
+
+
+def _near(word: Any, choices: Sequence[str]) -> str:
+    near = get_close_matches(str(word), choices, n=3, cutoff=0.5)
+    hint = f"Did you mean {' or '.join(repr(name) for name in near)}? " if near else ""
+    return f"{hint}There are {', '.join(choices)}."
+
+
+def _is_regex(targets: Targets) -> bool:
+    """A single text is an expression unless it reads as a plain (dotted) name or one of the two keywords."""
+    return (
+        isinstance(targets, str)
+        and targets not in ("all-linear", "spec")
+        and re.fullmatch(r"[\w.]*\w", targets) is None
+    )
+
+
+def _choose_targets(base: Any, state: ModelState, targets: Targets) -> list[str] | str:
+    linears = linear_names(base)
+    if targets in ("spec", None) and state.spec is not None:
+        there = [name for name in state.spec.lora_targets if _matching(linears, name)]
+        if there:
+            return there
+    if targets in ("all-linear", "spec", None):
+        return sorted({name.rpartition(".")[2] for name in linears})
+    if isinstance(targets, str):
+        return targets if _is_regex(targets) else [targets]
+    return list(dict.fromkeys(targets))
+
+
+def _tied(base: Any) -> tuple[str, str] | tuple[()]:
+    """Return the names of embeddings and head if they share one weight."""
+    embeddings, head = base.get_input_embeddings(), base.get_output_embeddings()
+    if head is None or head.weight is not embeddings.weight:
+        return ()
+    return _name_of(base, embeddings), _name_of(base, head)
+
+
+def _name_of(base: nn.Module, wanted: nn.Module) -> str:
+    return next(name for name, module in base.named_modules() if module is wanted).rpartition(".")[2]
+
+
+def _keep_tied(whole: list[str], tied: Sequence[str]) -> list[str]:
+    """Where a tied module is trained whole, name the embeddings only: PEFT then ties the head's copy to theirs."""
+    if not tied or not set(whole) & set(tied):
+        return list(dict.fromkeys(whole))
+    return list(dict.fromkeys(tied[0] if name in tied else name for name in whole))
+
+
+def _names_any(targets: list[str] | str, names: Sequence[str]) -> list[str]:
+    if isinstance(targets, str):
+        return [name for name in names if re.fullmatch(targets, name)]
+    return [name for name in names if name in targets]
+
+
+def _token_rows(
+    base: Any, state: ModelState, wanted: str | Sequence[int] | None, whole: list[str], tied: Sequence[str]
+) -> dict[str, list[int]]:
+    """Return the token rows to train, by module; none for modules that are trained whole."""
+    ids = list(state.added_tokens) if wanted == "added" else list(wanted or ())
+    head = base.get_output_embeddings()
+    names = [_name_of(base, base.get_input_embeddings())]
+    if head is not None and not tied:
+        names.append(_name_of(base, head))
+    return {name: ids for name in names if name not in whole} if ids else {}

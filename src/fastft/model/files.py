@@ -1,0 +1,182 @@
+"""Find a checkpoint's files, offline first, and say at once what is missing or broken in them."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from fastft.environment import hub_offline
+from fastft.errors import LoadError
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "spiece.model")
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9_][\w.-]*)?")
+# What is fetched of a hub repository; everything lies at its top, and consolidated* repeats the weights.
+_WANTED = ("*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model", "*.txt", "*.tiktoken")
+_UNWANTED = ("*/*", "consolidated*", "*.gguf", "*.onnx")
+
+
+def locate(
+    source: str, revision: str | None = None, token: str | None = None, cache_dir: str | None = None, code: bool = False
+) -> Path:
+    """Return the folder that holds `source`: a local folder, else the hub cache, else a download.
+
+    The network is used only where the first two have no complete copy and the user has not switched the hub off.
+    `code` also fetches the repository's Python files. Raises `LoadError` that says where was looked.
+    """
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder.resolve()
+    if folder.is_file():
+        remedy = "pass the folder that holds config.json, the weights and the tokenizer"
+        raise LoadError(f"model {source!r}: this is a file, not a folder; {remedy}")
+    if not _HUB_ID.fullmatch(source):
+        raise LoadError(
+            f"model {source!r}: no such folder (looked at {folder.absolute()}), and it is no hub id of the form "
+            "'owner/name' either; check the path"
+        )
+    return _from_hub(source, revision, token, cache_dir, code)
+
+
+def _from_hub(source: str, revision: str | None, token: str | None, cache_dir: str | None, code: bool) -> Path:
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    def fetch(patterns: tuple[str, ...], local: bool) -> Path:
+        where = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local}
+        return Path(snapshot_download(source, allow_patterns=list(patterns), ignore_patterns=list(_UNWANTED), **where))
+
+    wanted = (*_WANTED, "*.py") if code else _WANTED
+    at = f"model {source!r}" + (f" at revision {revision!r}" if revision else "")
+    looked = f"no folder {Path(source).absolute()}, not in the hub cache {cache_dir or constants.HF_HUB_CACHE}"
+    try:
+        folder = fetch(wanted, local=True)
+        missing = problems_of(folder)
+        if not missing:
+            return folder
+        looked = f"the copy in the hub cache is incomplete ({'; '.join(missing)})"
+    except LocalEntryNotFoundError:
+        pass
+    if hub_offline():
+        raise LoadError(
+            f"{at}: {looked}, and the model hub is switched off (HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE); unset it, "
+            "or give the path of a local folder"
+        )
+    try:
+        folder = fetch(wanted, local=False)
+        if not list(folder.glob("*.safetensors")):
+            folder = fetch((*PICKLED, "pytorch_model-*.bin"), local=False)
+        return folder
+    except GatedRepoError as error:
+        raise LoadError(f"{at}: access is gated; accept its terms on its page, then pass token=...") from error
+    except RevisionNotFoundError as error:
+        raise LoadError(f"{at}: the hub has the model but not this revision; check revision=...") from error
+    except RepositoryNotFoundError as error:
+        raise LoadError(
+            f"{at}: {looked}, and not on the hub; check the spelling, or pass token=... if it is private"
+        ) from error
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
+        raise LoadError(
+            f"{at}: {looked}, and the hub could not be reached ({type(error).__name__}: {error}); check the network, "
+            "or give the path of a local folder"
+        ) from error
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file; `LoadError` names the file and the place if it cannot be read."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise LoadError(f"{path}: not valid JSON ({error}); the file is damaged, fetch it again") from error
+    except OSError as error:
+        raise LoadError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def is_adapter(folder: Path) -> bool:
+    """Say whether `folder` holds an adapter rather than a whole model."""
+    return (folder / ADAPTER_CONFIG).is_file() and not (folder / WEIGHTS).exists() and not (folder / INDEX).exists()
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Say whether `folder` holds a tokenizer's files."""
+    return any((folder / name).is_file() for name in TOKENIZER_FILES)
+
+
+def check(folder: Path) -> None:
+    """Raise one `LoadError` that lists everything missing or damaged in a model or adapter folder."""
+    found = problems_of(folder)
+    if found:
+        raise LoadError(*(f"{folder}: {problem}" for problem in found))
+
+
+def problems_of(folder: Path) -> list[str]:
+    """Return what is missing or damaged in a model or adapter folder, a sentence each; headers only are read."""
+    if is_adapter(folder):
+        return _adapter_problems(folder)
+    problems = []
+    if not (folder / "config.json").is_file():
+        problems.append("config.json is missing; a model folder needs it, copy it from where the weights came from")
+    if not has_tokenizer(folder):
+        problems.append(
+            f"no tokenizer ({' or '.join(TOKENIZER_FILES[:3])} ...); copy the tokenizer's files from the base model"
+        )
+    return problems + _weight_problems(folder)
+
+
+def _adapter_problems(folder: Path) -> list[str]:
+    present = [name for name in ADAPTER_WEIGHTS if (folder / name).is_file()]
+    if not present:
+        return [f"{ADAPTER_WEIGHTS[0]} is missing beside {ADAPTER_CONFIG}; the adapter was not saved completely"]
+    return _shard_problems(folder / present[0], None) if present[0].endswith(".safetensors") else []
+
+
+def _weight_problems(folder: Path) -> list[str]:
+    if (folder / INDEX).is_file():
+        index = read_json(folder / INDEX)
+        shards: dict[str, list[str]] = {}
+        for tensor, shard in index.get("weight_map", {}).items():
+            shards.setdefault(shard, []).append(tensor)
+        if not shards:
+            return [f"{INDEX} names no tensor (no weight_map); fetch it again"]
+        problems = []
+        for shard, tensors in sorted(shards.items()):
+            if (folder / shard).is_file():
+                problems += _shard_problems(folder / shard, tensors)
+            else:
+                problems.append(f"{shard} is missing, which {INDEX} names for {len(tensors)} tensors; fetch it again")
+        return problems
+    if (folder / WEIGHTS).is_file():
+        return _shard_problems(folder / WEIGHTS, None)
+    if any((folder / name).is_file() for name in PICKLED):
+        return []
+    shards_without_index = sorted(path.name for path in folder.glob("model-*-of-*.safetensors"))
+    if shards_without_index:
+        return [f"{INDEX} is missing beside {shards_without_index[0]} and its kin; fetch it again"]
+    return [f"no weights: neither {WEIGHTS} nor {INDEX}; give the folder of a whole model or of an adapter"]
+
+
+def _shard_problems(path: Path, tensors: list[str] | None) -> list[str]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as shard:
+            absent = sorted(set(tensors or ()) - set(shard.keys()))
+    except (SafetensorError, OSError) as error:
+        size = path.stat().st_size
+        return [f"{path.name} is damaged ({error}; {size:,} bytes on disk); fetch it again"]
+    if absent:
+        return [
+            f"{path.name} lacks {len(absent)} tensors that {INDEX} places there, such as {absent[0]}; fetch it again"
+        ]
+    return []

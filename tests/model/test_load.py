@@ -1,0 +1,274 @@
+"""Loading: what comes out is what lies on disk, and everything wrong on disk is named."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fastft.errors import LoadError, UsageError
+from fastft.model.load import describe, load
+from fastft.state import get_state
+
+FAMILIES = ["llama", "qwen2", "gemma3", "phi3"]
+IDS = torch.tensor([[1, 7, 20, 33, 150, 260, 9, 12, 40, 77]])
+
+
+def reference(folder, dtype=torch.float32):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("shard", [None, "100KB"])
+def test_logits_are_those_of_transformers(tiny, family, shard):
+    folder = tiny(family, shard=shard)
+    assert (folder / "model.safetensors.index.json").exists() == bool(shard)
+    model, tokenizer = load(folder, dtype="float32")
+    with torch.no_grad():
+        assert torch.equal(model(IDS).logits, reference(folder)(IDS).logits)
+    state = get_state(model)
+    assert (state.source, state.quant, state.full, state.max_length) == (str(folder), None, False, 128)
+    assert state.tokenizer is tokenizer and tokenizer.padding_side == "left" and tokenizer.model_max_length == 128
+    assert not any(p.requires_grad for p in model.parameters())
+    assert model.config.model_type in state.spec.model_types
+
+
+def test_full_trains_every_weight(tiny):
+    model, _ = load(tiny("gemma3"), full=True, dtype="float32")
+    assert all(p.requires_grad for p in model.parameters()) and get_state(model).full
+
+
+def test_dtype_and_default_dtype(tiny):
+    folder = tiny()
+    for name, dtype in (("bf16", torch.bfloat16), (torch.float16, torch.float16), ("torch.float32", torch.float32)):
+        assert load(folder, dtype=name)[0].dtype == dtype
+    from fastft.model.config import choose_dtype
+
+    assert load(folder)[0].dtype == choose_dtype(None, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_nf4_is_the_dequantised_model(tiny, family, rms):
+    """The 4-bit model computes as the one whose weights were dequantised; its bits come from the 16-bit weights."""
+    import bitsandbytes as bnb
+
+    folder = tiny(family)
+    model, _ = load(folder, quant="nf4", dtype="float32")
+    ref = reference(folder)
+    stored = {n: p.detach().clone() for n, p in ref.named_parameters()}
+    count = 0
+    for name, module in model.named_modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            weight = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state).float()
+            assert module.weight.quant_state.quant_type == "nf4" and module.weight.quant_state.nested
+            assert 0.02 < rms(weight, stored[f"{name}.weight"]) < 0.15
+            ref.get_submodule(name).weight.data.copy_(weight)
+            count += 1
+    assert count == {"phi3": 8}.get(family, 14)
+    assert type(model.get_output_embeddings()) is torch.nn.Linear
+    with torch.no_grad():
+        assert rms(model(IDS).logits, ref(IDS).logits) < 2e-6
+    assert get_state(model).quant == "nf4"
+
+
+def test_int8_is_near_and_keeps_the_head(tiny, rms):
+    import bitsandbytes as bnb
+
+    folder = tiny("qwen2")
+    model, _ = load(folder, quant="int8", dtype="float32")
+    assert sum(isinstance(m, bnb.nn.Linear8bitLt) for m in model.modules()) == 14
+    assert type(model.get_output_embeddings()) is torch.nn.Linear
+    with torch.no_grad():
+        assert 1e-4 < rms(model(IDS).logits, reference(folder)(IDS).logits) < 0.1
+
+
+def test_stored_nf4_is_taken_as_it_is(tiny, tmp_path, rms):
+    model, tokenizer = load(tiny(), quant="nf4", dtype="float32")
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    again, _ = load(tmp_path, dtype="float32")
+    assert get_state(again).quant == "nf4" and "stored quantised" in describe(again)
+    with torch.no_grad():
+        assert rms(again(IDS).logits, model(IDS).logits) < 1e-6
+    with pytest.raises(UsageError, match="stored as nf4 already"):
+        load(tmp_path, quant="int8")
+    with pytest.raises(UsageError, match="cannot be trained"):
+        load(tmp_path, full=True)
+
+
+def test_all_wrong_arguments_are_told_at_once():
+    with pytest.raises(UsageError) as caught:
+        load("x", quant="4bit", dtype="flot32", max_length=0, full=True, load_in_4bit=True, revison="a", quux=1)
+    text = str(caught.value)
+    assert len(caught.value.problems) == 7
+    for part in (
+        "quant: expected None, 'nf4' or 'int8', got '4bit'. did you mean 'nf4'?",
+        "did you mean 'float32'?",
+        "max_length: expected a positive number",
+        "full: expected False together with quant",
+        "'load_in_4bit'; here it is quant='nf4'",
+        "'revison'; did you mean 'revision'?",
+        "'quux'; it takes",
+    ):
+        assert part in text
+
+
+def test_missing_model_says_where_was_looked(tmp_path):
+    with pytest.raises(LoadError) as caught:
+        load("nobody/no-such-model")
+    text = str(caught.value)
+    for part in ("'nobody/no-such-model'", "no folder", "hub cache", "HF_HUB_OFFLINE", "local folder"):
+        assert part in text
+    with pytest.raises(LoadError, match=r"no such folder .* no hub id"):
+        load(tmp_path / "absent")
+
+
+def test_hub_cache_needs_no_network(tiny, tmp_path):
+    folder = tiny()
+    repo = tmp_path / "models--team--small"
+    shutil.copytree(folder, repo / "snapshots" / "abc")
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text("abc")
+    model, _ = load("team/small", dtype="float32", cache_dir=str(tmp_path))
+    with torch.no_grad():
+        assert torch.equal(model(IDS).logits, reference(folder)(IDS).logits)
+    assert get_state(model).source == "team/small" == model.config._name_or_path
+    (repo / "snapshots" / "abc" / "model.safetensors").unlink()
+    with pytest.raises(LoadError, match=r"incomplete .*model\.safetensors.*HF_HUB_OFFLINE"):
+        load("team/small", cache_dir=str(tmp_path))
+
+
+DAMAGES = ["truncated", "garbage", "shard", "index", "index json", "swapped", "tokenizer", "tokenizer json"]
+DAMAGES += ["config", "config json", "unknown type", "more layers"]
+
+
+def damage(folder, what):
+    shards = sorted(folder.glob("model-*.safetensors"))
+    if what == "truncated":
+        shards[1].write_bytes(shards[1].read_bytes()[:-100])
+        return f"{shards[1].name} is damaged"
+    if what == "garbage":
+        shards[0].write_bytes(b"\xff" * 64)
+        return f"{shards[0].name} is damaged"
+    if what == "shard":
+        shards[1].unlink()
+        return f"{shards[1].name} is missing, which model.safetensors.index.json names"
+    if what == "index":
+        (folder / "model.safetensors.index.json").unlink()
+        return "model.safetensors.index.json is missing"
+    if what == "index json":
+        (folder / "model.safetensors.index.json").write_text("{")
+        return "model.safetensors.index.json: not valid JSON"
+    if what == "swapped":
+        shards[1].write_bytes(shards[0].read_bytes())
+        return f"{shards[1].name} lacks"
+    if what == "tokenizer":
+        (folder / "tokenizer.json").unlink()
+        return "no tokenizer (tokenizer.json"
+    if what == "tokenizer json":
+        (folder / "tokenizer.json").write_text("{}")
+        return "its tokenizer cannot be loaded"
+    if what == "config":
+        (folder / "config.json").unlink()
+        return "config.json is missing"
+    if what == "config json":
+        (folder / "config.json").write_text("{'a': 1}")
+        return "config.json: not valid JSON"
+    if what == "unknown type":
+        stored = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**stored, "model_type": "llamb"}))
+        return "model type 'llamb'"
+    stored = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**stored, "num_hidden_layers": 3}))
+    return "tensors of the model are not in the checkpoint, such as model.layers.2"
+
+
+@pytest.mark.parametrize(
+    "what",
+    DAMAGES,
+)
+def test_damaged_folder_is_one_clear_error(tiny, what):
+    folder = tiny(shard="100KB")
+    expected = damage(folder, what)
+    with pytest.raises(LoadError) as caught:
+        load(folder)
+    assert expected in str(caught.value) and str(folder) in str(caught.value)
+
+
+def test_several_damages_are_told_together(tiny):
+    folder = tiny(shard="100KB")
+    expected = [damage(folder, what) for what in ("truncated", "tokenizer", "config")]
+    with pytest.raises(LoadError) as caught:
+        load(folder)
+    assert len(caught.value.problems) == 3 and all(text in str(caught.value) for text in expected)
+
+
+def test_code_of_a_model_is_not_run_unasked(tiny):
+    folder = tiny()
+    stored = json.loads((folder / "config.json").read_text())
+    stored |= {"model_type": "own", "auto_map": {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}}
+    (folder / "config.json").write_text(json.dumps(stored))
+    with pytest.raises(LoadError, match="trust_remote_code=True"):
+        load(folder)
+
+
+def test_unknown_architecture_is_noted(tiny, tmp_path):
+    import transformers as t
+
+    config = t.GPTNeoXConfig(
+        vocab_size=300, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4
+    )
+    t.GPTNeoXForCausalLM(config).save_pretrained(tmp_path)
+    for path in tiny().glob("tokenizer*"):
+        shutil.copy(path, tmp_path)
+    model, _ = load(tmp_path, quant="nf4")
+    assert get_state(model).spec is None and "no spec for the architecture 'gpt_neox'" in describe(model)
+    assert model.get_output_embeddings().weight.is_floating_point()
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "phi3"])
+def test_adapter_folder(tiny, tmp_path, family, rms):
+    from fastft.model.adapters import add_lora
+
+    base = tiny(family)
+    model, _ = load(base, dtype="float32")
+    model = add_lora(model, r=4, init=False)
+    model.save_pretrained(tmp_path / "adapter")
+    with torch.no_grad():
+        expected = model(IDS).logits
+    again, _ = load(tmp_path / "adapter", dtype="float32")
+    with torch.no_grad():
+        assert torch.equal(again(IDS).logits, expected)
+        assert rms(expected, reference(base)(IDS).logits) > 1e-2
+    trainable = {n for n, p in again.named_parameters() if p.requires_grad}
+    assert trainable == {n for n, p in model.named_parameters() if p.requires_grad} and trainable
+    assert get_state(again).source == str(base) and "the adapter of" in describe(again)
+    # the base beside the adapter, named by a relative path
+    stored = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    shutil.copytree(base, tmp_path / "base")
+    (tmp_path / "adapter" / "adapter_config.json").write_text(
+        json.dumps({**stored, "base_model_name_or_path": "../base"})
+    )
+    with torch.no_grad():
+        assert torch.equal(load(tmp_path / "adapter", dtype="float32")[0](IDS).logits, expected)
+    (tmp_path / "adapter" / "adapter_config.json").write_text(
+        json.dumps({**stored, "base_model_name_or_path": "/gone/base"})
+    )
+    with pytest.raises(LoadError, match="base model is not at /gone/base any more"):
+        load(tmp_path / "adapter")
+    weights = tmp_path / "adapter" / "adapter_model.safetensors"
+    assert load_file(weights)
+    weights.write_bytes(weights.read_bytes()[:-10])
+    with pytest.raises(LoadError, match=r"adapter_model\.safetensors is damaged"):
+        load(tmp_path / "adapter")
+    with pytest.raises(UsageError, match="is an adapter"):
+        load(tmp_path / "adapter", full=True)
+
+
+def test_loading_leaves_the_random_state(tiny):
+    before = torch.get_rng_state()
+    load(tiny(), quant="nf4")
+    assert torch.equal(before, torch.get_rng_state())

@@ -1,0 +1,121 @@
+"""4-bit weights stay as loaded: evaluating before training changes no gradient."""
+
+import pytest
+import torch
+
+from fastft.errors import LoadError
+from fastft.model import quantize
+from fastft.model.adapters import add_lora
+from fastft.model.generate import generate
+from fastft.model.load import load
+
+IDS = torch.tensor([[1, 7, 20, 33, 150, 260, 9, 12, 40, 77], [1, 8, 21, 34, 151, 261, 10, 13, 41, 78]])
+
+
+def bnb_linears(model):
+    from bitsandbytes.nn import Linear4bit
+
+    return [m for m in model.modules() if isinstance(m, Linear4bit)]
+
+
+def gradients(model):
+    model.train()
+    model.zero_grad()
+    loss = model(IDS, labels=IDS).loss
+    loss.backward()
+    return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3", "phi3"])
+def test_gradients_after_evaluation_are_those_of_the_dequantised_model(tiny, family, dtype, rms):
+    import bitsandbytes as bnb
+
+    folder = tiny(family)
+    model, tokenizer = load(folder, quant="nf4", dtype=dtype)
+    model = add_lora(model, r=4, init=False)
+    packed = [m.weight.data.clone() for m in bnb_linears(model)]
+    model.eval()
+    with torch.no_grad():
+        model(IDS)
+        model(IDS[:1, :1])
+    generate(model, tokenizer, ["The quick", "A model reads"], max_new_tokens=4)
+    for module, bits in zip(bnb_linears(model), packed, strict=True):
+        assert torch.equal(module.weight.data, bits)
+    loss, got = gradients(model)
+
+    def dense(dtype):
+        other, _ = load(folder, dtype=dtype)
+        other = add_lora(other, r=4, init=False)
+        other.load_state_dict({n: p for n, p in model.state_dict().items() if "lora_" in n}, strict=False)
+        for name, module in model.named_modules():
+            if isinstance(module, bnb.nn.Linear4bit):
+                weight = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+                other.get_submodule(name).weight.data.copy_(weight)
+        return gradients(other)
+
+    true_loss, true = dense("float32")
+    _, same_dtype = dense(dtype)
+    assert got.keys() == true.keys() and got
+    # Two bf16 computations round differently: a single tensor may be off by twice the other's error, their sum not.
+    for name, grad in got.items():
+        assert rms(grad, true[name]) < max(2e-5, 2 * rms(same_dtype[name], true[name])) < 0.3, name
+
+    def whole(grads):
+        return torch.cat([grads[name].double().flatten() for name in true])
+
+    assert rms(whole(got), whole(true)) < max(1e-5, 1.25 * rms(whole(same_dtype), whole(true)))
+    assert abs(loss - true_loss) < (1e-5 if dtype == "float32" else 0.05)
+
+
+def test_every_layer_is_told_not_to_repack(tiny):
+    """The mechanism, which holds on CPUs that would not repack anyway."""
+    model, _ = load(tiny(), quant="nf4")
+    layers = bnb_linears(model)
+    assert len(layers) == 14 and not any(m.support_avx512bf16_for_cpu for m in layers)
+    add_lora(model, r=4)
+    assert not any(m.support_avx512bf16_for_cpu for m in bnb_linears(model))
+
+
+def test_the_class_is_left_alone(tiny):
+    from bitsandbytes.functional import has_avx512bf16
+    from bitsandbytes.nn import Linear4bit
+
+    before = dict(vars(Linear4bit))
+    load(tiny(), quant="nf4")
+    assert dict(vars(Linear4bit)) == before
+    assert Linear4bit(64, 64).support_avx512bf16_for_cpu == has_avx512bf16()
+
+
+def test_a_bitsandbytes_that_repacks_all_the_same_is_refused(tiny, monkeypatch):
+    from bitsandbytes.nn import Linear4bit
+
+    forward = Linear4bit.forward
+
+    def repacking(self, x):
+        out = forward(self, x)
+        if not self.training:
+            self.weight.data = self.weight.data.flip(0)
+        return out
+
+    monkeypatch.setattr(Linear4bit, "forward", repacking)
+    with pytest.raises(LoadError, match="repacks 4-bit weights"):
+        load(tiny(), quant="nf4")
+
+
+def test_repacked_weights_are_refused(tiny):
+    model, _ = load(tiny(), quant="nf4")
+    bnb_linears(model)[3].weight.quant_state.packing_format_for_cpu = True
+    with pytest.raises(LoadError, match=r"model\.layers\.0.*repacked for inference"):
+        quantize.keep_weights_unpacked(model)
+
+
+def test_16bit_modules_follow_the_spec():
+    from fastft.registry.spec import HeadPoint, ModelSpec
+
+    spec = ModelSpec(name="x", model_types=("x",), layer_classes=("X",), keep_16bit=("router",), head=HeadPoint("head"))
+    config = quantize.config_for("nf4", torch.bfloat16, spec)
+    assert config.llm_int8_skip_modules == ["head", "router"]
+    assert (config.bnb_4bit_quant_type, config.bnb_4bit_use_double_quant) == ("nf4", True)
+    assert config.bnb_4bit_compute_dtype == torch.bfloat16
+    assert quantize.config_for("int8", torch.float16, spec).load_in_8bit
