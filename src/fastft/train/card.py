@@ -1,0 +1,89 @@
+"""The model card, made from a run's manifest."""
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def model_card(record: Mapping[str, Any]) -> str:
+    """Return the README.md of a run: metadata for a hub, then what was trained, on what, how fast, in which memory."""
+    model = record.get("model", {})
+    head = ["---", "library_name: peft" if model.get("lora") else "library_name: transformers"]
+    if "/" in model.get("name", "") and not model["name"].startswith((".", "/")):
+        head.append(f"base_model: {model['name']}")
+    head += ["tags:", "- fastft", "- sft", "---", ""]
+    rows = [(label, value) for label, value in facts(record) if value not in (None, "")]
+    table = ["| | |", "|---|---|", *(f"| {label} | {value} |" for label, value in rows)]
+    title = f"# {model.get('name') or 'A model'}, fine-tuned with fastft"
+    picture = ["", "![loss](loss.png)"] if "steps" in record else []
+    versions = ", ".join(f"{name} {version}" for name, version in record.get("versions", {}).items() if version)
+    return "\n".join([*head, title, "", *table, *picture, "", f"Versions: {versions}.", ""])
+
+
+def facts(record: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Return label and text of every line of the card's table."""
+    model, data = record.get("model", {}), record.get("data", {})
+    config, loss = record.get("config", {}), record.get("loss") or {}
+    batch = f"{config.get('per_device_train_batch_size')} x {config.get('gradient_accumulation_steps')} accumulated"
+    evaluation = ", ".join(
+        f"{key.removeprefix('eval_')} {value:.4g}"
+        for key, value in (record.get("evaluation") or {}).items()
+        if isinstance(value, float) and key in ("eval_loss", "eval_perplexity", "eval_mean_token_accuracy")
+    )
+    return [
+        ("status", record.get("status")),
+        ("base model", model.get("name")),
+        ("weights", f"{model.get('quant') or model.get('dtype')}"),
+        ("trained parameters", _grouped(model.get("trained_parameters"))),
+        ("adapter", _adapter(model.get("lora"))),
+        ("rows of data", _grouped(data.get("rows"))),
+        ("data SHA-256", data.get("sha256")),
+        ("tokens seen (loss-bearing)", _tokens(record.get("tokens"))),
+        ("steps", record.get("steps")),
+        ("batch", batch),
+        ("learning rate", config.get("learning_rate")),
+        ("seed", record.get("seed")),
+        ("loss, first to last", _change(loss)),
+        ("evaluation", evaluation),
+        ("device", record.get("device", {}).get("name")),
+        ("loss-bearing tokens/s", _rate(record.get("tokens_per_second_after_first_log"))),
+        ("MFU", _percent(record.get("mfu"))),
+        ("peak memory", _memory(record.get("memory"))),
+        ("rewrites", _rewrites(record.get("rewrites"))),
+    ]
+
+
+def _grouped(value: int | None) -> str | None:
+    return None if value is None else f"{value:,}"
+
+
+def _tokens(tokens: Mapping[str, int] | None) -> str | None:
+    return None if not tokens else f"{tokens['non_padding']:,} ({tokens['loss_bearing']:,})"
+
+
+def _change(loss: Mapping[str, Any]) -> str | None:
+    first, last = loss.get("first"), loss.get("last")
+    return f"{first:.4f} to {last:.4f}" if isinstance(first, float) and isinstance(last, float) else None
+
+
+def _rate(rates: Mapping[str, float] | None) -> str | None:
+    return None if not rates else f"{rates['loss_bearing']:,.0f}"
+
+
+def _percent(share: float | None) -> str | None:
+    return None if share is None else f"{share:.1%}"
+
+
+def _memory(memory: Mapping[str, Any] | None) -> str | None:
+    return None if not memory else f"{memory['measured_peak_bytes'] / 2**30:.2f} GiB ({memory['kind']})"
+
+
+def _adapter(lora: Mapping[str, Any] | None) -> str | None:
+    if not lora:
+        return None
+    return "; ".join(
+        f"{config['type'].rsplit('.')[-1]} r={config['r']} alpha={config['lora_alpha']}" for config in lora.values()
+    )
+
+
+def _rewrites(report: Mapping[str, Any] | None) -> str:
+    return "none: run as transformers wrote it" if report is None else "see run.json"

@@ -1,0 +1,312 @@
+"""What a run leaves behind: metrics.jsonl, loss.png, run.json and a model card, each written whole or not at all."""
+
+import hashlib
+import json
+import platform
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from attrs import define, field
+from transformers import TrainerCallback
+
+from fastft.environment import version_of
+from fastft.errors import SaveError
+from fastft.state import get_state
+from fastft.train import card, checkpoint, flops, plots, step
+
+VERSIONS = ("fastft", "torch", "transformers", "peft", "trl", "accelerate", "datasets", "bitsandbytes", "triton")
+TOKENS = ("all", "non_padding", "loss_bearing")
+
+
+@define
+class Tally:
+    """Running counts of tokens, kept on the device and read only when a line is logged."""
+
+    windows: set = field(factory=set)
+    pending: dict[str, torch.Tensor] = field(factory=dict)
+
+    def add(self, batch: Mapping[str, Any]) -> None:
+        """Count one micro-batch."""
+        for name, count in flops.count_batch(batch, step.shifted_labels(batch), self.windows).items():
+            self.pending[name] = self.pending[name] + count if name in self.pending else count
+
+    def take(self, reduce: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, int]:
+        """Return the counts since the last call, summed over processes by `reduce`, and start again at zero."""
+        names = sorted(self.pending)
+        if not names:
+            return {}
+        totals = reduce(torch.stack([self.pending[name] for name in names])).tolist()
+        self.pending.clear()
+        return dict(zip(names, map(int, totals), strict=True))
+
+
+@define
+class Clock:
+    """Seconds spent on training between two log lines, without what evaluating and saving took."""
+
+    mark: float = 0.0
+    ended: float = 0.0
+    paused: float = 0.0
+
+    def start(self) -> None:
+        """Begin an interval now."""
+        self.mark = self.ended = time.perf_counter()
+        self.paused = 0.0
+
+    def step_ended(self) -> None:
+        """Note the end of an optimizer step."""
+        self.ended = time.perf_counter()
+
+    def leave_out(self) -> None:
+        """Leave out the time since the last step or log: it was no training."""
+        now = time.perf_counter()
+        self.paused += now - self.ended
+        self.ended = now
+
+    def take(self) -> float:
+        """Return the interval's seconds and begin the next."""
+        seconds = time.perf_counter() - self.mark - self.paused
+        self.start()
+        return seconds
+
+
+class RecordCallback(TrainerCallback):
+    """Writes the record of one run while it trains.
+
+    Every log step gives one line of `metrics.jsonl`, flushed; `run.json`, `loss.png` and `README.md` are written at the
+    start and at the end. A resumed run keeps the lines up to its checkpoint and goes on behind them.
+    """
+
+    def __init__(
+        self, folder: str | Path, tally: Tally, *, dataset: Any = None, reduce: Callable | None = None
+    ) -> None:
+        self.folder, self.tally, self.dataset = Path(folder), tally, dataset
+        self.reduce = reduce or (lambda tensor: tensor)
+        self.clock, self.rows, self.record = Clock(), [], {}
+        self.intervals: list[tuple[float, dict[str, int]]] = []
+        self.totals: dict[str, int] = {}
+        self.began = 0.0
+        self.extra: dict[str, Any] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Describe the run, keep what a resumed one has already logged, and start the clock."""
+        self.work = flops.work_of(model)
+        self.intervals, self.totals, self.began = [], {}, time.time()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        if state.is_world_process_zero:
+            self.rows = kept_lines(self.folder / "metrics.jsonl", state.global_step)
+            self.totals = dict(self.rows[-1].get("tokens", {})) if self.rows else {}
+            lines = "".join(json.dumps(row) + "\n" for row in self.rows)
+            checkpoint.write_text(self.folder / "metrics.jsonl", lines)
+            self.record = describe_run(args, model, self.dataset, self.work)
+            self.write_record("running")
+        self.clock.start()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Note when training stopped before what may follow a step."""
+        self.clock.step_ended()
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Leave the evaluation out of the speed."""
+        self.clock.leave_out()
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Leave the saving out of the speed."""
+        self.clock.leave_out()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
+        """Append a line for a training step or an evaluation."""
+        logs = dict(logs or {})
+        row = {"step": state.global_step, "epoch": state.epoch, **{key: logs[key] for key in logs if key != "epoch"}}
+        if "loss" in logs:
+            row |= self._speed()
+        elif not any(key.startswith("eval_") for key in logs):
+            return
+        row |= {"peak_memory_bytes": peak_memory(), "wall_seconds": round(time.time() - self.began, 3)}
+        if state.is_world_process_zero:
+            self.rows.append(row)
+            append_line(self.folder / "metrics.jsonl", row)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write the picture, the manifest and the card."""
+        if state.is_world_process_zero:
+            self.finish("stopped early" if state.global_step < state.max_steps else "finished", state)
+
+    def finish(self, status: str, state: Any) -> None:
+        """Write the end of the record with its measurements."""
+        self.record |= self.measurements(state)
+        plots.plot_run(self.rows, self.folder / "loss.png", self.record.get("model", {}).get("name", ""))
+        self.write_record(status)
+
+    def write_record(self, status: str, error: str | None = None) -> None:
+        """Write run.json and the card as they are now."""
+        self.record |= {"status": status, **({"error": error} if error else {}), **self.extra}
+        checkpoint.write_json(self.folder / "run.json", self.record)
+        checkpoint.write_text(self.folder / "README.md", card.model_card(checkpoint.plain(self.record)))
+
+    def measurements(self, state: Any) -> dict[str, Any]:
+        """Return speed, memory and losses of the run so far."""
+        losses = [row["loss"] for row in self.rows if "loss" in row]
+        evaluations = [row for row in self.rows if "eval_loss" in row]
+        seconds, counts = total(self.intervals)
+        steady = total(self.intervals[1:]) if len(self.intervals) > 1 else (seconds, counts)
+        return {
+            "steps": state.global_step,
+            "epochs": state.epoch,
+            "loss": {"first": losses[0] if losses else None, "last": losses[-1] if losses else None},
+            "evaluation": {key: value for key, value in evaluations[-1].items() if key.startswith("eval_")}
+            if evaluations
+            else None,
+            "tokens": {name: self.totals.get(name, 0) for name in TOKENS},
+            "tokens_per_second": rates(seconds, counts),
+            "tokens_per_second_after_first_log": rates(*steady),
+            "flops": flops.flops(self.work, counts) if counts else 0.0,
+            "mfu": self._mfu(*steady),
+            "train_seconds": seconds,
+            "memory": {"predicted_bytes": None, "measured_peak_bytes": peak_memory(), "kind": memory_kind()},
+        }
+
+    def _speed(self) -> dict[str, Any]:
+        counts, seconds = self.tally.take(self.reduce), self.clock.take()
+        self.intervals.append((seconds, counts))
+        for name in TOKENS:
+            self.totals[name] = self.totals.get(name, 0) + counts.get(name, 0)
+        return {"tokens_per_second": rates(seconds, counts), "tokens": dict(self.totals), "train_seconds": seconds}
+
+    def _mfu(self, seconds: float, counts: Mapping[str, int]) -> float | None:
+        peak = self.record.get("device", {}).get("peak_flops")
+        if peak is None or self.work.experts or not counts or seconds <= 0:
+            return None
+        return flops.flops(self.work, counts) / seconds / (peak * self.record["device"]["count"])
+
+
+def total(intervals: Sequence[tuple[float, Mapping[str, int]]]) -> tuple[float, dict[str, int]]:
+    """Sum seconds and counts of several intervals."""
+    counts: dict[str, int] = {}
+    for _, part in intervals:
+        for name, count in part.items():
+            counts[name] = counts.get(name, 0) + count
+    return sum(seconds for seconds, _ in intervals), counts
+
+
+def rates(seconds: float, counts: Mapping[str, int]) -> dict[str, float]:
+    """Return tokens a second of every kind."""
+    return {name: counts.get(name, 0) / seconds if seconds > 0 else 0.0 for name in TOKENS}
+
+
+def kept_lines(path: Path, global_step: int) -> list[dict[str, Any]]:
+    """Return the lines of an earlier metrics.jsonl up to `global_step`; none for a run that starts anew."""
+    if global_step == 0 or not path.exists():
+        return []
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return [row for row in rows if row["step"] <= global_step]
+
+
+def append_line(path: Path, row: Mapping[str, Any]) -> None:
+    """Append one JSON line and flush it. Raises `SaveError`."""
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(checkpoint.plain(dict(row)), default=str) + "\n")
+            file.flush()
+    except OSError as error:
+        raise SaveError(checkpoint.describe(path, error)) from error
+
+
+def describe_run(args: Any, model: Any, dataset: Any, work: flops.Work) -> dict[str, Any]:
+    """Return what is known of a run before its first step."""
+    state, dtype = get_state(model), compute_dtype(args, model)
+    device = next(model.parameters()).device
+    check = step.head_check(model)
+    return {
+        "model": {
+            "name": state.source or getattr(model.config, "_name_or_path", "") or type(model).__name__,
+            "family": getattr(step.find_spec(step.base_model(model)), "name", None),
+            "quant": state.quant,
+            "dtype": str(dtype).removeprefix("torch."),
+            "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+            "lora": adapters(model),
+            "notes": list(state.notes),
+        },
+        "config": args.to_dict(),
+        "seed": args.seed,
+        "data": {"sha256": data_hash(dataset), "rows": len(dataset) if hasattr(dataset, "__len__") else None},
+        "versions": {"python": platform.python_version(), **{name: version_of(name) for name in VERSIONS}},
+        "device": {
+            "name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine() or device.type,
+            "count": args.world_size,
+            "peak_flops": flops.peak_flops(device, dtype),
+        },
+        "rewrites": rewrites(model),
+        "loss_head": {"fused": check.fused, "reason": check.reason},
+        "work": {"frozen": work.frozen, "trained": work.trained, "head": work.head},
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def rewrites(model: Any) -> dict[str, Any] | None:
+    """Return the rewrite report of a compiled model, None for one that runs as transformers wrote it."""
+    if get_state(model).compiled is None:
+        return None
+    from fastft.graph.compile import report
+
+    return report(model).to_dict()
+
+
+def adapters(model: Any) -> dict[str, Any] | None:
+    """Return rank, scaling and targets of every adapter."""
+    configs = getattr(model, "peft_config", None)
+    if not configs:
+        return None
+    names = ("r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "use_rslora", "use_dora")
+    return {
+        key: {name: _sortable(getattr(config, name, None)) for name in names} | {"type": str(config.peft_type)}
+        for key, config in configs.items()
+    }
+
+
+def compute_dtype(args: Any, model: Any) -> torch.dtype:
+    """Return the dtype of the matrix products: autocast's, or that of the hidden states."""
+    if args.bf16:
+        return torch.bfloat16
+    return torch.float16 if args.fp16 else model.get_input_embeddings().weight.dtype
+
+
+def data_hash(dataset: Any) -> str | None:
+    """Return the SHA-256 over the token ids and labels of every row in order; None for a stream."""
+    if dataset is None or not hasattr(dataset, "__len__"):
+        return None
+    digest = hashlib.sha256()
+    names = [name for name in ("input_ids", "labels", "seq_lengths") if name in dataset.column_names]
+    for batch in dataset.select_columns(names).with_format("arrow").iter(batch_size=1000):
+        for name in names:
+            column = batch[name].combine_chunks()
+            digest.update(name.encode())
+            digest.update(column.value_lengths().to_numpy(zero_copy_only=False).astype("int64").tobytes())
+            digest.update(column.flatten().to_numpy(zero_copy_only=False).astype("int64").tobytes())
+    return digest.hexdigest()
+
+
+def peak_memory() -> int:
+    """Return the most memory held so far in bytes: the GPU's allocated memory, or the process's on a CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    if sys.platform == "win32":
+        return 0
+    import resource
+
+    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return size if sys.platform == "darwin" else size * 1024
+
+
+def memory_kind() -> str:
+    """Say what `peak_memory` measures here."""
+    return "cuda allocated" if torch.cuda.is_available() else "process resident"
+
+
+def _sortable(value: Any) -> Any:
+    return sorted(value) if isinstance(value, set) else value

@@ -1,0 +1,461 @@
+"""Supervised fine-tuning: TRL's trainer with fastft's loss, evaluation, checkpoints and run record.
+
+The one file that subclasses TRL's SFT classes. Nothing of TRL is replaced: methods are overridden, and what TRL's
+constructor changes on a model (its forward, the dtype of its adapters) is put back.
+"""
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import trl
+from attrs import frozen
+from transformers import EarlyStoppingCallback, TrainingArguments
+
+from fastft.data import check
+from fastft.errors import Problem, SaveError, UsageError
+from fastft.state import base_model, get_state
+from fastft.train import arguments, card, checkpoint, flops, hygiene, optimizers, step
+from fastft.train.record import RecordCallback, Tally
+
+
+@dataclasses.dataclass
+class SFTConfig(trl.SFTConfig):
+    """TRL's SFTConfig with gradient checkpointing off (fastft's memory plan decides what is recomputed), and more.
+
+    `embedding_learning_rate`: for trained embeddings and head. `loraplus_ratio`: LoRA's B matrices learn that many
+    times faster. `early_stopping_patience`: evaluations without an improvement of `metric_for_best_model` (default
+    eval_loss) before training stops with the best weights. `max_seq_length`: the older name of `max_length`.
+    """
+
+    gradient_checkpointing: bool = dataclasses.field(default=False, metadata={"help": "Checkpointing by transformers."})
+    embedding_learning_rate: float | None = dataclasses.field(default=None, metadata={"help": "Rate for embeddings."})
+    loraplus_ratio: float | None = dataclasses.field(
+        default=None, metadata={"help": "LoRA+: rate of B over rate of A."}
+    )
+    early_stopping_patience: int | None = dataclasses.field(default=None, metadata={"help": "Evaluations to wait."})
+    early_stopping_threshold: float = dataclasses.field(default=0.0, metadata={"help": "Least improvement."})
+    max_seq_length: int | None = dataclasses.field(default=None, metadata={"help": "Older name of max_length."})
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> "SFTConfig":
+        """Refuse unknown names with the nearest known one, before the dataclass sees them."""
+        arguments.refuse_unknown(cls.__name__, kwargs, arguments.field_names(cls))
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        if self.max_seq_length is not None:
+            self.max_length, self.max_seq_length = self.max_seq_length, None
+        if self.early_stopping_patience is not None:
+            self.metric_for_best_model = self.metric_for_best_model or "eval_loss"
+            self.load_best_model_at_end = True
+        super().__post_init__()
+        arguments.refuse_numbers(self)
+
+
+class SFTTrainer(trl.SFTTrainer):
+    """A TRL SFTTrainer that trains through fastft.
+
+    `compile=True` compiles the model's layers (`fastft.compile`) unless that was done before. It also takes what older
+    scripts pass: `tokenizer`, `dataset_text_field`, `max_seq_length`, `packing`, `dataset_num_proc`; each is moved
+    into the config with one line. Raises `UsageError` for unknown arguments and combinations that cannot work,
+    `DataError` for data that cannot be trained on, `SaveError` when a checkpoint cannot be written.
+
+    The log holds `loss`, `grad_norm`, `learning_rate`, `num_tokens`; evaluation gives `eval_loss` (the mean over all
+    targets), `eval_perplexity`, `eval_mean_token_accuracy` and `eval_num_targets`. Training steps do not measure token
+    accuracy and entropy: that would need the logits a second time.
+    """
+
+    def __init__(
+        self, model: Any = None, args: Any = None, *positional: Any, compile: bool = True, **kwargs: Any
+    ) -> None:
+        args, kwargs = _take_older_arguments(args, kwargs)
+        if isinstance(model, str):
+            model, kwargs = _load(model, args, kwargs)
+        args = _as_config(args, model)
+        check.check_arguments(kwargs)
+        arguments.refuse_early_stopping(args, kwargs.get("eval_dataset"))
+        with hygiene.own_dtypes(model), hygiene.unpatched(model), hygiene.head_out_of_sight(model):
+            super().__init__(model, args, *positional, **kwargs)
+        if self.model is not model:  # TRL has wrapped it with the `peft_config` it was given
+            base_model(self.model).__dict__.pop("forward", None)
+        self.model_accepts_loss_kwargs = True
+        self._say_what_was_cut(kwargs)
+        if compile:
+            self._compile()
+        self.tally = Tally(windows={window for window in flops.work_of(self.model).windows if window is not None})
+        self._tokens_seen = 0
+        self._statistics: list[torch.Tensor] = []
+        self._staging: Path | None = None
+        self._to_push: str | None = None
+        self.recorder = RecordCallback(
+            args.output_dir, self.tally, dataset=self.train_dataset, reduce=self._sum_processes
+        )
+        self.add_callback(self.recorder)
+        if args.early_stopping_patience is not None:
+            self.add_callback(EarlyStoppingCallback(args.early_stopping_patience, args.early_stopping_threshold))
+
+    # ---- the loss
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Return the loss of a micro-batch over `num_items_in_batch`, the targets of the whole accumulated batch."""
+        outputs = None
+        with self.accelerator.autocast():
+            if self.compute_loss_func is not None:
+                outputs = model(**step.without_labels(inputs), use_cache=False)
+                labels = step.document_labels(inputs)
+                loss = self.compute_loss_func(outputs, labels, num_items_in_batch=num_items_in_batch)
+            else:
+                smoothing, kind = self.args.label_smoothing_factor, self.args.loss_type
+                loss = step.loss(model, inputs, num_items_in_batch, label_smoothing=smoothing, loss_type=kind)
+            if return_outputs and outputs is None:
+                with torch.no_grad():
+                    outputs = model(**step.without_labels(inputs), use_cache=False)
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            # the count is that of all processes, and their gradients are averaged
+            loss = loss * (self.accelerator.num_processes // self._tp_size)
+        return (loss, outputs) if return_outputs else loss
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | None:
+        """Count the tokens that bear loss, over micro-batches and processes; count what the record reports."""
+        if not batch_samples or "labels" not in batch_samples[0]:
+            return None
+        for batch in batch_samples:
+            self.tally.add(batch)
+        items = sum(step.shifted_labels(batch).ne(step.IGNORE).sum() for batch in batch_samples).to(device)
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            items = self.accelerator.gather(items).sum()
+        parallelism = getattr(self.accelerator, "parallelism_config", None)
+        return items // parallelism.non_data_parallel_size if parallelism else items
+
+    def _sum_processes(self, counts: torch.Tensor) -> torch.Tensor:
+        return self.accelerator.reduce(counts, "sum") if self.args.world_size > 1 else counts
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log as TRL does; `num_tokens` counts the tokens seen without padding."""
+        super().log(logs, start_time)
+
+    # ---- evaluation
+
+    def prediction_step(
+        self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Any, Any, Any]:
+        """Sum loss and right tokens of a batch; build all its logits only when metrics ask for them."""
+        inputs = self._prepare_inputs(inputs)
+        logits = labels = None
+        with torch.no_grad(), self.accelerator.autocast():
+            if self.compute_loss_func is not None:
+                loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+                logits = None if prediction_loss_only else outputs.logits
+            else:
+                if prediction_loss_only:
+                    rows = step.token_statistics(model, inputs)
+                else:
+                    logits = model(**step.without_labels(inputs), use_cache=False).logits
+                    rows = step.statistics_of_logits(logits, inputs)
+                self._statistics.append(self.accelerator.gather_for_metrics(rows))
+                loss = (rows[:, 0].sum() / rows[:, 2].sum().clamp(min=1)).float()
+        if not prediction_loss_only:
+            labels = inputs["labels"]
+        return loss, logits, labels
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate; loss, perplexity and accuracy are means over all targets, not over batches."""
+        self._statistics = []
+        output = super().evaluation_loop(*args, **kwargs)
+        if self._statistics:
+            loss, right, count = torch.cat(self._statistics).sum(dim=0).tolist()
+            prefix, count = kwargs.get("metric_key_prefix", "eval"), max(count, 1.0)
+            output.metrics[f"{prefix}_loss"] = loss / count
+            output.metrics[f"{prefix}_perplexity"] = math.exp(min(loss / count, 700.0))
+            output.metrics[f"{prefix}_mean_token_accuracy"] = right / count
+            output.metrics[f"{prefix}_num_targets"] = int(count)
+        self._statistics = []
+        return output
+
+    # ---- optimizer, training, saving
+
+    def create_optimizer(self, *args: Any) -> Any:
+        """Make the optimizer; embeddings and LoRA's B matrices get rates of their own where the config asks."""
+        config = self.args
+        if self.optimizer is None and (config.embedding_learning_rate, config.loraplus_ratio) != (None, None):
+            model = args[0] if args else self.model
+            made = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(config, model)
+            self.optimizer_cls_and_kwargs = optimizers.with_groups(
+                made, model, config, self.get_decay_parameter_names(model)
+            )
+        return super().create_optimizer(*args)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train; the record says how the run ended, and the model has its own forward back."""
+        try:
+            with hygiene.unpatched(self.model):
+                return super().train(*args, **kwargs)
+        except BaseException as error:
+            if self.recorder.record and self.is_world_process_zero():
+                with contextlib.suppress(SaveError):
+                    self.recorder.write_record("failed", f"{type(error).__name__}: {error}")
+            raise
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Write a checkpoint beside its place and rename it when it is whole. Raises `SaveError`."""
+        folder = Path(super()._get_output_dir(trial))
+        target = folder / f"checkpoint-{self.state.global_step}"
+        last = [path for path in checkpoint.checkpoints(folder) if path != target]
+        untouched = f"The last whole checkpoint is {last[-1]}." if last else "There is no earlier checkpoint."
+        main, self._staging = self.is_world_process_zero(), checkpoint.staging_folder(target)
+        try:
+            with checkpoint.staged(target, untouched) if main else contextlib.nullcontext():
+                self.accelerator.wait_for_everyone()
+                super()._save_checkpoint(model, None)
+                self.accelerator.wait_for_everyone()
+                if main:
+                    self._publish(target)
+        finally:
+            self._staging = None
+        self.accelerator.wait_for_everyone()
+        if main:
+            checkpoint.rotate(folder, self.args.save_total_limit, self.state.best_model_checkpoint)
+        if self._to_push is not None:
+            self._to_push = None
+            super()._push_from_checkpoint(str(target))
+
+    def _publish(self, target: Path) -> None:
+        whole = self._staging / target.name
+        best = self.state.best_model_checkpoint
+        if best is not None and Path(best).parent == self._staging:
+            self.state.best_model_checkpoint = str(target)
+            self.state.save_to_json(str(whole / "trainer_state.json"))
+        checkpoint.put_in_place(whole, target)
+        self._staging.rmdir()
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self._staging is None:
+            super()._push_from_checkpoint(checkpoint_folder)
+        else:
+            self._to_push = checkpoint_folder
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model and tokenizer; files in `output_dir` are replaced only when all are written."""
+        if _internal_call or self.args.world_size > 1:
+            super().save_model(output_dir, _internal_call=_internal_call)
+            return
+        target = Path(output_dir or self.args.output_dir)
+        with checkpoint.staged(target / "model", f"What stood in {target} is untouched.") as folder:
+            super().save_model(str(folder), _internal_call=True)
+            (folder / "README.md").unlink(missing_ok=True)
+            checkpoint.move_files(folder, target)
+        if self.args.push_to_hub:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write the model card from the run record."""
+        if self.is_world_process_zero():
+            text = card.model_card(checkpoint.plain(self.recorder.record))
+            checkpoint.write_text(Path(self.args.output_dir) / "README.md", text)
+
+    def _send_telemetry(self) -> None:
+        """Send nothing."""
+
+    def _compile(self) -> None:
+        if get_state(self.model).compiled is not None:
+            return
+        if self.args.gradient_checkpointing:
+            print(
+                "fastft: gradient_checkpointing=True recomputes through transformers, so the layers are not compiled; "
+                "leave it off and let fastft's memory plan decide."
+            )
+            return
+        from fastft.graph.compile import compile as compile_layers
+
+        compile_layers(self.model)
+
+    def _say_what_was_cut(self, kwargs: Mapping[str, Any]) -> None:
+        """Say in one line what TRL has cut or dropped to fit `max_length`."""
+        given = kwargs.get("train_dataset")
+        limit = self.args.max_length
+        if limit is None or not hasattr(given, "column_names") or not hasattr(given, "__len__") or self.args.packing:
+            return
+        if len(self.train_dataset) < len(given):
+            lost = len(given) - len(self.train_dataset)
+            print(
+                f"fastft: {lost} of {len(given)} rows have nothing to learn within max_length={limit} and are left out."
+            )
+        cut = sum(1 for ids in self.train_dataset["input_ids"] if len(ids) >= limit)
+        if cut:
+            print(f"fastft: {cut} of {len(given)} rows fill max_length={limit}; what is longer is cut off.")
+
+
+@frozen
+class SftResult:
+    """The outcome of `sft`: `losses` are (step, loss) pairs as logged; `record` is the content of run.json."""
+
+    losses: tuple[tuple[int, float], ...]
+    final_loss: float | None
+    metrics: dict[str, float]
+    output_dir: str
+    record: dict[str, Any]
+
+
+def sft(
+    model: Any,
+    tokenizer: Any,
+    train: Any,
+    output_dir: str | Path = "run",
+    eval: Any = None,
+    *,
+    config: SFTConfig | None = None,
+    train_on: str = "assistant",
+    resume: bool | str = False,
+    compile: bool = True,
+    callbacks: Sequence[Any] = (),
+    compute_metrics: Any = None,
+    **options: Any,
+) -> SftResult:
+    """Fine-tune `model` on `train` and leave model, checkpoints and run record in `output_dir`.
+
+    `train` and `eval` are token ids (`chat_dataset`'s result) or rows, which `chat_dataset` renders with `train_on`.
+    `options`: epochs, steps, batch_size, eval_batch_size, learning_rate, accumulate, packing, max_length, schedule,
+    warmup_steps, optimizer, weight_decay, seed, log_every, save_every, eval_every, keep_checkpoints, report_to,
+    embedding_learning_rate, loraplus_ratio, early_stopping_patience, label_smoothing, or any field of `SFTConfig`; or
+    a whole `config`. `resume` is True (the newest checkpoint) or a checkpoint's folder.
+    Raises `UsageError`, `DataError`, `SaveError`.
+    """
+    train = _tokenised(train, tokenizer, train_on, "train")
+    eval = None if eval is None else _tokenised(eval, tokenizer, train_on, "eval")
+    args = _make_config(config, options, str(output_dir), model, train, eval)
+    resume_from = checkpoint.to_resume(resume, Path(args.output_dir))
+    trainer = SFTTrainer(
+        model,
+        args,
+        train_dataset=train,
+        eval_dataset=eval,
+        processing_class=tokenizer,
+        callbacks=list(callbacks),
+        compute_metrics=compute_metrics,
+        compile=compile,
+    )
+    output = trainer.train(resume_from_checkpoint=resume_from)
+    trainer.save_model()
+    trainer.create_model_card()
+    losses = tuple((row["step"], row["loss"]) for row in trainer.state.log_history if "loss" in row)
+    metrics = {**output.metrics, **_last_evaluation(trainer.state.log_history)}
+    final = losses[-1][1] if losses else None
+    return SftResult(losses, final, metrics, args.output_dir, trainer.recorder.record)
+
+
+def _last_evaluation(history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    rows = [row for row in history if "eval_loss" in row]
+    return {key: value for key, value in rows[-1].items() if key.startswith("eval_")} if rows else {}
+
+
+def _tokenised(data: Any, tokenizer: Any, train_on: str, name: str) -> Any:
+    """Return token ids: `data` itself after a check, or what `chat_dataset` makes of its rows."""
+    if "input_ids" in (getattr(data, "column_names", None) or ()):
+        check.check_tokenised(data, name)
+        return data
+    from fastft.data.chat import chat_dataset
+
+    return chat_dataset(data, tokenizer, train_on=train_on)
+
+
+def _make_config(
+    config: SFTConfig | None, options: Mapping[str, Any], output_dir: str, model: Any, train: Any, eval: Any
+) -> SFTConfig:
+    if config is not None:
+        if options:
+            raise UsageError(f"sft: give config or {', '.join(sorted(options))}, not both; put them into the config")
+        return config
+    fields = arguments.config_fields(options, arguments.field_names(SFTConfig))
+    dtype = base_model(model).get_input_embeddings().weight.dtype
+    longest = max(map(len, train["input_ids"])) if hasattr(train, "__len__") else None
+    defaults: dict[str, Any] = {
+        "output_dir": output_dir,
+        "bf16": dtype is torch.bfloat16,
+        "fp16": dtype is torch.float16,
+        "use_cpu": base_model(model).get_input_embeddings().weight.device.type == "cpu",
+        "learning_rate": 2e-4 if hasattr(model, "peft_config") else 2e-5,
+        "per_device_train_batch_size": 4,
+        "num_train_epochs": 1,
+        "logging_steps": 1,
+        "max_length": get_state(model).max_length or longest,
+    }
+    if "bf16" in fields or "fp16" in fields:
+        defaults |= {"bf16": False, "fp16": False}
+    if fields.get("packing"):
+        defaults["max_length"] = get_state(model).max_length or max(longest or 0, 1024)
+    if fields.get("padding_free") and not fields.get("packing"):
+        defaults["max_length"] = None
+    if eval is not None:
+        defaults |= arguments.evaluation_defaults(fields)
+    made = SFTConfig(**defaults | fields)
+    if longest is not None and made.max_length is not None and longest > made.max_length:
+        check.refuse_overlong(train, made.max_length)
+    return made
+
+
+def _take_older_arguments(args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Move what older scripts pass to the trainer to where it belongs, and refuse what nothing knows."""
+    import inspect
+
+    known = [name for name in inspect.signature(trl.SFTTrainer.__init__).parameters if name != "self"]
+    arguments.refuse_unknown("SFTTrainer", kwargs, [*known, "tokenizer", "compile", *arguments.LEGACY])
+    kwargs = dict(kwargs)
+    if "tokenizer" in kwargs:
+        if kwargs.get("processing_class") is not None:
+            raise UsageError("SFTTrainer: tokenizer and processing_class are the same thing; give one of them")
+        kwargs["processing_class"] = kwargs.pop("tokenizer")
+    older = {name: kwargs.pop(name) for name in list(kwargs) if name in arguments.LEGACY}
+    fields, lines = arguments.moved(older)
+    for line in lines:
+        print(line)
+    return (_evolve(args, fields) if fields else args), kwargs
+
+
+def _evolve(args: Any, fields: Mapping[str, Any]) -> "SFTConfig":
+    """Return `args` as a SFTConfig with some fields changed, whatever training arguments they were."""
+    if args is None:
+        return SFTConfig(output_dir="run", **fields)
+    taken = {item.name for item in dataclasses.fields(SFTConfig) if item.init}
+    same = {
+        item.name: getattr(args, item.name) for item in dataclasses.fields(args) if item.init and item.name in taken
+    }
+    return SFTConfig(**{**same, **fields})
+
+
+def _as_config(args: Any, model: Any) -> "SFTConfig":
+    """Return a SFTConfig; TRL's own default of gradient checkpointing is not taken over, and that is said."""
+    if isinstance(args, SFTConfig):
+        return args
+    if args is None or isinstance(args, TrainingArguments):
+        fields = {}
+        if getattr(args, "gradient_checkpointing", False):
+            print(
+                "fastft: gradient checkpointing is left to the memory plan; "
+                "fastft.SFTConfig(gradient_checkpointing=True) asks for it."
+            )
+            fields["gradient_checkpointing"] = False
+        return _evolve(args, fields)
+    raise UsageError(
+        Problem("SFTTrainer args", type(args).__name__, "a fastft.SFTConfig or transformers TrainingArguments")
+    )
+
+
+def _load(name: str, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Load a model given by name, with its tokenizer unless another is given."""
+    if kwargs.get("quantization_config") is not None or getattr(args, "model_init_kwargs", None):
+        raise UsageError(
+            "SFTTrainer: load the model with fastft.load(...) to choose its quantisation and dtype, and pass it"
+        )
+    from fastft.model.load import load
+
+    model, tokenizer = load(name)
+    return model, {**kwargs, "processing_class": kwargs.get("processing_class") or tokenizer}
