@@ -134,9 +134,10 @@ def test_inits_start_where_they_should_and_reload(tiny, tmp_path, init, rms):
 
 def test_olora_on_nf4(tiny, rms):
     model, _ = load(tiny(), quant="nf4", dtype="float32")
-    base = logits(model)
+    base, true = logits(model), logits(load(tiny(), dtype="float32")[0])
     lora = add_lora(model, r=4, init="olora")
-    assert rms(logits(lora), base) < 0.3
+    # The residual is quantised anew: as far from the 16-bit model as the first quantisation was, give or take.
+    assert 0.3 < rms(logits(lora), true) / rms(base, true) < 1.5
     from bitsandbytes.nn import Linear4bit
 
     assert not any(m.support_avx512bf16_for_cpu for m in lora.modules() if isinstance(m, Linear4bit))
@@ -220,7 +221,7 @@ def test_all_mistakes_are_told_at_once(tiny):
         "train_tokens: expected token ids from 0 to 299, got [300]",
     ):
         assert part in text, part
-    assert len(caught.value.problems) == 13
+    assert len(caught.value.problems) == 12
     assert not hasattr(model, "peft_config") and not any("lora" in n for n, _ in model.named_parameters())
 
 
@@ -237,6 +238,7 @@ def test_all_mistakes_are_told_at_once(tiny):
         ({"init": "eva"}, "needs training data"),
         ({"init": "loftq"}, "on a GPU only"),
         ({"init": "orthogonal", "r": 3}, "an even rank"),
+        ({"init": "pissa_niter_4", "seed": 1}, "seed: expected 3407"),
         ({"train_tokens": "all"}, "train_tokens: expected 'added'"),
     ],
 )

@@ -19,11 +19,16 @@ def bnb_linears(model):
 
 
 def gradients(model):
+    """Gradients of eight small batches side by side [8, n]: one bf16 rounding may be lucky, eight are not."""
     model.train()
-    model.zero_grad()
-    loss = model(IDS, labels=IDS).loss
-    loss.backward()
-    return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+    found = {n: [] for n, p in model.named_parameters() if p.requires_grad}
+    for batch in torch.randint(0, 290, (8, 2, 10), generator=torch.Generator().manual_seed(0)):
+        model.zero_grad()
+        model(batch, labels=batch).loss.backward()
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                found[name].append(parameter.grad.double().flatten())
+    return {name: torch.stack(grads) for name, grads in found.items()}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -42,7 +47,7 @@ def test_gradients_after_evaluation_are_those_of_the_dequantised_model(tiny, fam
     generate(model, tokenizer, ["The quick", "A model reads"], max_new_tokens=4)
     for module, bits in zip(bnb_linears(model), packed, strict=True):
         assert torch.equal(module.weight.data, bits)
-    loss, got = gradients(model)
+    got = gradients(model)
 
     def dense(dtype):
         other, _ = load(folder, dtype=dtype)
@@ -54,18 +59,17 @@ def test_gradients_after_evaluation_are_those_of_the_dequantised_model(tiny, fam
                 other.get_submodule(name).weight.data.copy_(weight)
         return gradients(other)
 
-    true_loss, true = dense("float32")
-    _, same_dtype = dense(dtype)
+    true, same_dtype = dense("float32"), dense(dtype)
     assert got.keys() == true.keys() and got
-    # Two bf16 computations round differently: a single tensor may be off by twice the other's error, their sum not.
-    for name, grad in got.items():
-        assert rms(grad, true[name]) < max(2e-5, 2 * rms(same_dtype[name], true[name])) < 0.3, name
 
     def whole(grads):
-        return torch.cat([grads[name].double().flatten() for name in true])
+        return torch.cat([grads[name].flatten() for name in true])
 
-    assert rms(whole(got), whole(true)) < max(1e-5, 1.25 * rms(whole(same_dtype), whole(true)))
-    assert abs(loss - true_loss) < (1e-5 if dtype == "float32" else 0.05)
+    # The budget is the error of the dense model in the same dtype; two computations that round differently may differ
+    # by a third over all, and by more in one small tensor. Repacked weights are off by 0.9.
+    assert rms(whole(got), whole(true)) < max(1e-5, 1.33 * rms(whole(same_dtype), whole(true)))
+    for name, grad in got.items():
+        assert rms(grad, true[name]) < max(2e-5, 2 * rms(same_dtype[name], true[name])) < 0.3, name
 
 
 def test_every_layer_is_told_not_to_repack(tiny):

@@ -15,6 +15,8 @@ from fastft.state import ModelState, base_model, get_state, update_state
 
 Targets = str | Sequence[str] | None
 INITS = (True, False, "gaussian", "pissa", "pissa_niter_N", "olora", "orthogonal", "loftq")
+# PiSSA with a randomised decomposition is repeated when the adapter is loaded again, with this seed.
+DEFAULT_SEED = 3407
 _NEEDS_DATA = ("eva", "corda", "lora_ga")
 # Initialisations that subtract the adapter from the base weight and so must be able to write it.
 _WRITES_BASE = ("pissa", "loftq")
@@ -48,7 +50,7 @@ def add_lora(
     layers: int | Sequence[int] | None = None,
     layers_pattern: str | Sequence[str] | None = None,
     train_tokens: str | Sequence[int] | None = "added",
-    seed: int = 3407,
+    seed: int = DEFAULT_SEED,
     **options: Any,
 ) -> Any:
     """Return a PEFT model with a LoRA adapter of rank `r` on `model`, all other weights frozen.
@@ -73,6 +75,7 @@ def add_lora(
     given = {
         "r": r, "alpha": alpha, "dropout": dropout, "bias": bias, "init": init, "modules_to_save": modules_to_save,
         "layers": layers, "layers_pattern": layers_pattern, "targets": targets, "train_tokens": train_tokens,
+        "seed": seed,
     }  # fmt: skip
     _check(model, given, options)
     base, state = base_model(model), get_state(model)
@@ -100,8 +103,7 @@ def add_lora(
         revision=state.revision,
         **options,
     )
-    devices = sorted({p.device.index for p in base.parameters() if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices=devices):
+    with torch.random.fork_rng(devices=cuda_devices(base)):
         torch.manual_seed(seed)
         adapted = get_peft_model(base, config)
     adapted.train(model.training)
@@ -110,6 +112,11 @@ def add_lora(
         note = f"{rows} token rows of {' and '.join(tokens)} are trained with the adapter"
         update_state(adapted, notes=(*state.notes, note))
     return adapted
+
+
+def cuda_devices(model: nn.Module) -> list[int]:
+    """Return the indices of the CUDA devices that hold the model's weights."""
+    return sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
 
 
 def linear_names(model: nn.Module, head: bool = False) -> list[str]:
@@ -133,6 +140,11 @@ def _check(model: Any, given: Mapping[str, Any], options: Mapping[str, Any]) -> 
         )
     problems += _number_problems(given)
     problems += _init_problems(given["init"], given["r"], state, base_model(model), options)
+    if str(given["init"]).startswith("pissa_niter") and given["seed"] != DEFAULT_SEED:
+        remedy = (
+            "Loading the adapter repeats the random decomposition with this seed; or take init='pissa', which is exact."
+        )
+        problems.append(Problem("seed", given["seed"], f"{DEFAULT_SEED} with init={given['init']!r}", remedy))
     problems += _module_problems(model, given)
     problems += _option_problems(options)
     if problems:
@@ -260,7 +272,7 @@ def _option_problems(options: Mapping[str, Any]) -> list[str]:
         if name in PASSED_ON:
             continue
         hint = f"here it is {_RENAMED[name]}" if name in _RENAMED else did_you_mean(name, known)
-        if not hint and name in theirs:
+        if name in theirs and name not in _RENAMED:
             hint = "PEFT knows it but add_lora does not pass it on; build the adapter with peft.get_peft_model"
         problems.append(f"add_lora: unknown argument {name!r}; {hint or 'it takes ' + ', '.join(known)}")
     return problems

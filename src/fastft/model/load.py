@@ -11,6 +11,7 @@ from attrs import frozen
 from fastft.environment import local_rank
 from fastft.errors import LoadError, Problem, UsageError, did_you_mean
 from fastft.model import files
+from fastft.model.adapters import DEFAULT_SEED, cuda_devices
 from fastft.model.config import choose_dtype, dtype_problem, widen_positions
 from fastft.model.quantize import (
     config_for,
@@ -306,7 +307,9 @@ def _load_adapter(request: _Request, folder: Path) -> tuple[Any, Any]:
     tokenizer = _finish(request, model, tokenizer)
     update_state(model, added_tokens=tuple(new))
     try:
-        model = PeftModel.from_pretrained(model, str(folder), is_trainable=True)
+        with torch.random.fork_rng(devices=cuda_devices(model)):
+            torch.manual_seed(DEFAULT_SEED)
+            model = PeftModel.from_pretrained(model, str(folder), is_trainable=True)
     except (ValueError, KeyError, RuntimeError, TypeError, OSError) as error:
         raise LoadError(f"{folder}: the adapter does not fit its base {base_source!r}: {error}") from error
     model.eval()
