@@ -132,9 +132,10 @@ class RecordCallback(TrainerCallback):
             self.rows.append(row)
             append_line(self.folder / "metrics.jsonl", row)
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Write the picture, the manifest and the card."""
         if state.is_world_process_zero:
+            self.record["rewrites"] = rewrites(model)
             self.finish("stopped early" if state.global_step < state.max_steps else "finished", state)
 
     def finish(self, status: str, state: Any) -> None:

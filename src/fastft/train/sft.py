@@ -15,6 +15,7 @@ import torch
 import trl
 from attrs import frozen
 from transformers import EarlyStoppingCallback, TrainingArguments
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from fastft.data import check
 from fastft.errors import Problem, SaveError, UsageError
@@ -56,6 +57,16 @@ class SFTConfig(trl.SFTConfig):
         arguments.refuse_numbers(self)
 
 
+@dataclasses.dataclass
+class CountingCollator(DataCollatorForLanguageModeling):
+    """TRL's collator, which also says how many targets a batch has: the loss then need not ask the device."""
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """Return TRL's batch with `valid_rows`, the number of targets, as an int."""
+        batch = super().torch_call(examples)
+        return {**batch, "valid_rows": int(step.shifted_labels(batch).ne(step.IGNORE).sum())}
+
+
 class SFTTrainer(trl.SFTTrainer):
     """A TRL SFTTrainer that trains through fastft.
 
@@ -64,7 +75,7 @@ class SFTTrainer(trl.SFTTrainer):
     into the config with one line. Raises `UsageError` for unknown arguments and combinations that cannot work,
     `DataError` for data that cannot be trained on, `SaveError` when a checkpoint cannot be written.
 
-    The log holds `loss`, `grad_norm`, `learning_rate`, `num_tokens`; evaluation gives `eval_loss` (the mean over all
+    The log holds `loss`, `grad_norm` and `learning_rate` (tokens and speed: metrics.jsonl); evaluation gives `eval_loss` (the mean over all
     targets), `eval_perplexity`, `eval_mean_token_accuracy` and `eval_num_targets`. Training steps do not measure token
     accuracy and entropy: that would need the logits a second time.
     """
@@ -83,11 +94,13 @@ class SFTTrainer(trl.SFTTrainer):
         if self.model is not model:  # TRL has wrapped it with the `peft_config` it was given
             base_model(self.model).__dict__.pop("forward", None)
         self.model_accepts_loss_kwargs = True
+        if type(self.data_collator) is DataCollatorForLanguageModeling:
+            own = self.data_collator
+            self.data_collator = CountingCollator(**{f.name: getattr(own, f.name) for f in dataclasses.fields(own)})
         self._say_what_was_cut(kwargs)
         if compile:
             self._compile()
         self.tally = Tally(windows={window for window in flops.work_of(self.model).windows if window is not None})
-        self._tokens_seen = 0
         self._statistics: list[torch.Tensor] = []
         self._staging: Path | None = None
         self._to_push: str | None = None
@@ -135,10 +148,6 @@ class SFTTrainer(trl.SFTTrainer):
 
     def _sum_processes(self, counts: torch.Tensor) -> torch.Tensor:
         return self.accelerator.reduce(counts, "sum") if self.args.world_size > 1 else counts
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log as TRL does; `num_tokens` counts the tokens seen without padding."""
-        super().log(logs, start_time)
 
     # ---- evaluation
 

@@ -18,7 +18,8 @@ from fastft.registry.spec import ModelSpec
 from fastft.state import base_model, get_state
 
 IGNORE = -100
-LABEL_KEYS = ("labels", "shift_labels", "num_items_in_batch")
+# What the loss takes from a batch, and the backbone does not. `valid_rows` is the number of targets, as the host knows it.
+LABEL_KEYS = ("labels", "shift_labels", "num_items_in_batch", "valid_rows")
 CHECK_ATTRIBUTE = "fastft_head_check"
 # Logits of the probe are blown up to this size, so that a forgotten soft cap (30 or 50) shows.
 PROBE_LOGIT = 60.0
@@ -92,6 +93,7 @@ def loss(
         label_smoothing=label_smoothing,
         ignore_index=IGNORE,
         num_items=items,
+        valid_rows=batch.get("valid_rows"),
     )
 
 

@@ -1,0 +1,176 @@
+"""The loss of a batch against transformers' own, packed against padded, and the heads that cannot be fused."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastft.data.collate import collate
+from fastft.registry.spec import HeadPoint, ModelSpec
+from fastft.state import update_state
+from fastft.train import step
+
+FAMILIES = {
+    "llama": {},
+    "granite": {"logits_scaling": 8.0},
+    "cohere": {"logit_scale": 0.25},
+    "gemma2": {"head_dim": 8, "final_logit_softcapping": 0.5, "sliding_window": 16},
+}
+
+
+def gradients(model, value):
+    model.zero_grad()
+    value.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def worst(ours, theirs):
+    assert ours.keys() == theirs.keys() and ours
+    return max(((ours[name] - theirs[name]).norm() / theirs[name].norm().clamp(min=1e-12)).item() for name in ours)
+
+
+def own_loss(model, batch, **kwargs):
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    return model(**inputs, labels=step.document_labels(batch), use_cache=False, **kwargs).loss
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
+def test_equals_transformers(family, lora, build_model, build_rows):
+    model = build_model(family, lora=lora, **FAMILIES[family]).train()
+    batch = collate(build_rows(5))
+    assert step.head_check(model).fused, step.head_check(model).reason
+    ours, theirs = step.loss(model, batch), own_loss(model, batch)
+    torch.testing.assert_close(ours, theirs, rtol=2e-6, atol=0)
+    assert worst(gradients(model, ours), gradients(model, theirs)) < 1e-5
+    items = torch.tensor(37)
+    torch.testing.assert_close(
+        step.loss(model, batch, items), own_loss(model, batch, num_items_in_batch=items), rtol=2e-6, atol=0
+    )
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_packed_equals_padded(attention, build_model, build_rows):
+    model = build_model().train()
+    model.get_base_model().set_attn_implementation(attention)
+    rows = build_rows(6, seed=3)
+    padded, packed = collate(rows), collate(rows, packed=True)
+    left = collate(rows, side="left")
+    losses = [step.loss(model, batch) for batch in (padded, packed, left)]
+    grads = [gradients(model, value) for value in losses]
+    for value, grad in zip(losses[1:], grads[1:], strict=True):
+        torch.testing.assert_close(value, losses[0], rtol=2e-6, atol=0)
+        assert worst(grad, grads[0]) < 1e-5
+
+
+def test_a_token_of_another_document_changes_nothing(build_model, build_rows):
+    model = build_model().eval()
+    rows = build_rows(2, low=6, high=9)
+    alone = step.token_statistics(model, collate(rows[1:]))
+    changed = [{"input_ids": [9] * len(rows[0]["input_ids"]), "labels": [-100] * len(rows[0]["input_ids"])}, rows[1]]
+    packed = step.token_statistics(model, collate(changed, packed=True))
+    torch.testing.assert_close(packed, alone, rtol=1e-6, atol=1e-9)
+
+
+def test_first_token_of_a_document_is_no_target():
+    batch = {"labels": torch.arange(1, 8)[None], "position_ids": torch.tensor([[0, 1, 2, 0, 1, 0, 1]])}
+    assert step.shifted_labels(batch).tolist() == [[2, 3, -100, 5, -100, 7, -100]]
+
+
+def test_head_with_lora_and_trained_head(build_model, build_rows):
+    batch = collate(build_rows(4))
+    everything = ["q_proj", "lm_head"]
+    for model in (build_model(targets=everything), build_model(modules_to_save=["lm_head"]), build_model(modules_to_save=["embed_tokens"])):
+        model.train()
+        ours, theirs = step.loss(model, batch), own_loss(model, batch)
+        torch.testing.assert_close(ours, theirs, rtol=2e-6, atol=0)
+        mine, reference = gradients(model, ours), gradients(model, theirs)
+        assert worst(mine, reference) < 1e-5
+    with_head = build_model(targets=everything)
+    assert any("lm_head" in name for name in gradients(with_head, step.loss(with_head.train(), batch)))
+
+
+def test_tied_head_full_training(build_model, build_rows):
+    model = build_model(lora=False, tie_word_embeddings=True).train()
+    batch = collate(build_rows(4))
+    ours, theirs = step.loss(model, batch), own_loss(model, batch)
+    assert worst(gradients(model, ours), gradients(model, theirs)) < 1e-5
+
+
+def test_wrong_spec_costs_speed_only(build_model, build_rows):
+    """A forgotten soft cap is found although the tiny model's logits are far too small to reach it."""
+    model = build_model("gemma2", final_logit_softcapping=30.0, head_dim=8).train()
+    wrong = ModelSpec("gemma2", ("gemma2",), ("Gemma2DecoderLayer",), head=HeadPoint())
+    update_state(model, spec=wrong)
+    check = step.head_check(model)
+    assert not check.fused and "other logits" in check.reason
+    batch = collate(build_rows(3))
+    torch.testing.assert_close(step.loss(model, batch), own_loss(model, batch), rtol=1e-6, atol=0)
+
+
+def test_unknown_family_uses_its_own_forward(build_model, build_rows):
+    model = build_model("gpt_neox", lora=False, attention_dropout=0.0, hidden_dropout=0.0).train()
+    check = step.head_check(model)
+    assert not check.fused and "gpt_neox" in check.reason
+    batch, items = collate(build_rows(3)), torch.tensor(19)
+    torch.testing.assert_close(
+        step.loss(model, batch, items), own_loss(model, batch, num_items_in_batch=items), rtol=1e-6, atol=0
+    )
+
+
+def test_label_smoothing_and_dft(build_model, build_rows):
+    model, batch = build_model().train(), collate(build_rows(4))
+    targets = step.shifted_labels(batch).flatten()
+    logits = model(**step.without_labels(batch)).logits.flatten(0, 1)
+    smoothed = F.cross_entropy(logits, targets, label_smoothing=0.1)
+    torch.testing.assert_close(step.loss(model, batch, label_smoothing=0.1), smoothed, rtol=2e-6, atol=0)
+    nll = F.cross_entropy(logits, targets, reduction="none")
+    weighted = (nll * torch.exp(-nll).detach()).sum() / targets.ne(-100).sum()
+    dft = step.loss(model, batch, loss_type="dft")
+    torch.testing.assert_close(dft, weighted, rtol=2e-6, atol=0)
+    assert worst(gradients(model, dft), gradients(model, weighted)) < 1e-5
+
+
+def test_statistics_equal_direct_computation(build_model, build_rows):
+    model, batch = build_model().eval(), collate(build_rows(4))
+    with torch.no_grad():
+        logits = model(**step.without_labels(batch)).logits
+    targets = step.shifted_labels(batch)
+    present = targets.ne(-100)
+    nll = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none").sum(-1)
+    right = (logits.argmax(-1).eq(targets) & present).sum(-1)
+    expected = torch.stack([nll.double(), right.double(), present.sum(-1).double()], dim=-1)
+    torch.testing.assert_close(step.token_statistics(model, batch), expected, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(step.statistics_of_logits(logits, batch), expected, rtol=1e-6, atol=1e-9)
+
+
+def test_batch_without_targets_is_zero_not_nan(build_model):
+    model = build_model().train()
+    batch = {"input_ids": torch.tensor([[5, 6, 7]]), "labels": torch.full((1, 3), -100)}
+    value = step.loss(model, batch)
+    assert value.item() == 0.0
+    assert all(torch.isfinite(g).all() and not g.any() for g in gradients(model, value).values())
+
+
+def test_data_parallel_wrapper_is_called_as_a_whole(build_model, build_rows, tmp_path):
+    """Through DDP (one process), whose own forward must run for its gradient hooks to be armed."""
+    import torch.distributed as dist
+
+    model, batch = build_model().train(), collate(build_rows(4))
+    plain = gradients(model, step.loss(model, batch))
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        wrapped = torch.nn.parallel.DistributedDataParallel(model)
+        seen = []
+        wrapped.register_forward_hook(lambda *args: seen.append(1))
+        through = gradients(model, step.loss(wrapped, batch))
+    finally:
+        dist.destroy_process_group()
+    assert seen == [1]
+    assert worst(through, plain) < 1e-6
+
+
+def test_autocast_equals_transformers(build_model, build_rows):
+    model, batch = build_model().train(), collate(build_rows(4))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours, theirs = step.loss(model, batch), own_loss(model, batch)
+    torch.testing.assert_close(ours.float(), theirs.float(), rtol=2e-3, atol=0)
