@@ -272,3 +272,66 @@ def test_loading_leaves_the_random_state(tiny):
     before = torch.get_rng_state()
     load(tiny(), quant="nf4")
     assert torch.equal(before, torch.get_rng_state())
+
+
+def answer(status):
+    import httpx
+
+    return httpx.Response(status, request=httpx.Request("GET", "https://hub.invalid/team/small"))
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        ("GatedRepoError", 403, "access is gated; accept its terms"),
+        ("RepositoryNotFoundError", 404, "not on the hub; check the spelling, or pass token="),
+        ("RevisionNotFoundError", 404, "the hub has the model but not this revision"),
+        ("LocalEntryNotFoundError", None, "the hub could not be reached"),
+        ("HfHubHTTPError", 503, "the hub could not be reached"),
+    ],
+)
+def test_what_the_hub_says_is_passed_on(tiny, monkeypatch, error, status, message):
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    kind = getattr(errors, error)
+
+    def refuse(repo, local_files_only, **_):
+        if local_files_only:
+            raise errors.LocalEntryNotFoundError("not cached")
+        raise kind("no", response=answer(status)) if status else kind("no")
+
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    with pytest.raises(LoadError) as caught:
+        load("team/small", revision="v9")
+    assert message in str(caught.value) and "'team/small' at revision 'v9'" in str(caught.value)
+
+
+def test_the_network_is_asked_only_for_what_is_not_cached(tiny, monkeypatch):
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    folder, asked, cached = tiny(), [], [False]
+
+    def download(repo, local_files_only, allow_patterns, **_):
+        asked.append(local_files_only)
+        assert "*.py" not in allow_patterns
+        if local_files_only and not cached[0]:
+            raise LocalEntryNotFoundError("not cached")
+        return str(folder)
+
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    load("team/small")
+    assert asked == [True, False]
+    cached[0] = True
+    load("team/small")
+    assert asked == [True, False, True]
+
+
+def test_a_wrong_id_is_no_crash():
+    with pytest.raises(LoadError, match="no hub id"):
+        load("a..b/c")

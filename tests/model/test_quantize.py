@@ -123,3 +123,20 @@ def test_16bit_modules_follow_the_spec():
     assert (config.bnb_4bit_quant_type, config.bnb_4bit_use_double_quant) == ("nf4", True)
     assert config.bnb_4bit_compute_dtype == torch.bfloat16
     assert quantize.config_for("int8", torch.float16, spec).load_in_8bit
+
+
+def test_int8_gradients_are_the_same_after_evaluation(tiny, rms):
+    folder = tiny("qwen2")
+
+    def start():
+        return add_lora(load(folder, quant="int8", dtype="float32")[0], r=4, init=False)
+
+    fresh, asked = start(), start()
+    tokenizer = load(folder)[1]
+    asked.eval()
+    with torch.no_grad():
+        asked(IDS)
+    generate(asked, tokenizer, ["The quick", "A model reads"], max_new_tokens=4)
+    expected, got = gradients(fresh), gradients(asked)
+    assert got.keys() == expected.keys() and got
+    assert all(rms(got[name], expected[name]) < 1e-6 for name in got)

@@ -47,6 +47,7 @@ def _from_hub(source: str, revision: str | None, token: str | None, cache_dir: s
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
+        HFValidationError,
         LocalEntryNotFoundError,
         OfflineModeIsEnabled,
         RepositoryNotFoundError,
@@ -68,6 +69,8 @@ def _from_hub(source: str, revision: str | None, token: str | None, cache_dir: s
         looked = f"the copy in the hub cache is incomplete ({'; '.join(missing)})"
     except LocalEntryNotFoundError:
         pass
+    except HFValidationError as error:
+        raise LoadError(f"{at}: no such folder ({Path(source).absolute()}), and no hub id either: {error}") from error
     if hub_offline():
         raise LoadError(
             f"{at}: {looked}, and the model hub is switched off (HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE); unset it, "
