@@ -1,4 +1,4 @@
-"""What the tests of the matrix kernels share: a judge of errors, and a runner for Triton's interpreter.
+"""What the tests of the matrix kernels share: a judge of errors, and a second run in Triton's interpreter.
 
 Loaded by path (`importlib`), since test folders are no packages.
 """
@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def rms_ratio(value, truth):
-    """Return ||value - truth|| / ||truth|| in fp64; NaN and infinity count as infinite, absence of truth as absolute."""
+    """Return ||value - truth|| / ||truth|| in fp64; NaN counts as infinite."""
     value, truth = value.detach().double(), truth.detach().double()
     assert value.shape == truth.shape, (value.shape, truth.shape)
     error, size = (value - truth).norm().item(), truth.norm().item()
@@ -33,12 +33,15 @@ def assert_within(name, value, eager, truth, slack=1.0, floor=0.0):
     assert got <= budget, f"{name}: error {got:.3e} exceeds {budget:.3e}"
 
 
-def run_interpreted(body, *arguments, timeout=300):
-    """Run Python source in a process of its own with TRITON_INTERPRET=1, which must be set before triton is imported."""
+def rerun_interpreted(file, deselect, timeout=300):
+    """Run the tests of `file` once more in a process with TRITON_INTERPRET=1, set before triton is imported.
+
+    There the ops run their Triton kernels on the CPU. deselect: a pytest `-k` expression of what is left out, at
+    least bf16, since the interpreter truncates where hardware rounds. Returns what pytest said last.
+    """
     env = dict(os.environ, TRITON_INTERPRET="1", OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
-    env["PYTHONPATH"] = os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests" / "kernels"), env.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, "-c", body, *map(str, arguments)], env=env, capture_output=True, text=True, timeout=timeout
-    )
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT / "src"), env.get("PYTHONPATH", "")])
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:xdist", str(file), "-k", f"not ({deselect})"]
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
-    return done.stdout
+    return done.stdout.strip().splitlines()[-1]

@@ -242,7 +242,7 @@ def test_inductor_agrees_with_eager():
 
 
 def test_reference_can_be_emitted_as_graph_nodes():
-    args, dys = make("qkv", "nested", torch.float32, torch.float32)
+    args, _ = make("qkv", "nested", torch.float32, torch.float32)
     x, weights, biases, a, b, scales, states = args
     graph = torch.fx.Graph()
     tracer = torch.fx.proxy.GraphAppendingTracer(graph)

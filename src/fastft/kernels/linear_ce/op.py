@@ -1,8 +1,10 @@
 """The registered op `fastft::linear_cross_entropy`: loss and gradients made together in the forward, chunk by chunk.
 
 The logits of a chunk of rows are one GEMM; a kernel turns them into the gradient over the logits in place; two more
-GEMMs turn that into the gradients of hidden states and, where it is trained, of the weight. The gradients are those of
-the sum of the losses; the backward multiplies them by the gradient that arrives.
+GEMMs turn that into the gradients of hidden states and, where it is trained, of the weight. The backward multiplies
+them by the gradient that arrives. A gradient in 16 bits must not be rounded once more by that, nor underflow: with
+1 / num_items = m * 2^k, m in [0.5, 1), the forward multiplies by m in fp32, and the backward by 2^k times the arriving
+gradient, which is exact whenever that is a power of two, as it is 1 or a loss scale.
 
 Rows without a label. On a CPU they are dropped before the first GEMM. On a GPU their number is known only to the
 device, and asking for it would stall the queue of launches: all rows are kept and the kernel writes zeros for them;
@@ -37,9 +39,9 @@ def linear_cross_entropy(
 
     hidden: [..., D] in fp32, bf16 or fp16 (fp64 too, by the reference). weight: [V, D] and bias: [V], cast to the
     dtype of hidden. labels: [...] integers, already aligned with hidden; rows that have ignore_index count for
-    nothing. softcap 0.0 is none. num_items: what the sum is divided by, a number or a scalar tensor; None is the
-    number of labelled rows, and then the mean of none is NaN, as torch has it, whereas with num_items given it is 0
-    with zero gradients. Returns an fp32 scalar (fp64 for fp64).
+    nothing. softcap 0.0 is none. num_items: what the sum is divided by, a number or a scalar tensor, a constant to
+    autograd; None is the number of labelled rows, and then the mean of none is NaN, as torch has it, whereas with
+    num_items given it is 0; the gradients are zero either way. Returns an fp32 scalar (fp64 for fp64).
 
     valid_rows: an upper bound on the number of labelled rows that the caller knows without asking the device; a bound
     that is too low makes the loss NaN. chunk_rows: rows whose logits are held at once, by default a heuristic.
@@ -50,16 +52,16 @@ def linear_cross_entropy(
     _check(hidden, weight, labels, bias, label_smoothing, valid_rows, chunk_rows)
     if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
-    labels = labels.reshape(-1)
     needs = [
         torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in (hidden, weight, bias)
     ]
-    total, *_ = torch.ops.fastft.linear_cross_entropy(
-        hidden.reshape(-1, hidden.shape[-1]), weight, labels, bias,
+    if num_items is not None and not isinstance(num_items, Tensor):
+        num_items = hidden.new_full((), float(num_items), dtype=_work_dtype(hidden.dtype))  # a fill: no copy, no wait
+    return torch.ops.fastft.linear_cross_entropy(
+        hidden.reshape(-1, hidden.shape[-1]), weight, labels.reshape(-1), bias, num_items,
         float(scale), float(softcap), float(label_smoothing), ignore_index,
         -1 if valid_rows is None else valid_rows, chunk_rows or 0, *needs,
-    )  # fmt: skip
-    return total / ((labels != ignore_index).sum() if num_items is None else num_items)
+    )[0]  # fmt: skip
 
 
 def _check(
@@ -96,6 +98,7 @@ def _work_dtype(dtype: torch.dtype) -> torch.dtype:
 def _torch_cross_entropy_(
     logits: Tensor,
     labels: Tensor,
+    factor: Tensor,
     *,
     scale: float,
     softcap: float,
@@ -106,15 +109,17 @@ def _torch_cross_entropy_(
     """Do what `triton.cross_entropy_` does in plain torch; labels must be in range or ignore_index."""
     z = logits.to(_work_dtype(logits.dtype)) * scale
     tanh = torch.tanh(z / softcap) if softcap else None
-    z = z if tanh is None else softcap * tanh
-    lse = torch.logsumexp(z, -1, keepdim=True)
+    log_p = torch.log_softmax(z if tanh is None else softcap * tanh, -1)
     valid = (labels != ignore_index)[:, None]
-    target = labels.clamp(min=0)[:, None].masked_fill(~valid, 0)
-    losses = lse - (1 - label_smoothing) * z.gather(1, target) - label_smoothing * z.mean(-1, keepdim=True)
+    target = labels[:, None].masked_fill(~valid, 0)
+    losses = (label_smoothing - 1) * log_p.gather(1, target)
+    if label_smoothing:
+        losses = losses - label_smoothing * log_p.mean(-1, keepdim=True)
     if gradient:
-        dz = torch.exp(z - lse) - label_smoothing / logits.shape[1]
-        dz.scatter_add_(1, target, torch.full_like(lse, label_smoothing - 1))
-        dz = dz * scale if tanh is None else dz * (1 - tanh * tanh) * scale
+        dz = log_p.exp_() - label_smoothing / logits.shape[1]
+        dz.scatter_add_(1, target, torch.full_like(losses, label_smoothing - 1))
+        dz = dz * (factor * scale)
+        dz = dz if tanh is None else dz * (1 - tanh * tanh)
         logits.copy_(dz.masked_fill_(~valid, 0))
     return losses.masked_fill(~valid, 0).squeeze(1)
 
@@ -155,6 +160,7 @@ def _linear_cross_entropy(
     weight: Tensor,
     labels: Tensor,
     bias: Tensor | None,
+    num_items: Tensor | None,
     scale: float,
     softcap: float,
     label_smoothing: float,
@@ -164,10 +170,11 @@ def _linear_cross_entropy(
     needs_hidden: bool,
     needs_weight: bool,
     needs_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return (sum of losses, dhidden, dweight, dbias) of hidden [n, D]; a gradient not needed is an empty tensor.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return (loss, dhidden, dweight, dbias, unit) of hidden [n, D]; a gradient not needed is an empty tensor.
 
     valid_rows: -1 for unknown. chunk_rows: 0 for the heuristic's. dweight and dbias are fp32 (fp64 for fp64).
+    The gradients of the loss are the returned ones times unit, a power of two.
     """
     fused = use_triton(hidden, weight)
     if not fused and hidden.device.type == "cpu":
@@ -176,17 +183,21 @@ def _linear_cross_entropy(
     weight, bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
     kept = _keep_labelled(labels, ignore_index, valid_rows)
     rows, targets = (hidden, labels) if kept is None else (hidden[kept], labels[kept])
+    if num_items is None:
+        num_items = (labels != ignore_index).sum()
+    num_items = num_items.to(hidden.device, _work_dtype(hidden.dtype)).reshape(())
+    factor, exponent = torch.frexp(1 / num_items)
     with torch.autocast(hidden.device.type, enabled=False):
         losses, dhidden, dweight, dbias = _chunks(
-            rows.contiguous(), weight, targets.long(), bias, settings, chunk_rows, fused,
+            rows.contiguous(), weight, targets.long(), bias, factor, settings, chunk_rows, fused,
             (needs_hidden, needs_weight, needs_bias),
         )  # fmt: skip
     if needs_hidden and kept is not None:
         dhidden = torch.zeros(hidden.shape, dtype=hidden.dtype, device=hidden.device).index_copy_(0, kept, dhidden)
-    total = losses.sum()
+    loss = losses.sum() / num_items
     if kept is not None and valid_rows >= 0:  # a bound that drops labelled rows must not pass for a smaller loss
-        total = torch.where((labels != ignore_index).sum() > valid_rows, float("nan"), total)
-    return total, dhidden, dweight, dbias
+        loss = torch.where((labels != ignore_index).sum() > valid_rows, float("nan"), loss)
+    return loss, dhidden, dweight, dbias, torch.ldexp(torch.ones_like(factor), exponent)
 
 
 def _chunks(
@@ -194,6 +205,7 @@ def _chunks(
     weight: Tensor,
     labels: Tensor,
     bias: Tensor | None,
+    factor: Tensor,
     settings: dict[str, float | int],
     chunk_rows: int,
     fused: bool,
@@ -219,7 +231,7 @@ def _chunks(
                 torch.mm(hidden[part], weight.t(), out=chunk)
             else:
                 torch.addmm(bias, hidden[part], weight.t(), out=chunk)
-            losses[part] = cross_entropy_(chunk, labels[part], gradient=any(needs), **settings)
+            losses[part] = cross_entropy_(chunk, labels[part], factor, gradient=any(needs), **settings)
             if needs[0]:
                 torch.mm(chunk, weight, out=dhidden[part])
             if needs[1]:
@@ -231,7 +243,7 @@ def _chunks(
 
 @_linear_cross_entropy.register_fake
 def _(
-    hidden, weight, labels, bias, scale, softcap, label_smoothing, ignore_index, valid_rows, chunk_rows,
+    hidden, weight, labels, bias, num_items, scale, softcap, label_smoothing, ignore_index, valid_rows, chunk_rows,
     needs_hidden, needs_weight, needs_bias,
 ):  # fmt: skip
     work = _work_dtype(hidden.dtype)
@@ -240,6 +252,7 @@ def _(
         hidden.new_empty(hidden.shape if needs_hidden else (0,)),
         hidden.new_empty(weight.shape if needs_weight else (0,), dtype=work),
         hidden.new_empty(weight.shape[:1] if needs_bias else (0,), dtype=work),
+        hidden.new_empty((), dtype=work),
     )
 
 
@@ -268,18 +281,22 @@ def _setup_context(ctx, inputs, output):
     ctx.dtypes = (inputs[0].dtype, weight.dtype, None if bias is None else bias.dtype)
 
 
-def _backward(ctx, d_total, *_):
+def _backward(ctx, d_loss, *_):
     needed = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
     if any(need and not made for need, made in zip(needed, ctx.made)):
         raise RuntimeError(
             f"fastft::linear_cross_entropy makes its gradients in the forward: (hidden, weight, bias) need {needed}, "
             f"but it was called with {list(ctx.made)}"
         )
+    if d_loss is None:
+        return (None,) * 14
+    *made, unit = ctx.saved_tensors
+    factor = d_loss * unit
     dh, dw, db = (
-        torch.ops.fastft.scale_gradient(value, d_total, dtype) if need and d_total is not None else None
-        for value, dtype, need in zip(ctx.saved_tensors, ctx.dtypes, needed)
+        torch.ops.fastft.scale_gradient(value, factor, dtype) if need else None
+        for value, dtype, need in zip(made, ctx.dtypes, needed)
     )
-    return (dh, dw, None, db, *(None for _ in range(9)))
+    return (dh, dw, None, db, *(None for _ in range(10)))
 
 
 _linear_cross_entropy.register_autograd(_backward, setup_context=_setup_context)

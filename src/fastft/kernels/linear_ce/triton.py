@@ -21,6 +21,7 @@ def cross_entropy_kernel(
     logits,
     labels,
     losses,
+    factor,
     row_stride,
     scale,
     softcap,
@@ -35,6 +36,7 @@ def cross_entropy_kernel(
     """Write the loss of one row a program, and with GRADIENT its gradient over the logits.
 
     logits: [rows, VOCAB] in 16 or 32 bits, before scale and soft cap. labels: [rows] int64. losses: [rows] fp32.
+    factor: a scalar on the device by which the gradient is multiplied.
     With z = softcap * tanh(scale * logits / softcap), e = smoothing, y the label:
     loss = logsumexp(z) - (1 - e) z_y - e mean(z);  dz = softmax(z) - e / VOCAB - (1 - e) [j = y].
     The sum of exponentials runs online (Milakov and Gimelshein, 2018). A label that is neither ignore_index nor in
@@ -71,21 +73,22 @@ def cross_entropy_kernel(
             larger = tl.maximum(largest, tl.max(b_z))
             total = total * tl.exp(largest - larger) + tl.sum(tl.exp(b_z - larger))
             largest = larger
-        lse = largest + tl.log(total)
-        loss = lse - (1.0 - smoothing) * z_label + poison
+        # Differences to the largest logit before anything else: a confident row has a loss far below its logits.
+        loss = tl.log(total) + (1.0 - smoothing) * (largest - z_label) + poison
         if SMOOTHING:
-            loss -= smoothing * z_sum / VOCAB
+            loss += smoothing * (largest - z_sum / VOCAB)
         tl.store(losses + row, loss)
         if GRADIENT:
+            slope = scale * tl.load(factor).to(tl.float32)
             for start in range(0, VOCAB, BLOCK):
                 b_mask = start + b_column < VOCAB
                 b_z = tl.load(row_logits + start + b_column, mask=b_mask, other=0.0).to(tl.float32) * scale
-                b_factor = tl.zeros((BLOCK,), dtype=tl.float32) + scale
+                b_factor = tl.zeros((BLOCK,), dtype=tl.float32) + slope
                 if SOFTCAP:
                     b_tanh = tanh(b_z / softcap)
-                    b_factor = scale * (1.0 - b_tanh * b_tanh)
+                    b_factor = slope * (1.0 - b_tanh * b_tanh)
                     b_z = softcap * b_tanh
-                b_grad = tl.exp(b_z - lse) + poison
+                b_grad = tl.exp(b_z - largest) / total + poison
                 if SMOOTHING:
                     b_grad -= smoothing / VOCAB
                 b_grad -= tl.where(start + b_column == label, 1.0 - smoothing, 0.0)
@@ -106,6 +109,7 @@ def scale_kernel(value, factor, out, numel, BLOCK: tl.constexpr):
 def cross_entropy_(
     logits: Tensor,
     labels: Tensor,
+    factor: Tensor,
     *,
     scale: float,
     softcap: float,
@@ -114,11 +118,14 @@ def cross_entropy_(
     gradient: bool,
     launch: CrossEntropyLaunch | None = None,
 ) -> Tensor:
-    """Return the losses [rows] fp32 of logits [rows, V]; with `gradient` their gradient overwrites the logits."""
+    """Return the losses [rows] fp32 of logits [rows, V]; with `gradient` their gradient overwrites the logits.
+
+    factor: a scalar tensor that multiplies the gradient but not the losses.
+    """
     losses = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
     launch = launch or heuristic(logits.shape[1])
     cross_entropy_kernel[(logits.shape[0],)](
-        logits, labels, losses, logits.stride(0), scale, softcap, label_smoothing, ignore_index,
+        logits, labels, losses, factor, logits.stride(0), scale, softcap, label_smoothing, ignore_index,
         VOCAB=logits.shape[1], SOFTCAP=softcap != 0, SMOOTHING=label_smoothing != 0, GRADIENT=gradient,
         BLOCK=launch.block, num_warps=launch.num_warps,
     )  # fmt: skip
