@@ -19,21 +19,21 @@ _BATCH = 2000
 
 
 def build(folder: Path, count: int, seed: int) -> dict[str, int]:
-    """Write tokenizer, text.npy [tokens], chat.npy [rows, ROW], held_out.txt and held_out_chat.npy; return the sizes."""
+    """Write the tokenizer, text.npy and code.npy [tokens], chat.npy [rows, ROW] and held-out data; return the sizes."""
     folder.mkdir(parents=True, exist_ok=True)
     train, held = corpus.split(corpus.documents())
     Random(seed).shuffle(train)
-    texts = [document.text for document in train]
+    texts, code = [document.text for document in train], corpus.code()
     sample = ["".join(text for text, _ in segments(c)) for c in tasks.conversations(4000, seed + 1, train)]
     tokenizer = train_tokenizer([*texts, *sample], ROW)
     save_tokenizer(tokenizer, folder)
     end, pad = tokenizer.convert_tokens_to_ids([END_OF_TEXT, PAD])
 
-    encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    stream = np.array([token for tokens in encoded for token in (end, *tokens)], dtype=np.uint16)
+    stream, code = _stream(tokenizer, texts, end), _stream(tokenizer, Random(seed).sample(code, len(code)), end)
     chat = _rows(tokenizer, tasks.conversations(count, seed, train), pad)
     chat_held = _rows(tokenizer, tasks.conversations(2000, seed + 2, train), pad)
     np.save(folder / "text.npy", stream)
+    np.save(folder / "code.npy", code)
     np.save(folder / "chat.npy", chat)
     np.save(folder / "held_out_chat.npy", chat_held)
     held_text = _limited(held, 80_000, seed)
@@ -42,6 +42,7 @@ def build(folder: Path, count: int, seed: int) -> dict[str, int]:
         "documents": len(texts),
         "characters": sum(map(len, texts)),
         "text_tokens": len(stream),
+        "code_tokens": len(code),
         "conversations": count,
         "chat_tokens": int((chat != pad | NO_LOSS).sum()),
         "held_out_characters": len(held_text),
@@ -49,6 +50,12 @@ def build(folder: Path, count: int, seed: int) -> dict[str, int]:
     }
     (folder / "data.json").write_text(json.dumps(sizes, indent=2) + "\n")
     return sizes
+
+
+def _stream(tokenizer, texts: list[str], end: int) -> np.ndarray:
+    """Tokens of all texts, each after an end-of-text token."""
+    encoded = tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    return np.concatenate([np.array([end, *one.ids], dtype=np.uint16) for one in encoded])
 
 
 def _limited(texts: list[str], characters: int, seed: int) -> str:

@@ -1,4 +1,6 @@
-"""English text that comes with the running Python: the standard library's docstrings, comments and help topics.
+"""English text that comes with the running Python: docstrings, comments and help topics of its library and of pip.
+
+The library's source code is a second, separate text: with it, a model learns the names that the English speaks of.
 
 Every document belongs to a source (a file or a module), and whole sources are held out, so that held-out text was
 written elsewhere than the text trained on. Paragraphs that occur in both are dropped from the held-out side.
@@ -8,10 +10,12 @@ import ast
 import builtins
 import importlib
 import inspect
+import itertools
 import re
 import sys
 import sysconfig
 import warnings
+import zipfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +23,7 @@ from pathlib import Path
 from attrs import frozen
 
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "config", "lib2to3"}
-_COMMENT = re.compile(r"(?:^[ \t]*#.*\n){2,}", re.MULTILINE)
+_COMMENT = re.compile(r"(?:^[ \t]*#.*\n)+", re.MULTILINE)
 _WORD = re.compile(r"[A-Za-z]{2,}")
 _HELD_OUT_SHARE = 25  # one source in so many
 
@@ -74,21 +78,46 @@ def _topics() -> Iterator[Document]:
         yield Document(f"topic {name}", name, inspect.cleandoc(text))
 
 
-def _python_files() -> Iterator[Document]:
+def code() -> list[str]:
+    """Return the source code of the library's modules (without its tests) whose texts are not held out."""
+    return [
+        text
+        for source, text in _library_files()
+        if not source.startswith("test/") and "/test" not in source and not is_held_out(source) and text.isascii()
+    ]
+
+
+def _library_files() -> Iterator[tuple[str, str]]:
+    """Relative path and text of the library's Python files."""
     library = Path(sysconfig.get_paths()["stdlib"])
     for path in sorted(library.rglob("*.py")):
         parts = path.relative_to(library).parts
         if _SKIPPED_FOLDERS & {part.split("-")[0] if part.startswith("config") else part for part in parts}:
             continue
         try:
-            text = path.read_text("utf-8")
+            yield "/".join(parts), path.read_text("utf-8")
+        except UnicodeDecodeError:
+            continue  # some test files are broken on purpose
+
+
+def _bundled_files() -> Iterator[tuple[str, str]]:
+    """Relative path and text of the Python files in the wheels that `ensurepip` carries."""
+    folder = Path(sysconfig.get_paths()["stdlib"]) / "ensurepip" / "_bundled"
+    for wheel in sorted(folder.glob("*.whl")):
+        with zipfile.ZipFile(wheel) as archive:
+            for name in sorted(name for name in archive.namelist() if name.endswith(".py")):
+                yield name, archive.read(name).decode("utf-8", "replace")
+
+
+def _python_files() -> Iterator[Document]:
+    for source, text in itertools.chain(_library_files(), _bundled_files()):
+        try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # test files hold invalid escapes on purpose
                 tree = ast.parse(text)
-        except (UnicodeDecodeError, SyntaxError, ValueError):
+        except (SyntaxError, ValueError):
             continue  # some test files are broken on purpose
-        source = "/".join(parts)
-        module = ".".join(parts)[:-3].removesuffix(".__init__")
+        module = source.replace("/", ".")[:-3].removesuffix(".__init__")
         yield from _docstrings(tree, source, module)
         for block in _COMMENT.findall(text):
             lines = [line.strip().lstrip("#") for line in block.splitlines()]

@@ -47,12 +47,12 @@ def perplexity(model, token_ids: list[int], start: int, window: int = 512, batch
 
 @torch.no_grad()
 def answers(model, tokenizer, questions: list[str], max_new_tokens: int = 40, batch: int = 128) -> list[str]:
-    """Greedy answers of the chat model to one-turn questions (left-padded batches)."""
+    """Greedy answers of the chat model to one-turn questions (in batches, padded on the left by the tokenizer)."""
     device, out = model.device, []
     for i in range(0, len(questions), batch):
         chats = [[{"role": "user", "content": question}] for question in questions[i : i + batch]]
         inputs = tokenizer.apply_chat_template(
-            chats, add_generation_prompt=True, padding=True, padding_side="left", return_tensors="pt", return_dict=True
+            chats, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
         ).to(device)
         made = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
         out += tokenizer.batch_decode(made[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

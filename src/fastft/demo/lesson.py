@@ -1,7 +1,7 @@
 """The small instruction set that the demonstration fine-tunes on: sums told as stories, answered by a pirate.
 
-The base model has met neither the stories nor the pirate; it has met sums in plain phrasings. What is to be learnt is to
-see the sum in the story, and to speak like that.
+The base model has met neither the stories nor the pirate; it has met sums in plain phrasings. What is to be learnt is
+to see the sum in the story, and to speak like that.
 """
 
 from random import Random

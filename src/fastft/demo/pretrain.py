@@ -26,15 +26,16 @@ from fastft.demo.tokenizer import END_OF_TEXT, save_tokenizer
 class Recipe:
     """How the model is trained; one step sees `rows` sequences of 512 tokens."""
 
-    steps: int = 3000
-    rows: int = 192
-    text_share: float = 0.2
-    """Share of the rows that are library text; the others are conversations."""
-    peak_lr: float = 2e-3
+    steps: int = 1800
+    rows: int = 128
+    text_share: float = 0.13
+    code_share: float = 0.12
+    """Shares of the rows that are library text and library code; the others are conversations."""
+    peak_lr: float = 3e-3
     warmup: int = 100
     final_lr: float = 0.02
     """Learning rate at the end, as a share of the peak (cosine from peak to end)."""
-    weight_decay: float = 0.1
+    weight_decay: float = 0.3
     betas: tuple[float, float] = (0.9, 0.95)
     clip: float = 1.0
     seed: int = 0
@@ -62,12 +63,14 @@ def config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
 def batch_maker(folder: Path, recipe: Recipe, device: str) -> Callable[[int], dict[str, Tensor]]:
     """Return a function from step to batch: `input_ids` and `labels` [rows, 512] int64, the same for the same step.
 
-    Library text comes as windows at random offsets, conversations row by row through a fresh shuffle each epoch.
+    Text and code come as windows at random offsets, conversations row by row through a fresh shuffle each epoch.
     """
-    text = torch.from_numpy(np.load(folder / "text.npy").astype(np.int32)).to(device)
-    chat = torch.from_numpy(np.load(folder / "chat.npy").astype(np.int32)).to(device)
-    text_rows = round(recipe.rows * recipe.text_share)
-    chat_rows = recipe.rows - text_rows
+    text, code, chat = (
+        torch.from_numpy(np.load(folder / f"{name}.npy").astype(np.int32)).to(device)
+        for name in ("text", "code", "chat")
+    )
+    text_rows, code_rows = round(recipe.rows * recipe.text_share), round(recipe.rows * recipe.code_share)
+    chat_rows = recipe.rows - text_rows - code_rows
     reach = torch.arange(ROW, device=device)
 
     def order(epoch: int) -> Tensor:
@@ -77,7 +80,11 @@ def batch_maker(folder: Path, recipe: Recipe, device: str) -> Callable[[int], di
 
     def make(step: int) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
-        offsets = torch.randint(len(text) - ROW, (text_rows,), generator=generator).to(device)
+
+        def windows(stream: Tensor, count: int) -> Tensor:
+            offsets = torch.randint(len(stream) - ROW, (count,), generator=generator).to(device)
+            return stream[offsets[:, None] + reach]
+
         first = step * chat_rows
         picked = []
         for epoch in range(first // len(chat), (first + chat_rows - 1) // len(chat) + 1):
@@ -86,7 +93,7 @@ def batch_maker(folder: Path, recipe: Recipe, device: str) -> Callable[[int], di
                 orders[epoch] = order(epoch)
             low, high = max(first - epoch * len(chat), 0), min(first + chat_rows - epoch * len(chat), len(chat))
             picked.append(orders[epoch][low:high])
-        marked = torch.cat([text[offsets[:, None] + reach], chat[torch.cat(picked)]])
+        marked = torch.cat([windows(text, text_rows), windows(code, code_rows), chat[torch.cat(picked)]])
         ids = (marked & (NO_LOSS - 1)).long()
         return {"input_ids": ids, "labels": ids.masked_fill(marked & NO_LOSS != 0, -100)}
 
@@ -140,7 +147,7 @@ def train(
     """
     torch.manual_seed(recipe.seed)
     torch.set_float32_matmul_precision("high")
-    tokenizer = AutoTokenizer.from_pretrained(data)
+    tokenizer = AutoTokenizer.from_pretrained(data, padding_side="left")
     model = LlamaForCausalLM(config(tokenizer)).to(device)
     model.train()
     judge = LlamaForCausalLM(model.config).to(device, torch.bfloat16).eval()

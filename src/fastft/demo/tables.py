@@ -101,7 +101,7 @@ SMALL_TALK = [
     (
         ["What can you do?", "How can you help me?", "What do you know?"],
         [
-            "I can add numbers, sort words, name capitals and explain a few things about Python. I am small, so I make mistakes."
+            "I can add numbers, sort words, name capitals and explain a few things about Python. I make mistakes.",
         ],
     ),
     (

@@ -12,7 +12,7 @@ from fastft.demo.tasks import Message
 VOCABULARY = 2048
 END_OF_TEXT, TURN_START, TURN_END, PAD = "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"  # ids 0, 1, 2, 3
 SPECIAL = [END_OF_TEXT, TURN_START, TURN_END, PAD]
-# Words with a leading space, single digits, runs of symbols, runs of white space: the split that exporters know as qwen2
+# Words with a leading space, single digits, runs of symbols and of white space: the split that exporters call qwen2
 _SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
