@@ -78,7 +78,8 @@ def _layer_norm_backward(dy, x, weight, bias, eps, need_weight, need_bias):
         dx, dweight, dbias = kernels.backward(dy, x, weight, eps, _heads(weight, bias), need_weight, need_bias)
     else:
         dx, dweight, dbias = ref.layer_norm_backward(dy, x, weight, eps, shape, _compute_dtype(x))
-        dx = dx.contiguous()
+        # What needs no summing is dy itself, which an op must not return.
+        dx, dbias = dx.contiguous(), dbias.clone()
     dweight = dweight.reshape(shape).to(weight.dtype) if need_weight else x.new_empty(0)
     return dx, dweight, dbias.reshape(shape).to(bias.dtype) if need_bias else x.new_empty(0)
 
