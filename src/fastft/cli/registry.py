@@ -6,6 +6,8 @@ from typing import Annotated, Any
 import typer
 
 from fastft.cli.output import CheckFailed, JsonOption, print_fields, print_json, print_table
+from fastft.environment import installed
+from fastft.errors import UsageError
 from fastft.registry.spec import ModelSpec
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
@@ -80,6 +82,12 @@ def check(
     from fastft.registry.convert import load_spec_file
 
     spec = load_spec_file(file)
+    missing = [package for package in ("torch", "transformers") if not installed(package)]
+    if missing:
+        raise UsageError(
+            f"{file}: its form is right, but its claims cannot be checked: {' and '.join(missing)} not installed. "
+            "Install fastft[train]"
+        )
     from fastft.graph.check import check_spec
 
     report = check_spec(spec)

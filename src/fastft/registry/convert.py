@@ -99,21 +99,23 @@ def _converter() -> Converter:
     converter.register_structure_hook_func(lambda kind: get_origin(kind) is Literal, _choice)
     converter.register_structure_hook_func(lambda kind: _optional(kind) is not None, _make_optional(converter))
     converter.register_structure_hook_func(lambda kind: get_origin(kind) is tuple, _make_tuple(converter))
-    structure_capability = make_dict_structure_fn(Capability, converter, _cattrs_forbid_extra_keys=True)
+    structure_capability = _record(Capability, converter)
     converter.register_structure_hook(
         Capability,
         lambda value, kind: structure_capability({"status": value} if isinstance(value, str) else value, kind),
     )
     converter.register_structure_hook_func(lambda kind: get_origin(kind) is Mapping, _make_mapping(converter))
     converter.register_structure_hook_factory(attrs.has, lambda kind: _record(kind, converter))
-    converter.register_unstructure_hook_factory(
-        attrs.has, lambda kind: make_dict_unstructure_fn(kind, converter, _cattrs_omit_if_default=True)
+    converter.register_unstructure_hook_factory(attrs.has, lambda kind: _record_out(kind, converter))
+    converter.register_unstructure_hook_func(
+        lambda kind: get_origin(kind) is tuple,
+        lambda value: list(map(converter.unstructure, value)) if isinstance(value, list | tuple) else value,
     )
     converter.register_unstructure_hook(
         Capability, lambda value: {"status": value.status, "note": value.note} if value.note else value.status
     )
     converter.register_unstructure_hook(
-        Capabilities, lambda value: {name: converter.unstructure(item, Capability) for name, item in value.items()}
+        Capabilities, lambda value: {name: converter.unstructure(item) for name, item in value.items()}
     )
     return converter
 
@@ -127,6 +129,12 @@ def _record(kind: type, converter: Converter) -> Callable[[Any, Any], Any]:
         return structure(value, asked)
 
     return hook
+
+
+def _record_out(kind: type, converter: Converter) -> Callable[[Any], Any]:
+    unstructure = make_dict_unstructure_fn(kind, converter, _cattrs_omit_if_default=True)
+    # A wrong value goes out as it is, for `checked` to tell about.
+    return lambda value: unstructure(value) if isinstance(value, kind) else value
 
 
 def _strict(kind: type, expected: str) -> Callable[[Any, Any], Any]:
