@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastft.environment import triton_interpreted
 from fastft.errors import UsageError
 from fastft.kernels import lora
 from fastft.kernels.nf4 import nf4_dequantize
@@ -268,3 +269,9 @@ def test_every_mistake_is_told_at_once():
         lora.lora_linears(*args)
     with pytest.raises(UsageError, match="scales: expected 3 entries"):
         lora.lora_linears(*make("qkv", "dense", torch.float32, torch.float32)[0][:5], [1.0])
+
+
+def test_again_in_the_interpreter():
+    if DEVICE == "cuda" or triton_interpreted():
+        pytest.skip("the NF4 kernel ran above")
+    print(judge.rerun_interpreted(__file__, "interpreter or bf16 or inductor or autocast or dense"))
