@@ -236,7 +236,7 @@ def test_all_mistakes_are_told_at_once(tiny):
         ({"targets": r".*q_proj", "layers": 1}, "Write the layers into the expression"),
         ({"layers_pattern": "layers"}, "None unless layers are given"),
         ({"init": "eva"}, "needs training data"),
-        ({"init": "loftq"}, "on a GPU only"),
+        ({"init": "loftq"}, "load with quant='nf4'"),
         ({"init": "orthogonal", "r": 3}, "an even rank"),
         ({"init": "pissa_niter_4", "seed": 1}, "seed: expected 3407"),
         ({"train_tokens": "all"}, "train_tokens: expected 'added'"),
@@ -249,7 +249,7 @@ def test_single_mistakes(tiny, options, message):
     assert message in str(caught.value)
 
 
-@pytest.mark.parametrize("init", ["loftq", "pissa", "pissa_niter_4"])
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4"])
 def test_inits_that_need_16_bits_name_the_remedy(tiny, init):
     model, _ = load(tiny(), quant="nf4")
     with pytest.raises(UsageError, match="starts from the 16-bit weights and changes them: load with quant=None"):
@@ -268,3 +268,42 @@ def test_revision_of_the_base_is_written_down(tiny):
     model, _ = load(tiny())
     update_state(model, revision="v2")
     assert add_lora(model, r=2).peft_config["default"].revision == "v2"
+
+
+@pytest.mark.parametrize("shard", [None, "100KB"])
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+def test_loftq_starts_at_what_quantising_took_away(tiny, tmp_path, family, shard, rms):
+    """W - Q - scale B A is what a truncated SVD of W - Q leaves (Eckart and Young), and reloading keeps it."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    folder = tiny(family, shard=shard)
+    true, _ = load(folder, dtype="float32")
+    model, _ = load(folder, quant="nf4", dtype="float32")
+    plain = rms(logits(model), logits(true))
+    lora = add_lora(model, r=8, alpha=12, init="loftq")
+    for name in adapted(lora):
+        layer = lora.get_submodule(f"base_model.model.{name}")
+        weight = layer.get_base_layer().weight
+        residual = true.get_submodule(name).weight - dequantize_4bit(weight.data, weight.quant_state)
+        update = 12 / 8 * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+        left = torch.linalg.svdvals(residual.double())[8:].norm()
+        assert abs((residual - update).norm() / left - 1) < 1e-4
+    start = logits(lora)
+    assert rms(start, logits(true)) < plain
+    assert "load this adapter with quant='nf4'" in get_state(lora).notes[-1]
+    steps(lora)
+    lora.save_pretrained(tmp_path)
+    again, _ = load(tmp_path, quant="nf4", dtype="float32")
+    assert torch.equal(logits(again), logits(lora)) and rms(logits(lora), start) > 1e-3
+
+
+def test_loftq_needs_the_16bit_weights(tiny, tmp_path):
+    model, tokenizer = load(tiny(), quant="nf4", dtype="float32")
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    again, _ = load(tmp_path)
+    with pytest.raises(UsageError, match=r"holds model\.layers\.0.* quantised, and LoftQ needs the 16-bit weights"):
+        add_lora(again, init="loftq")
+    assert not any("lora" in name for name, _ in again.named_parameters()) and len(adapted(add_lora(again, r=2))) == 14
+    with pytest.raises(UsageError, match="dora: expected False with init='loftq'"):
+        add_lora(model, init="loftq", dora=True)

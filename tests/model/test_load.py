@@ -335,3 +335,16 @@ def test_the_network_is_asked_only_for_what_is_not_cached(tiny, monkeypatch):
 def test_a_wrong_id_is_no_crash():
     with pytest.raises(LoadError, match="no hub id"):
         load("a..b/c")
+
+
+def test_describe(tiny):
+    from fastft.model.adapters import add_lora
+
+    folder = tiny()
+    model = add_lora(load(folder, quant="nf4", dtype="float32")[0], r=4)
+    total = sum(p.numel() for p in reference(folder).parameters())
+    adapter = 2 * 4 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 128))
+    lines = describe(model).splitlines()
+    assert lines[0].startswith(str(folder)) and lines[0].endswith(f" {total + adapter:,} parameters")
+    assert "nf4, on cpu" in lines[1] and f"{adapter:,} " in lines[2] and "128 tokens" in lines[3]
+    assert "'<unk>' (id 0) now pads" in lines[4]

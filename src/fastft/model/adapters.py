@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from fastft.errors import Problem, UsageError, did_you_mean
+from fastft.model.loftq import start_from_residual
 from fastft.state import ModelState, base_model, get_state, update_state
 
 Targets = str | Sequence[str] | None
@@ -19,9 +20,9 @@ INITS = (True, False, "gaussian", "pissa", "pissa_niter_N", "olora", "orthogonal
 DEFAULT_SEED = 3407
 _NEEDS_DATA = ("eva", "corda", "lora_ga")
 # Initialisations that subtract the adapter from the base weight and so must be able to write it.
-_WRITES_BASE = ("pissa", "loftq")
+_WRITES_BASE = ("pissa",)
 # Fields of LoraConfig that add_lora passes on under PEFT's own names.
-PASSED_ON = ("alpha_pattern", "exclude_modules", "lora_bias", "loftq_config", "rank_pattern", "target_parameters")
+PASSED_ON = ("alpha_pattern", "exclude_modules", "lora_bias", "rank_pattern", "target_parameters")
 _RENAMED = {
     "lora_alpha": "alpha",
     "lora_dropout": "dropout",
@@ -65,16 +66,17 @@ def add_lora(
     * `train_tokens`: rows of embeddings and head that are trained on their own: "added" are those made by `add_tokens`,
       or give ids, or None. Rows of a module in `modules_to_save` are trained with it.
     * `layers`: the layers to adapt, by index; None means all.
-    * `init`: True (B zero), False (random: for tests), or a name of `INITS`. PiSSA, OLoRA and LoftQ change the
-      base weights.
+    * `init`: True (B zero), False (random: for tests), or a name of `INITS`. PiSSA and OLoRA change the base
+      weights; LoftQ starts an NF4 model at the error of its quantisation.
     * `options`: the fields of PEFT's LoraConfig named in `PASSED_ON`.
 
     A and B are kept in fp32 when the base is in 16 or fewer bits (PEFT's default). The same `seed` gives the same
     adapter, and torch's global random state is left as it was. Raises `UsageError` with all mistakes at once.
     """
     given = {
-        "r": r, "alpha": alpha, "dropout": dropout, "bias": bias, "init": init, "modules_to_save": modules_to_save,
-        "layers": layers, "layers_pattern": layers_pattern, "targets": targets, "train_tokens": train_tokens,
+        "r": r, "alpha": alpha, "dropout": dropout, "bias": bias, "init": init, "dora": dora,
+        "modules_to_save": modules_to_save, "layers": layers, "layers_pattern": layers_pattern,
+        "targets": targets, "train_tokens": train_tokens,
         "seed": seed,
     }  # fmt: skip
     _check(model, given, options)
@@ -83,6 +85,7 @@ def add_lora(
     tied = _tied(base)
     whole = _keep_tied(list(modules_to_save or ()), tied)
     tokens = _token_rows(base, state, train_tokens, whole, tied)
+    notes = list(state.notes)
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(
@@ -93,7 +96,7 @@ def add_lora(
         bias=bias,
         use_rslora=rslora,
         use_dora=dora,
-        init_lora_weights=init,
+        init_lora_weights=True if init == "loftq" else init,
         modules_to_save=whole or None,
         layers_to_transform=layers if layers is None or isinstance(layers, int) else list(layers),
         layers_pattern=layers_pattern,
@@ -106,11 +109,19 @@ def add_lora(
     with torch.random.fork_rng(devices=cuda_devices(base)):
         torch.manual_seed(seed)
         adapted = get_peft_model(base, config)
+        if init == "loftq":
+            try:
+                count = start_from_residual(base, state.source, state.revision)
+            except UsageError:
+                adapted.unload()  # the model is as it was
+                raise
+            notes.append(f"LoftQ: {count} layers start at what NF4 took away; load this adapter with quant='nf4'")
     adapted.train(model.training)
     if tokens:
         rows = len(next(iter(tokens.values())))
-        note = f"{rows} token rows of {' and '.join(tokens)} are trained with the adapter"
-        update_state(adapted, notes=(*state.notes, note))
+        notes.append(f"{rows} token rows of {' and '.join(tokens)} are trained with the adapter")
+    if notes != list(state.notes):
+        update_state(adapted, notes=tuple(notes))
     return adapted
 
 
@@ -139,7 +150,7 @@ def _check(model: Any, given: Mapping[str, Any], options: Mapping[str, Any]) -> 
             "adding another"
         )
     problems += _number_problems(given)
-    problems += _init_problems(given["init"], given["r"], state, base_model(model), options)
+    problems += _init_problems(given["init"], given["r"], given["dora"], state)
     if str(given["init"]).startswith("pissa_niter") and given["seed"] != DEFAULT_SEED:
         remedy = (
             "Loading the adapter repeats the random decomposition with this seed; or take init='pissa', which is exact."
@@ -167,7 +178,7 @@ def _number_problems(given: Mapping[str, Any]) -> list[Problem]:
     return problems
 
 
-def _init_problems(init: Any, r: Any, state: ModelState, base: Any, options: Mapping[str, Any]) -> list[Problem]:
+def _init_problems(init: Any, r: Any, dora: Any, state: ModelState) -> list[Problem]:
     if isinstance(init, bool):
         return []
     names = [name for name in INITS if isinstance(name, str)]
@@ -191,8 +202,11 @@ def _init_problems(init: Any, r: Any, state: ModelState, base: Any, options: Map
         return [Problem("init", init, f"True, 'gaussian' or 'olora' on a model in {state.quant}", remedy)]
     if init == "orthogonal" and isinstance(r, int) and r % 2:
         return [Problem("r", r, "an even rank for init='orthogonal'")]
-    if init == "loftq" and base.device.type == "cpu":
-        return [Problem("init", init, "another initialisation on a CPU", "PEFT computes LoftQ on a GPU only.")]
+    if init == "loftq" and state.quant != "nf4":
+        remedy = "LoftQ makes up for 4-bit quantisation: load with quant='nf4'."
+        return [Problem("init", init, f"another initialisation on a model in {state.quant or '16 bits'}", remedy)]
+    if init == "loftq" and dora:
+        return [Problem("dora", dora, "False with init='loftq'", "DoRA's magnitudes are taken before LoftQ starts.")]
     return []
 
 
