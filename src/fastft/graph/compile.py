@@ -26,7 +26,10 @@ DEFAULT_ATTENTION = ("sdpa", "eager", attention.NAME)
 
 @define(eq=False)
 class Compiled:
-    """A compiled model's layers and what was done to them. `enabled` switches the compiled path on and off."""
+    """A compiled model's layers and what was done to them.
+
+    `plain_attention` is transformers' own implementation that computes the same; `enabled` switches the compiled path.
+    """
 
     spec: ModelSpec | None
     settings: Settings
@@ -34,6 +37,7 @@ class Compiled:
     backend: RewritingBackend | None
     base_report: RewriteReport
     head_proved: bool
+    plain_attention: str = "sdpa"
     enabled: bool = True
     eager_calls: dict[str, int] = field(factory=dict)
 
@@ -133,7 +137,9 @@ def _install(
     report_ = RewriteReport(
         spec.name, settings.backend, settings.plan, base.config._attn_implementation, head, len(layers), notes=tuple(notes)
     )
-    compiled = Compiled(spec, settings, layers, rewriting, report_, not refusal)
+    # transformers' SDPA path leaves a soft cap out without a word.
+    plain = "eager" if any(point.softcap for point in spec.attentions) else "sdpa"
+    compiled = Compiled(spec, settings, layers, rewriting, report_, not refusal, plain)
     run = torch.compile(_own_copy(_call_layer), backend=rewriting, fullgraph=True, dynamic=dynamic)
     for layer in layers:
         layer._compiled_call_impl = _dispatcher(layer, run, compiled)
@@ -183,8 +189,8 @@ def uncompiled(model: nn.Module) -> Iterator[nn.Module]:
     enabled = compiled.enabled if compiled else False
     if compiled:
         compiled.enabled = False
-    if given == attention.NAME:
-        base.set_attn_implementation("sdpa")
+    if compiled and given == attention.NAME:
+        base.set_attn_implementation(compiled.plain_attention)
     try:
         yield model
     finally:

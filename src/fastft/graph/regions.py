@@ -160,8 +160,10 @@ def emit(
     tracer = ShapedTracer(graph)
     before = set(graph.nodes)
     with graph.inserting_before(point):
-        results = function(*fx.node.map_aggregate(tuple(arguments), lambda a: tracer.proxy(a) if isinstance(a, fx.Node) else a))
-    results = results if isinstance(results, (tuple, list)) else (results,)
+        wrapped = fx.node.map_aggregate(tuple(arguments), lambda a: tracer.proxy(a) if isinstance(a, fx.Node) else a)
+        results = function(*wrapped)
+        if isinstance(results, fx.Proxy):  # an operation's tuple of outputs is one proxy
+            results = [results] if len(outputs) == 1 else [results[index] for index in range(len(outputs))]
     for node in graph.nodes:
         if node not in before:
             _copy_meta(stack_from[0], node)

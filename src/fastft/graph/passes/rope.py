@@ -43,12 +43,16 @@ def _replace(graph_module: fx.GraphModule, context: Context, region: Region, poi
     rotate = rope.rope if implementation == "op" else rope.ref.rope
     width = int(tables[0].meta["example_value"].shape[-1])
 
-    def function(q, k, cos, sin, layout, table):
-        return rotate(q, k, unique(cos, table, width), unique(sin, table, width), layout)
+    def function(q, k, cos, sin, layout, table, precision):
+        cos, sin = unique(cos, table, width), unique(sin, table, width)
+        if precision == "input":
+            return rotate(q, k, cos, sin, layout)
+        wide_q, wide_k = rotate(q.float(), k.float(), cos.float(), sin.float(), layout)
+        return wide_q.to(q.dtype), wide_k.to(k.dtype)
 
     # Random tables would lack the repetition that real ones have.
     inputs = {node: _table(node.meta["example_value"], point.rope_table, seed) for seed, node in enumerate(tables)}
-    arguments = (*states, *tables, point.rope, point.rope_table)
+    arguments = (*states, *tables, point.rope, point.rope_table, point.rope_precision)
     return replace_if_proved(
         graph_module, context, region, Replacement(RULE, function, arguments, implementation, inputs=inputs)
     )
