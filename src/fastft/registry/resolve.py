@@ -51,7 +51,7 @@ def register(spec: ModelSpec, *, replace: bool = False) -> ModelSpec:
 
     spec = checked(evolve(spec, source=spec.source or "register"))
     if not replace:
-        _refuse_clashes((*specs(), spec))
+        _refuse_clashes((*specs(), spec), "pass replace=True to put yours in its place")
     _registered = overlay(_registered, (spec,))
     return spec
 
@@ -93,7 +93,7 @@ def _packaged() -> tuple[ModelSpec, ...]:
     found = [*packaged_specs()]
     for name, value, load in _entry_points():
         found += _from_entry_point(f"entry point {name} = {value}", load)
-    _refuse_clashes(found)
+    _refuse_clashes(found, "uninstall or rename one of them")
     return tuple(found)
 
 
@@ -140,14 +140,14 @@ def overlay(below: tuple[ModelSpec, ...], above: tuple[ModelSpec, ...]) -> tuple
     return (*(spec for spec in below if not any(_clash(spec, other) for other in above)), *above)
 
 
-def _refuse_clashes(found: Iterable[ModelSpec]) -> None:
+def _refuse_clashes(found: Iterable[ModelSpec], remedy: str) -> None:
     seen: list[ModelSpec] = []
     problems = []
     for spec in found:
         for other in seen:
             if shared := _clash(spec, other):
-                remedy = f"{other.name!r} has it already ({other.source}); pass replace=True to put yours in its place"
-                problems.append(Problem(f"spec {spec.name!r} ({spec.source})", shared, "one that is free", remedy))
+                owner = f"{other.name!r} has it already ({other.source}); {remedy}"
+                problems.append(Problem(f"spec {spec.name!r} ({spec.source})", shared, "one that is free", owner))
         seen.append(spec)
     if problems:
         raise SpecError(*problems)
