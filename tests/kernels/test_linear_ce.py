@@ -164,7 +164,9 @@ def test_nothing_labelled():
     loss, *grads = run(linear_ce.linear_cross_entropy, inputs, num_items=5, label_smoothing=0.1)
     assert loss.item() == 0
     assert [g.abs().sum().item() for g in grads] == [0, 0, 0]
-    assert linear_ce.linear_cross_entropy(*inputs).isnan()  # the mean of nothing, as torch has it
+    mean, *grads = run(linear_ce.linear_cross_entropy, inputs)
+    assert mean.isnan()  # the mean of nothing, as torch has it
+    assert [g.abs().sum().item() for g in grads] == [0, 0, 0]
     assert linear_ce.ref.linear_cross_entropy(*inputs).isnan()
 
 
@@ -267,6 +269,25 @@ def test_opcheck(bias):
     factor = torch.tensor(0.3, device=DEVICE)
     for dtype in (FP32, FP16):
         torch.library.opcheck(torch.ops.fastft.scale_gradient, (torch.randn(5, 7, device=DEVICE), factor, dtype))
+
+
+def test_can_be_emitted_as_graph_nodes():
+    inputs = make()
+    want = linear_ce.ref.linear_cross_entropy(*inputs, softcap=3.0)
+
+    def node(h, w, y, b):
+        h, y = h.reshape(-1, 24), y.reshape(-1)
+        settings = (1.0, 3.0, 0.0, -100, -1, 0, True, True, True)
+        return torch.ops.fastft.linear_cross_entropy(h, w, y, b, None, *settings)[0]
+
+    for function in (lambda *args: linear_ce.ref.linear_cross_entropy(*args, softcap=3.0), node):
+        graph = torch.fx.Graph()
+        tracer = torch.fx.proxy.GraphAppendingTracer(graph)
+        proxies = [torch.fx.Proxy(graph.placeholder(f"p{i}"), tracer) for i in range(4)]
+        graph.output(function(*proxies).node)
+        got = torch.fx.GraphModule(torch.nn.Module(), graph)(*inputs)
+        assert judge.rms_ratio(got, want) < 2 * EPS32
+        assert got.requires_grad
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

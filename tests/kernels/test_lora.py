@@ -165,6 +165,13 @@ def test_an_unused_output_costs_nothing_and_changes_nothing():
         assert judge.rms_ratio(value, exact) < 1e-12
 
 
+def test_gradients_that_are_expanded_scalars():
+    args, _ = make("qkv", "dense", torch.float64, torch.float64, train_base=True)
+    got = torch.autograd.grad(sum(y.sum() for y in lora.lora_linears(*args)), leaves(args))
+    want = torch.autograd.grad(sum(y.sum() for y in plain(*args)), leaves(args))
+    assert all(judge.rms_ratio(value, exact) < 1e-12 for value, exact in zip(got, want))
+
+
 def test_only_x_and_xa_are_kept_between_forward_and_backward():
     args, _ = make("qkv", "nested", torch.float32, torch.float32)
     kept = []

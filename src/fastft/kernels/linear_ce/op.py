@@ -124,6 +124,13 @@ def _torch_cross_entropy_(
     return losses.masked_fill(~valid, 0).squeeze(1)
 
 
+def _split_power_of_two(value: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (m, u) with value = m * u, m in [0.5, 1) and u a power of two; (1, 1) where value is not finite."""
+    mantissa = torch.frexp(value).mantissa
+    finite = value.isfinite()
+    return torch.where(finite, mantissa, 1.0), torch.where(finite, value / mantissa, 1.0)  # the quotient is exact
+
+
 def _keep_labelled(labels: Tensor, ignore_index: int, valid_rows: int) -> Tensor | None:
     """Return the rows to compute, labelled ones first, or None for all of them."""
     if labels.device.type == "cpu" and valid_rows < 0:
@@ -186,7 +193,7 @@ def _linear_cross_entropy(
     if num_items is None:
         num_items = (labels != ignore_index).sum()
     num_items = num_items.to(hidden.device, _work_dtype(hidden.dtype)).reshape(())
-    factor, exponent = torch.frexp(1 / num_items)
+    factor, unit = _split_power_of_two(1 / num_items)
     with torch.autocast(hidden.device.type, enabled=False):
         losses, dhidden, dweight, dbias = _chunks(
             rows.contiguous(), weight, targets.long(), bias, factor, settings, chunk_rows, fused,
@@ -197,7 +204,7 @@ def _linear_cross_entropy(
     loss = losses.sum() / num_items
     if kept is not None and valid_rows >= 0:  # a bound that drops labelled rows must not pass for a smaller loss
         loss = torch.where((labels != ignore_index).sum() > valid_rows, float("nan"), loss)
-    return loss, dhidden, dweight, dbias, torch.ldexp(torch.ones_like(factor), exponent)
+    return loss, dhidden, dweight, dbias, unit
 
 
 def _chunks(
