@@ -4,6 +4,7 @@ With `plain=True` the loop runs transformers alone; otherwise it is fastft's own
 the model and `fastft.train.step.loss` for the head.
 """
 
+import copy
 import json
 import math
 import time
@@ -150,7 +151,7 @@ def train(
     tokenizer = AutoTokenizer.from_pretrained(data, padding_side="left")
     model = LlamaForCausalLM(config(tokenizer)).to(device)
     model.train()
-    judge = LlamaForCausalLM(model.config).to(device, torch.bfloat16).eval()
+    judge = LlamaForCausalLM(copy.deepcopy(model.config)).to(device, torch.bfloat16).eval()
     opt, make, loss_of = optimizer(model, recipe), batch_maker(data, recipe, device), _prepare(model, plain, backend)
     began = last = time.monotonic()
     history: list[dict] = []
