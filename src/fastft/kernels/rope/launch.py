@@ -7,6 +7,9 @@ from fastft.kernels.rows import ceil_div, next_power_of_2
 # The widest head that one program holds in registers; wider ones run on the reference.
 MAX_HEAD = 4096
 
+# A fused multiply-add would skip the rounding of one product, which separate torch calls do; memory is the limit.
+FP_FUSION = False
+
 
 @frozen
 class Launch:

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastft.kernels.dispatch import launch_on
-from fastft.kernels.rope.launch import launch
+from fastft.kernels.rope.launch import FP_FUSION, launch
 from fastft.kernels.rows import MAX_INT32
 from fastft.kernels.rows_triton import block_rows
 
@@ -111,5 +111,6 @@ def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, layout: str, inverse:
             INTERLEAVED=layout == "interleaved", INVERSE=inverse,
             ROUND=torch.promote_types(q.dtype, cos.dtype) == q.dtype,
             ROWS=cfg.rows, WIDE=max(q_count, k_count) > MAX_INT32 - 2**16, num_warps=cfg.warps,
+            enable_fp_fusion=FP_FUSION,
         )  # fmt: skip
     return q_out, k_out
