@@ -48,7 +48,12 @@ def build_model(family="llama", lora=True, seed=0, targets="all-linear", dropout
     if not lora:
         return model
     settings = LoraConfig(
-        r=4, lora_alpha=8, target_modules=targets, lora_dropout=dropout, modules_to_save=modules_to_save, task_type="CAUSAL_LM"
+        r=4,
+        lora_alpha=8,
+        target_modules=targets,
+        lora_dropout=dropout,
+        modules_to_save=modules_to_save,
+        task_type="CAUSAL_LM",
     )
     model = get_peft_model(model, settings)
     generator = torch.Generator().manual_seed(seed + 1)

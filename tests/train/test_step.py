@@ -79,7 +79,11 @@ def test_first_token_of_a_document_is_no_target():
 def test_head_with_lora_and_trained_head(build_model, build_rows):
     batch = collate(build_rows(4))
     everything = ["q_proj", "lm_head"]
-    for model in (build_model(targets=everything), build_model(modules_to_save=["lm_head"]), build_model(modules_to_save=["embed_tokens"])):
+    for model in (
+        build_model(targets=everything),
+        build_model(modules_to_save=["lm_head"]),
+        build_model(modules_to_save=["embed_tokens"]),
+    ):
         model.train()
         ours, theirs = step.loss(model, batch), own_loss(model, batch)
         torch.testing.assert_close(ours, theirs, rtol=2e-6, atol=0)

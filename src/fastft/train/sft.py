@@ -28,6 +28,8 @@ from fastft.train.record import RecordCallback, Tally
 class SFTConfig(trl.SFTConfig):
     """TRL's SFTConfig with gradient checkpointing off (fastft's memory plan decides what is recomputed), and more.
 
+    `bf16` left open means bf16 autocast where the GPU has it, and none on a CPU.
+
     `embedding_learning_rate`: for trained embeddings and head. `loraplus_ratio`: LoRA's B matrices learn that many
     times faster. `early_stopping_patience`: evaluations without an improvement of `metric_for_best_model` (default
     eval_loss) before training stops with the best weights. `max_seq_length`: the older name of `max_length`.
@@ -53,6 +55,8 @@ class SFTConfig(trl.SFTConfig):
         if self.early_stopping_patience is not None:
             self.metric_for_best_model = self.metric_for_best_model or "eval_loss"
             self.load_best_model_at_end = True
+        if self.bf16 is None and not self.fp16:
+            self.bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         super().__post_init__()
         arguments.refuse_numbers(self)
 

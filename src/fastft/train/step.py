@@ -259,7 +259,7 @@ def _probe(base: Any, head: Head) -> HeadCheck:
     handle = base.get_decoder().register_forward_hook(amplify)
     try:
         head.module.eval()
-        with torch.no_grad():
+        with torch.no_grad(), torch.random.fork_rng():  # dropout in the layers must not move the run's random state
             theirs = base(input_ids=ids[None], use_cache=False).logits.float()
             ours = head.logits(kept[0])
     finally:
