@@ -1,0 +1,143 @@
+"""The run record: every number in it is recomputed here from the data."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+
+from fastft.data.collate import collate
+from fastft.train import checkpoint, flops, plots, record, step
+from fastft.train.sft import SFTConfig, SFTTrainer
+
+
+def test_record_of_a_run(build_model, build_rows, tokenizer, settings):
+    rows = build_rows(8)
+    config = SFTConfig(**{**settings, "num_train_epochs": 2, "max_steps": -1, "eval_strategy": "epoch"})
+    data, held = Dataset.from_list(rows), Dataset.from_list(rows[:2])
+    model = build_model()
+    made = SFTTrainer(model, config, train_dataset=data, eval_dataset=held, processing_class=tokenizer, compile=False)
+    made.train()
+    folder = Path(settings["output_dir"])
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == list(range(1, 9)) and len(lines) == 10
+    history = [row for row in made.state.log_history if "loss" in row]
+    for line, row in zip(steps, history, strict=True):
+        assert (line["loss"], line["grad_norm"], line["learning_rate"]) == (row["loss"], row["grad_norm"], row["learning_rate"])
+        for name in record.TOKENS:
+            assert line["tokens_per_second"][name] > 0
+    real = 2 * sum(len(row["input_ids"]) for row in rows)
+    targets = 2 * sum(label != -100 for row in rows for label in row["labels"][1:])
+    assert (steps[-1]["tokens"]["non_padding"], steps[-1]["tokens"]["loss_bearing"]) == (real, targets)
+    run = json.loads((folder / "run.json").read_text())
+    assert run["tokens"] == steps[-1]["tokens"] and run["tokens"]["all"] >= real
+    assert run["tokens_per_second"]["loss_bearing"] == pytest.approx(targets / run["train_seconds"])
+    assert run["loss"] == {"first": steps[0]["loss"], "last": steps[-1]["loss"]}
+    assert run["status"] == "finished" and run["mfu"] is None and run["memory"]["predicted_bytes"] is None
+    assert run["memory"]["measured_peak_bytes"] > 2**20
+    assert run["versions"]["torch"] == torch.__version__.split("+")[0] or run["versions"]["torch"] == torch.__version__
+    assert run["seed"] == config.seed and run["config"]["learning_rate"] == 1e-2 and run["rewrites"] is None
+    assert run["data"] == {"sha256": record.data_hash(data), "rows": 8}
+    assert run["loss_head"] == {"fused": True, "reason": ""} and run["model"]["family"] == "llama"
+    assert run["evaluation"]["eval_loss"] == lines[-1]["eval_loss"]
+    # work: 2 layers x (q 32x32, k and v 32x16, o 32x32, gate, up and down 32x64), head 32 x 96, rank 4 on all of them
+    dense = 2 * (32 * 32 * 2 + 32 * 16 * 2 + 32 * 64 * 3)
+    lora = 2 * 4 * ((32 + 32) * 2 + (32 + 16) * 2 + (32 + 64) * 3)
+    assert run["work"] == {"frozen": dense, "trained": lora, "head": 32 * 96}
+    pairs = 2 * sum(n * (n + 1) // 2 for n in (len(row["input_ids"]) for row in rows))
+    expected = real * (4 * dense + 6 * lora) + targets * 4 * 32 * 96 + 12 * 32 * 2 * pairs
+    assert run["flops"] == pytest.approx(expected)
+    card = (folder / "README.md").read_text()
+    assert f"{real:,} ({targets:,})" in card and run["data"]["sha256"] in card and "loss.png" in card
+    assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_failed_run_says_so(build_model, tokenizer, dataset, settings):
+    made = SFTTrainer(build_model(), SFTConfig(**settings), train_dataset=dataset, processing_class=tokenizer, compile=False)
+
+    def broken(*args, **kwargs):
+        raise RuntimeError("out of luck")
+
+    made.create_scheduler = made.create_scheduler
+    made.training_step = broken
+    with pytest.raises(RuntimeError, match="out of luck"):
+        made.train()
+    run = json.loads((Path(settings["output_dir"]) / "run.json").read_text())
+    assert run["status"] == "failed" and run["error"] == "RuntimeError: out of luck"
+
+
+def test_data_hash_sees_ids_labels_order_and_boundaries():
+    def hashed(ids, labels):
+        return record.data_hash(Dataset.from_dict({"input_ids": ids, "labels": labels}))
+
+    base = hashed([[1, 2], [3]], [[1, 2], [3]])
+    assert base == hashed([[1, 2], [3]], [[1, 2], [3]])
+    others = [hashed([[1, 2], [4]], [[1, 2], [3]]), hashed([[1, 2], [3]], [[1, -100], [3]]), hashed([[3], [1, 2]], [[3], [1, 2]])]
+    others.append(hashed([[1], [2, 3]], [[1], [2, 3]]))
+    assert len({base, *others}) == 5
+    sliced = Dataset.from_dict({"input_ids": [[9], [1, 2], [3]], "labels": [[9], [1, 2], [3]]}).select([1, 2])
+    assert record.data_hash(sliced) == base
+
+
+def test_counts_packed_and_padded_and_windows(build_rows):
+    rows = build_rows(5)
+    lengths = [len(row["input_ids"]) for row in rows]
+    targets = sum(label != -100 for row in rows for label in row["labels"][1:])
+    for batch in (collate(rows), collate(rows, side="left"), collate(rows, packed=True)):
+        counts = flops.count_batch(batch, step.shifted_labels(batch), {6})
+        assert counts["non_padding"] == sum(lengths) and counts["loss_bearing"] == targets
+        assert counts["pairs"] == sum(n * (n + 1) // 2 for n in lengths)
+        assert counts["pairs_6"] == sum(min(i + 1, 6) for n in lengths for i in range(n))
+        assert counts["all"] == batch["input_ids"].numel()
+
+
+def test_frozen_weights_cost_less(build_model):
+    lora, full = flops.work_of(build_model(modules_to_save=["lm_head"])), flops.work_of(build_model(lora=False))
+    assert (full.frozen, full.trained, full.head, full.head_trained) == (0, lora.frozen, 32 * 96, True)
+    assert lora.head == 32 * 96 and lora.head_trained  # the frozen copy that PEFT keeps is not counted
+    counts = {"non_padding": 10, "loss_bearing": 5, "pairs": 55}
+    assert flops.flops(full, counts) == 10 * 6 * full.trained + 5 * 6 * 32 * 96 + 12 * 32 * 2 * 55
+
+
+def test_peaks(monkeypatch):
+    assert flops.peak_flops("cpu", torch.bfloat16) is None
+    for name, peak in [("NVIDIA H200", 989e12), ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA L4", 121e12), ("NVIDIA L40S", 362e12), ("X1", None)]:
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        assert flops.peak_flops("cuda", torch.bfloat16) == peak
+    assert flops.peak_flops("cuda", torch.float32) is None
+
+
+def test_smoothing_is_corrected_for_its_start():
+    assert plots.smooth([2.0, 2.0, 2.0]) == pytest.approx([2.0, 2.0, 2.0])
+    assert plots.smooth([1.0, 3.0], 0.5) == pytest.approx([1.0, (0.25 * 1 + 0.5 * 3) / 0.75])
+
+
+def test_picture_leaves_pyplot_alone(tmp_path):
+    import sys
+
+    had = "matplotlib.pyplot" in sys.modules
+    plots.plot_run([{"step": 1, "loss": 2.0}, {"step": 1, "eval_loss": 1.0}, {"step": 2, "loss": "nan"}], tmp_path / "loss.png")
+    assert ("matplotlib.pyplot" in sys.modules) == had and (tmp_path / "loss.png").stat().st_size > 1000
+
+
+def test_pauses_are_no_training(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(record.time, "perf_counter", lambda: now[0])
+    clock = record.Clock()
+    clock.start()
+    now[0] = 2.0
+    clock.step_ended()
+    now[0] = 7.0
+    clock.leave_out()  # five seconds of evaluation
+    now[0] = 8.0
+    assert clock.take() == 3.0
+    now[0] = 9.0
+    clock.leave_out()  # saving straight after the log
+    now[0] = 10.0
+    assert clock.take() == 1.0
+
+
+def test_plain_numbers():
+    assert checkpoint.plain({"a": [float("inf"), 1.0], 2: None}) == {"a": ["inf", 1.0], "2": None}
