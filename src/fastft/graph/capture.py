@@ -25,7 +25,7 @@ class Binding:
 
 def quant_state_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
     """Return the tensors of a bitsandbytes 4-bit weight's quantisation state by part, empty for other modules."""
-    state = getattr(getattr(module, "weight", None), QUANT_STATE, None)
+    state = getattr(module._parameters.get("weight"), QUANT_STATE, None)
     if state is None:
         return {}
     parts = {"absmax": state.absmax}
