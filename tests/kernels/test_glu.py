@@ -88,11 +88,12 @@ def test_no_rows(device):
     assert out.shape == (0, 12) and torch.autograd.grad(out.sum(), gate)[0].shape == (0, 12)
 
 
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("activation, name", [("silu", "silu"), ("gelu_tanh", "gelu_pytorch_tanh"), ("gelu", "gelu")])
-def test_equals_transformers(same_as_eager, strided, check_dtype, device, activation, name):
-    check_dtype(torch.bfloat16)
+def test_equals_transformers(same_as_eager, strided, check_dtype, device, activation, name, dtype):
+    check_dtype(dtype)
     activate = pytest.importorskip("transformers.activations").ACT2FN[name]
-    gate, up = (part.detach() for part in _inputs(strided, (3, 50, 192), "packed", torch.bfloat16, device))
+    gate, up = (part.detach() for part in _inputs(strided, (3, 50, 192), "packed", dtype, device))
     same_as_eager(glu(gate, up, activation), activate(gate) * up)
 
 

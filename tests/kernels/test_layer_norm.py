@@ -83,13 +83,14 @@ def test_affine_gradients_are_deterministic(strided, device):
     assert all(torch.equal(a, b) for a, b in zip(first, second))
 
 
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("shape, size", [((3, 50, 192), 192), ((2, 50, 4, 48), (4, 48))], ids=str)
-def test_equals_transformers(same_as_eager, strided, check_dtype, device, shape, size):
-    check_dtype(torch.bfloat16)
+def test_equals_transformers(same_as_eager, strided, check_dtype, device, shape, size, dtype):
+    check_dtype(dtype)
     modeling = pytest.importorskip("transformers.models.cohere.modeling_cohere")
-    module = modeling.CohereLayerNorm(size, eps=1e-5).to(device, torch.bfloat16)
-    x = strided(shape, "contiguous", torch.bfloat16, device)
-    module.weight.data.copy_(strided(module.weight.shape, "contiguous", torch.bfloat16, device, seed=3))
+    module = modeling.CohereLayerNorm(size, eps=1e-5).to(device, dtype)
+    x = strided(shape, "contiguous", dtype, device)
+    module.weight.data.copy_(strided(module.weight.shape, "contiguous", dtype, device, seed=3))
     with torch.no_grad():
         same_as_eager(layer_norm(x, module.weight, None, 1e-5), module(x))
 

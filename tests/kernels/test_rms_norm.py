@@ -78,13 +78,14 @@ def test_weight_gradient_is_deterministic(strided, device):
     assert all(torch.equal(a, b) for a, b in zip(first, second))
 
 
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("family", ["llama", "gemma", "gemma3", "olmo2", "qwen3"])
-def test_equals_transformers(same_as_eager, strided, check_dtype, device, family):
-    check_dtype(torch.bfloat16)
+def test_equals_transformers(same_as_eager, strided, check_dtype, device, family, dtype):
+    check_dtype(dtype)
     modeling = pytest.importorskip(f"transformers.models.{family}.modeling_{family}")
-    module = getattr(modeling, f"{family.capitalize()}RMSNorm")(192, eps=1e-5).to(device, torch.bfloat16)
-    x = strided((3, 50, 192), "contiguous", torch.bfloat16, device)
-    module.weight.data.copy_(strided((192,), "contiguous", torch.bfloat16, device, seed=3))
+    module = getattr(modeling, f"{family.capitalize()}RMSNorm")(192, eps=1e-5).to(device, dtype)
+    x = strided((3, 50, 192), "contiguous", dtype, device)
+    module.weight.data.copy_(strided((192,), "contiguous", dtype, device, seed=3))
     kind = {"gemma": KINDS[2], "gemma3": KINDS[2], "olmo2": KINDS[3]}.get(family, KINDS[0])
     with torch.no_grad():
         same_as_eager(rms_norm(x, module.weight, 1e-5, *kind), module(x))

@@ -81,23 +81,26 @@ def test_no_tokens(device):
 
 
 # How each family's tables reach its function: whole (repeated after one another or in pairs), and in which dtype.
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize(
     "family, layout, repeat, rotated, table_dtype",
     [
-        ("llama", "half", "halves", 32, torch.bfloat16),
-        ("qwen3", "half", "halves", 32, torch.bfloat16),
-        ("phi3", "half", "halves", 24, torch.bfloat16),
+        ("llama", "half", "halves", 32, None),
+        ("qwen3", "half", "halves", 32, None),
+        ("phi3", "half", "halves", 24, None),
         ("olmo2", "half", "halves", 32, torch.float32),
-        ("cohere", "interleaved", "pairs", 32, torch.bfloat16),
-        ("cohere2", "interleaved", "pairs", 32, torch.bfloat16),
-        ("glm4", "interleaved", "halves", 16, torch.bfloat16),
+        ("cohere", "interleaved", "pairs", 32, None),
+        ("cohere2", "interleaved", "pairs", 32, None),
+        ("glm4", "interleaved", "halves", 16, None),
     ],
 )
-def test_equals_transformers(same_as_eager, strided, check_dtype, device, family, layout, repeat, rotated, table_dtype):
-    check_dtype(torch.bfloat16)
+def test_equals_transformers(
+    same_as_eager, strided, check_dtype, device, family, layout, repeat, rotated, table_dtype, dtype
+):
+    check_dtype(dtype)
     modeling = pytest.importorskip(f"transformers.models.{family}.modeling_{family}")
     size = (2, 4, 2, 31, 32, rotated)
-    q, k, cos, sin = _inputs(strided, size, torch.bfloat16, device, table_dtype=table_dtype)
+    q, k, cos, sin = _inputs(strided, size, dtype, device, table_dtype=table_dtype)
     q, k = q.detach(), k.detach()
     if repeat == "halves":
         whole = [torch.cat((table, table), dim=-1) for table in (cos, sin)]
