@@ -9,7 +9,7 @@ import torch
 from fastft.environment import triton_interpreted
 from fastft.errors import UsageError
 from fastft.kernels import linear_ce
-from fastft.kernels.linear_ce.launch import GPU_LOGITS_BYTES, chunk_rows
+from fastft.kernels.linear_ce.launch import GPU_LOGITS_BYTES, CrossEntropyLaunch, chunk_rows
 
 _spec = importlib.util.spec_from_file_location("matrix_judge", Path(__file__).parent / "matrix_judge.py")
 judge = importlib.util.module_from_spec(_spec)
@@ -321,6 +321,33 @@ def test_chunks_on_a_gpu_stay_in_their_budget_and_are_even(vocab, rows):
     assert height * vocab * 2 <= GPU_LOGITS_BYTES
     assert height == rows or height % 128 == 0
     assert rows % height == 0 or rows % height > height // 2 or rows < 2 * height or -(-rows // height) > 4
+
+
+@pytest.mark.skipif(not KERNEL, reason="no Triton here; the interpreter test runs it")
+@pytest.mark.parametrize("block", [16, 64, 128])
+@pytest.mark.parametrize("order", ["rising", "falling", "random"])
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_rows_of_several_blocks(block, order, settings, poisoned_empty):
+    """The largest logit comes in the first block, in the last, or anywhere; some rows have no label."""
+    from fastft.kernels.linear_ce.triton import cross_entropy_
+
+    logits = torch.randn(5, 131, generator=torch.Generator().manual_seed(4)).to(DEVICE) * 8
+    if order != "random":
+        logits = logits.sort(-1, descending=order == "falling").values
+    labels = torch.tensor([0, 130, 64, -100, 15], device=DEVICE)
+    settings = {"scale": 1.0, "softcap": 0.0, "label_smoothing": 0.0, **settings}
+    settings.pop("num_items", None)
+    exact = logits.double().requires_grad_()
+    one = torch.eye(131, device=DEVICE, dtype=FP64)
+    loss = linear_ce.ref.linear_cross_entropy(exact, one, labels, **settings, num_items=1)
+    (grad,) = torch.autograd.grad(loss, exact)
+    got = logits.clone()
+    factor = torch.tensor(0.75, device=DEVICE)
+    launch = CrossEntropyLaunch(block, 2)
+    losses = cross_entropy_(got, labels, factor, **settings, ignore_index=-100, gradient=True, launch=launch)
+    assert losses[3] == 0 and got[3].abs().sum() == 0
+    assert judge.rms_ratio(losses.sum(), loss) < 4 * EPS32
+    assert judge.rms_ratio(got / 0.75, grad) < 8 * EPS32
 
 
 @pytest.mark.gpu

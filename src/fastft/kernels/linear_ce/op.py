@@ -265,7 +265,7 @@ def _(
 
 @torch.library.custom_op("fastft::scale_gradient", mutates_args=())
 def _scale_gradient(value: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return value * factor in `dtype`, multiplied in fp32 or more: torch would round a scalar to 16 bits first."""
+    """Return value * factor in `dtype`, multiplied in fp32 or more, by a scalar not rounded to 16 bits first."""
     if use_triton(value, factor):
         from fastft.kernels.linear_ce.triton import scaled
 

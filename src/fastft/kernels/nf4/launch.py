@@ -13,10 +13,10 @@ class Nf4Launch:
     """
 
     blocks: int = field(default=64, validator=validators.in_((1, 2, 4, 8, 16, 32, 64, 128, 256)))
-    num_warps: int = 4
+    num_warps: int = field(default=4, validator=validators.in_((2, 4, 8, 16)))  # one warp would shuffle, not gather
     gather: bool = True
 
 
 def heuristic(numel: int) -> Nf4Launch:
     """Return the settings for a weight of `numel` elements: smaller programs where few would fill the GPU."""
-    return Nf4Launch(blocks=64 if numel >= 1 << 22 else 16, num_warps=4 if numel >= 1 << 22 else 1)
+    return Nf4Launch(blocks=64 if numel >= 1 << 22 else 16, num_warps=4)
