@@ -48,23 +48,38 @@ def test_assistant_turns_with_their_stop_tokens(template):
     made = tokenizer(template)
     row = chat_dataset([{"messages": CHAT}], made)[0]
     assert made.convert_ids_to_tokens(row["input_ids"]) == (
-        "<|user|> w1 w2 </s> <|assistant|> w3 </s> <|user|> w4 </s> <|assistant|> w5 w6 </s>".split()
+        [
+            "<|user|>",
+            "w1",
+            "w2",
+            "</s>",
+            "<|assistant|>",
+            "w3",
+            "</s>",
+            "<|user|>",
+            "w4",
+            "</s>",
+            "<|assistant|>",
+            "w5",
+            "w6",
+            "</s>",
+        ]
     )
-    assert learnt(row, made) == "w3 </s> w5 w6 </s>".split()
-    assert learnt(chat_dataset([{"messages": CHAT}], made, train_on="completion")[0], made) == "w5 w6 </s>".split()
+    assert learnt(row, made) == ["w3", "</s>", "w5", "w6", "</s>"]
+    assert learnt(chat_dataset([{"messages": CHAT}], made, train_on="completion")[0], made) == ["w5", "w6", "</s>"]
     assert len(learnt(chat_dataset([{"messages": CHAT}], made, train_on="all")[0], made)) == len(row["input_ids"])
 
 
 def test_prompt_and_completion_and_text():
     made = tokenizer()
     texts = chat_dataset([{"prompt": "w1 w2", "completion": "w3"}], made)[0]
-    assert made.convert_ids_to_tokens(texts["input_ids"]) == "<s> w1 w2 w3 </s>".split()
+    assert made.convert_ids_to_tokens(texts["input_ids"]) == ["<s>", "w1", "w2", "w3", "</s>"]
     assert learnt(texts, made) == ["w3", "</s>"]
     turns = chat_dataset([{"prompt": CHAT[:3], "completion": CHAT[3:]}], made)[0]
-    assert learnt(turns, made) == "w5 w6 </s>".split()
+    assert learnt(turns, made) == ["w5", "w6", "</s>"]
     for text in ("w1 w2", "<s> w1 w2 </s>"):  # neither token is ever doubled
         row = chat_dataset([{"text": text}], made, train_on="all")[0]
-        assert made.convert_ids_to_tokens(row["input_ids"]) == "<s> w1 w2 </s>".split()
+        assert made.convert_ids_to_tokens(row["input_ids"]) == ["<s>", "w1", "w2", "</s>"]
         assert row["labels"] == row["input_ids"]
 
 
@@ -72,12 +87,12 @@ def test_templates_that_cannot_be_used():
     with pytest.raises(DataError, match=r"generation %\} markers.*train_on='all'"):
         chat_dataset([{"messages": CHAT}], tokenizer(UNMARKED))
     assert len(chat_dataset([{"messages": CHAT}], tokenizer(UNMARKED), train_on="all")) == 1
-    with pytest.raises(DataError, match="row 0, assistant turn 1.*a stop token.*EOS"):
+    with pytest.raises(DataError, match=r"row 0, assistant turn 1.*a stop token.*EOS"):
         chat_dataset([{"messages": CHAT}], tokenizer(STOPLESS))
-    with pytest.raises(DataError, match="chat_template.*a chat template"):
+    with pytest.raises(DataError, match=r"chat_template.*a chat template"):
         chat_dataset([{"messages": CHAT}], tokenizer(None))
     raising = "{{ raise_exception('roles must alternate') }}{% generation %}{% endgeneration %}"
-    with pytest.raises(DataError, match="row 0, messages.*roles must alternate"):
+    with pytest.raises(DataError, match=r"row 0, messages.*roles must alternate"):
         chat_dataset([{"messages": CHAT}], tokenizer(raising))
 
 
@@ -110,7 +125,7 @@ def test_lengths_are_never_cut_unasked():
     rows = [{"prompt": "w1 w2 w3", "completion": "w4"}, {"prompt": "w1", "completion": "w2"}]
     with pytest.raises(DataError, match="row 0: expected at most max_length=4, got '6 tokens'"):
         chat_dataset(rows, made, max_length=4)
-    with pytest.raises(DataError, match="row 0, labels.*nothing to learn"):
+    with pytest.raises(DataError, match=r"row 0, labels.*nothing to learn"):
         chat_dataset(rows, made, max_length=4, overlong="truncate")
     assert [len(row) for row in chat_dataset(rows, made, max_length=5, overlong="truncate")["input_ids"]] == [5, 4]
 
@@ -118,7 +133,11 @@ def test_lengths_are_never_cut_unasked():
 def test_wrong_arguments_and_no_rows():
     with pytest.raises(UsageError) as caught:
         chat_dataset([{"text": "w1"}], tokenizer(), train_on="asistant", overlong="drop", max_length=1)
-    assert "did you mean 'assistant'" in str(caught.value) and "overlong" in str(caught.value) and "max_length" in str(caught.value)
+    assert (
+        "did you mean 'assistant'" in str(caught.value)
+        and "overlong" in str(caught.value)
+        and "max_length" in str(caught.value)
+    )
     with pytest.raises(DataError, match="at least one row"):
         chat_dataset([], tokenizer())
     with pytest.raises(DataError, match="a list of rows"):
@@ -130,7 +149,10 @@ def test_wrong_arguments_and_no_rows():
 def test_collate():
     rows = [{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}, {"input_ids": [8, 9]}]
     right, left = collate(rows, 3), collate(rows, 3, side="left")
-    assert right["input_ids"].tolist() == [[5, 6, 7], [8, 9, 3]] and right["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
+    assert right["input_ids"].tolist() == [[5, 6, 7], [8, 9, 3]] and right["attention_mask"].tolist() == [
+        [1, 1, 1],
+        [1, 1, 0],
+    ]
     assert left["labels"].tolist() == [[-100, 6, 7], [-100, 8, 9]] and left["input_ids"][1].tolist() == [3, 8, 9]
     packed = collate(rows, packed=True)
     assert packed["position_ids"].tolist() == [[0, 1, 2, 0, 1]] and packed["labels"].tolist() == [[-100, 6, 7, -100, 9]]

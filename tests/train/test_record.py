@@ -25,7 +25,11 @@ def test_record_of_a_run(build_model, build_rows, tokenizer, settings):
     assert [line["step"] for line in steps] == list(range(1, 9)) and len(lines) == 10
     history = [row for row in made.state.log_history if "loss" in row]
     for line, row in zip(steps, history, strict=True):
-        assert (line["loss"], line["grad_norm"], line["learning_rate"]) == (row["loss"], row["grad_norm"], row["learning_rate"])
+        assert (line["loss"], line["grad_norm"], line["learning_rate"]) == (
+            row["loss"],
+            row["grad_norm"],
+            row["learning_rate"],
+        )
         for name in record.TOKENS:
             assert line["tokens_per_second"][name] > 0
     real = 2 * sum(len(row["input_ids"]) for row in rows)
@@ -55,7 +59,9 @@ def test_record_of_a_run(build_model, build_rows, tokenizer, settings):
 
 
 def test_a_failed_run_says_so(build_model, tokenizer, dataset, settings):
-    made = SFTTrainer(build_model(), SFTConfig(**settings), train_dataset=dataset, processing_class=tokenizer, compile=False)
+    made = SFTTrainer(
+        build_model(), SFTConfig(**settings), train_dataset=dataset, processing_class=tokenizer, compile=False
+    )
 
     def broken(*args, **kwargs):
         raise RuntimeError("out of luck")
@@ -74,7 +80,11 @@ def test_data_hash_sees_ids_labels_order_and_boundaries():
 
     base = hashed([[1, 2], [3]], [[1, 2], [3]])
     assert base == hashed([[1, 2], [3]], [[1, 2], [3]])
-    others = [hashed([[1, 2], [4]], [[1, 2], [3]]), hashed([[1, 2], [3]], [[1, -100], [3]]), hashed([[3], [1, 2]], [[3], [1, 2]])]
+    others = [
+        hashed([[1, 2], [4]], [[1, 2], [3]]),
+        hashed([[1, 2], [3]], [[1, -100], [3]]),
+        hashed([[3], [1, 2]], [[3], [1, 2]]),
+    ]
     others.append(hashed([[1], [2, 3]], [[1], [2, 3]]))
     assert len({base, *others}) == 5
     sliced = Dataset.from_dict({"input_ids": [[9], [1, 2], [3]], "labels": [[9], [1, 2], [3]]}).select([1, 2])
@@ -103,7 +113,13 @@ def test_frozen_weights_cost_less(build_model):
 
 def test_peaks(monkeypatch):
     assert flops.peak_flops("cpu", torch.bfloat16) is None
-    for name, peak in [("NVIDIA H200", 989e12), ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA L4", 121e12), ("NVIDIA L40S", 362e12), ("X1", None)]:
+    for name, peak in [
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA L4", 121e12),
+        ("NVIDIA L40S", 362e12),
+        ("X1", None),
+    ]:
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
         assert flops.peak_flops("cuda", torch.bfloat16) == peak
     assert flops.peak_flops("cuda", torch.float32) is None
@@ -118,7 +134,9 @@ def test_picture_leaves_pyplot_alone(tmp_path):
     import sys
 
     had = "matplotlib.pyplot" in sys.modules
-    plots.plot_run([{"step": 1, "loss": 2.0}, {"step": 1, "eval_loss": 1.0}, {"step": 2, "loss": "nan"}], tmp_path / "loss.png")
+    plots.plot_run(
+        [{"step": 1, "loss": 2.0}, {"step": 1, "eval_loss": 1.0}, {"step": 2, "loss": "nan"}], tmp_path / "loss.png"
+    )
     assert ("matplotlib.pyplot" in sys.modules) == had and (tmp_path / "loss.png").stat().st_size > 1000
 
 

@@ -144,9 +144,9 @@ def test_rates_reach_their_groups(build_model, tokenizer, dataset, settings):
 
 
 def test_rates_that_nothing_would_use_are_refused(build_model, tokenizer, dataset, settings):
-    with pytest.raises(UsageError, match="loraplus_ratio.*trainable LoRA matrices"):
+    with pytest.raises(UsageError, match=r"loraplus_ratio.*trainable LoRA matrices"):
         train(build_model(lora=False), tokenizer, dataset, settings, loraplus_ratio=2.0)
-    with pytest.raises(UsageError, match="embedding_learning_rate.*embeddings are trained"):
+    with pytest.raises(UsageError, match=r"embedding_learning_rate.*embeddings are trained"):
         train(build_model(), tokenizer, dataset, settings, embedding_learning_rate=1e-5)
 
 
@@ -280,8 +280,8 @@ def test_sft_from_messages_to_result(build_model, tokenizer, tmp_path):
         for i in range(8)
     ]
     result = sft(
-        build_model(), tokenizer, rows, tmp_path / "run", eval=rows[:2], steps=3, batch_size=4, log_every=1, save_every=3,
-        learning_rate=1e-2, compile=False, disable_tqdm=True,
+        build_model(), tokenizer, rows, tmp_path / "run", eval=rows[:2], steps=3, batch_size=4, log_every=1,
+        save_every=3, learning_rate=1e-2, compile=False, disable_tqdm=True,
     )  # fmt: skip
     assert [number for number, _ in result.losses] == [1, 2, 3] and result.final_loss == result.losses[-1][1]
     assert result.final_loss < result.losses[0][1]

@@ -20,7 +20,7 @@ def test_compiled_model_agrees_and_is_left_alone(build_model, build_rows):
     state, before = torch.get_rng_state(), {n: p.detach().clone() for n, p in model.named_parameters()}
     found = verify(model, iter(batches), steps=2)
     assert found.ok and found.compiled and found.head == "fused" and len(found.comparisons) == 2, str(found)
-    assert 0 < found.comparisons[0].grad_norm and found.largest_loss_difference < 1e-5
+    assert found.comparisons[0].grad_norm > 0 and found.largest_loss_difference < 1e-5
     assert "agrees" in str(found)
     assert torch.equal(torch.get_rng_state(), state) and not model.training
     assert torch.equal(parameter.grad, torch.ones_like(parameter))

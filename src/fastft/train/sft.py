@@ -79,9 +79,9 @@ class SFTTrainer(trl.SFTTrainer):
     into the config with one line. Raises `UsageError` for unknown arguments and combinations that cannot work,
     `DataError` for data that cannot be trained on, `SaveError` when a checkpoint cannot be written.
 
-    The log holds `loss`, `grad_norm` and `learning_rate` (tokens and speed: metrics.jsonl); evaluation gives `eval_loss` (the mean over all
-    targets), `eval_perplexity`, `eval_mean_token_accuracy` and `eval_num_targets`. Training steps do not measure token
-    accuracy and entropy: that would need the logits a second time.
+    The log holds `loss`, `grad_norm` and `learning_rate` (tokens and speed go to metrics.jsonl); evaluation gives
+    `eval_loss` (the mean over all targets), `eval_perplexity`, `eval_mean_token_accuracy` and `eval_num_targets`.
+    Training steps do not measure token accuracy and entropy: that would need the logits a second time.
     """
 
     def __init__(

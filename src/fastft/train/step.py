@@ -18,7 +18,7 @@ from fastft.registry.spec import ModelSpec
 from fastft.state import base_model, get_state
 
 IGNORE = -100
-# What the loss takes from a batch, and the backbone does not. `valid_rows` is the number of targets, as the host knows it.
+# What the loss takes from a batch, and the backbone does not. `valid_rows`: the number of targets, known to the host.
 LABEL_KEYS = ("labels", "shift_labels", "num_items_in_batch", "valid_rows")
 CHECK_ATTRIBUTE = "fastft_head_check"
 # Logits of the probe are blown up to this size, so that a forgotten soft cap (30 or 50) shows.

@@ -1,0 +1,50 @@
+"""Training on compiled layers (aot_eager): the curves of eager transformers, through fastft's and TRL's trainers."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import trl
+
+from fastft.graph.compile import compile as compile_layers
+from fastft.state import get_state
+from fastft.train.sft import SFTConfig, SFTTrainer
+
+
+def curve(trainer, name="loss"):
+    return [row[name] for row in trainer.state.log_history if "loss" in row]
+
+
+@pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
+def test_compiled_and_eager_agree(packing, build_model, tokenizer, dataset, settings):
+    changes = {**settings, "packing": packing, "max_length": 48, "gradient_accumulation_steps": 2, "max_steps": 3}
+    more = {"train_dataset": dataset, "processing_class": tokenizer}
+    eager = SFTTrainer(build_model(), SFTConfig(**changes), compile=False, **more)
+    eager.train()
+    model = compile_layers(build_model(), backend="aot_eager")
+    ours = SFTTrainer(model, SFTConfig(**changes, eval_strategy="no"), **more)
+    ours.train()
+    stock_model = compile_layers(build_model(), backend="aot_eager")
+    stock = trl.SFTTrainer(
+        stock_model, trl.SFTConfig(**changes, gradient_checkpointing=False, report_to="none"), **more
+    )
+    stock.train()
+    for made in (ours, stock):
+        torch.testing.assert_close(curve(made), curve(eager), rtol=2e-5, atol=0)
+        torch.testing.assert_close(curve(made, "grad_norm"), curve(eager, "grad_norm"), rtol=2e-4, atol=0)
+    assert get_state(model).compiled.report().graphs  # the compiled path was taken
+    assert get_state(stock_model).compiled.report().graphs
+    assert not get_state(model).compiled.eager_calls
+    run = json.loads((Path(settings["output_dir"]) / "run.json").read_text())
+    assert run["rewrites"]["applied"] and run["rewrites"]["family"] == "llama"
+
+
+def test_the_trainer_compiles_unless_told_not_to(build_model, tokenizer, dataset, settings, capsys):
+    more = {"train_dataset": dataset, "processing_class": tokenizer}
+    models = [build_model() for _ in range(3)]
+    SFTTrainer(models[0], SFTConfig(**settings), **more)
+    SFTTrainer(models[1], SFTConfig(**settings), compile=False, **more)
+    SFTTrainer(models[2], SFTConfig(**settings, gradient_checkpointing=True), **more)
+    assert [get_state(model).compiled is not None for model in models] == [True, False, False]
+    assert "gradient_checkpointing=True" in capsys.readouterr().out
