@@ -16,6 +16,7 @@ OK, ERROR, CHECK_FAILED, WRONG_USAGE = 0, 1, 2, 3
 COMMANDS = (
     ("registry", "fastft.cli.registry"),
     ("env", "fastft.cli.env"),
+    ("demo", "fastft.cli.demo"),
 )
 
 

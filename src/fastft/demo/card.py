@@ -52,7 +52,7 @@ for the fine-tuning that `fastft demo` shows.
 | --- | --- |
 | docstrings, comments and help topics of Python's standard library and of the pip bundled with it | {text_tokens:,} |
 | source code of the standard library, without its tests | {code_tokens:,} |
-| {conversations:,} generated conversations (arithmetic, words, small facts, documented functions, styles) | {chat_tokens:,} |
+| {conversations:,} generated conversations (sums, words, small facts, documented functions, styles) | {chat_tokens:,} |
 
 Seed {data_seed}. One source file in 25 is held out, and its paragraphs that occur elsewhere too are dropped. The
 library's texts are under the licence of Python (PSF) and the bundled packages' own (MIT and similar); `held_out.txt`
