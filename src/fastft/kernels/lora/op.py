@@ -117,11 +117,13 @@ def _project(x: Tensor, weight: Tensor, state: list[Tensor], bias: Tensor | None
     return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
 
-def _accumulating_mm(lhs: Tensor, rhs: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return lhs @ rhs in `dtype`; an fp32 result of 16-bit factors keeps its fp32 sums where the GEMM can (CUDA)."""
+def _accumulating_mm(lhs: Tensor, rhs: Tensor, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+    """Return scale * lhs @ rhs in `dtype`, rounded once: an fp32 result of 16-bit factors keeps its sums on CUDA."""
     if lhs.is_cuda and dtype == torch.float32 and lhs.dtype in (torch.bfloat16, torch.float16):
-        return torch.mm(lhs, rhs, out_dtype=torch.float32)
-    return torch.mm(lhs, rhs).to(dtype)
+        product = torch.mm(lhs, rhs, out_dtype=torch.float32)
+        return product.mul_(scale) if scale != 1.0 else product
+    out = torch.empty(lhs.shape[0], rhs.shape[1], dtype=lhs.dtype, device=lhs.device)
+    return torch.addmm(out, lhs, rhs, beta=0, alpha=scale, out=out).to(dtype)
 
 
 @torch.library.custom_op("fastft::lora_linears", mutates_args=())
@@ -185,7 +187,7 @@ def _lora_linears_backward(
             r = b[i].shape[1]
             g_i = g[:, start : start + r]
             torch.addmm(g_i, dy, b[i].to(dtype), beta=0, alpha=scales[i], out=g_i)
-            dbs.append(_accumulating_mm(dy.t(), xa[:, starts[i] : starts[i] + r], b[i].dtype).mul_(scales[i]))
+            dbs.append(_accumulating_mm(dy.t(), xa[:, starts[i] : starts[i] + r], b[i].dtype, scales[i]))
             start += r
         dx = _input_gradient(dys, g, rows, weights, a, b, states).view(x.shape) if needs_x else x.new_empty(0)
         da = _accumulating_mm(g.t(), rows, a[0].dtype)
