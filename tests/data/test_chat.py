@@ -8,7 +8,8 @@ from fastft.errors import DataError, UsageError
 
 TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|> {% if m['role'] == 'assistant' %}"
-    "{% generation %}{{ m['content'] }} </s>{% endgeneration %}{% else %}{{ m['content'] }} </s>{% endif %} {% endfor %}"
+    "{% generation %}{{ m['content'] }} </s>{% endgeneration %}"
+    "{% else %}{{ m['content'] }} </s>{% endif %} {% endfor %}"
     "{% if add_generation_prompt %}<|assistant|> {% endif %}"
 )
 OUTSIDE = TEMPLATE.replace(" </s>{% endgeneration %}", "{% endgeneration %} </s>")

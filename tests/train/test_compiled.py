@@ -7,8 +7,10 @@ import pytest
 import torch
 import trl
 
+from fastft.data.collate import collate
 from fastft.graph.compile import compile as compile_layers
 from fastft.state import get_state
+from fastft.train import step
 from fastft.train.sft import SFTConfig, SFTTrainer
 
 
@@ -48,3 +50,13 @@ def test_the_trainer_compiles_unless_told_not_to(build_model, tokenizer, dataset
     SFTTrainer(models[2], SFTConfig(**settings, gradient_checkpointing=True), **more)
     assert [get_state(model).compiled is not None for model in models] == [True, False, False]
     assert "gradient_checkpointing=True" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("how", ["padded", "packed"])
+def test_many_lengths_compile_no_more_graphs_than_two(how, build_model, build_rows):
+    """A layer is traced for the first length and once for all others, each with and without a gradient of its input."""
+    model = compile_layers(build_model(), backend="eager").train()
+    for seed in range(6):
+        batch = collate(build_rows(3, seed=seed, low=6 + seed, high=12 + seed), packed=how == "packed")
+        step.loss(model, batch).backward()
+    assert len(get_state(model).compiled.report().graphs) <= 4

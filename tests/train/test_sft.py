@@ -302,4 +302,8 @@ def test_what_is_cut_is_said(build_model, tokenizer, dataset, settings, capsys):
     said = capsys.readouterr().out
     lost = len(dataset) - len(made.train_dataset)
     assert lost and f"{lost} of {len(dataset)} rows have nothing to learn" in said
-    assert "rows fill max_length=6" in said
+    longer = sum(len(ids) > 6 for ids in dataset["input_ids"])
+    assert longer and f"{longer} of {len(dataset)} rows are longer than max_length=6" in said
+    args = SFTConfig(**{**settings, "max_length": 6, "packing": True})
+    SFTTrainer(build_model(), args, train_dataset=dataset, processing_class=tokenizer, compile=False)
+    assert f"{longer} of {len(dataset)} rows are longer than max_length=6" in capsys.readouterr().out

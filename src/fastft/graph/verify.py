@@ -65,7 +65,7 @@ def _sample(region: Region, binding: Binding, seed: int) -> dict[fx.Node, object
         example = node.meta.get("example_value")
         real = binding.tensors.get(node.name)
         if isinstance(example, (torch.SymInt, torch.SymFloat)):
-            values[node] = int(example) if isinstance(example, torch.SymInt) else float(example)
+            values[node] = example.node.hint
         elif real is not None and not (real.requires_grad or (real.is_floating_point() and real.dim() == 1)):
             values[node] = real.detach()
         elif isinstance(example, torch.Tensor):
@@ -75,8 +75,13 @@ def _sample(region: Region, binding: Binding, seed: int) -> dict[fx.Node, object
     return values
 
 
+def present_shape(example: torch.Tensor) -> list[int]:
+    """Return the sizes of `example` as they are now. `int` of a dynamic size would bind the whole graph to it."""
+    return [size.node.hint if isinstance(size, torch.SymInt) else size for size in example.shape]
+
+
 def _random_like(example: torch.Tensor, real: torch.Tensor | None, seed: int) -> torch.Tensor:
-    shape = [int(size) for size in example.shape]
+    shape = present_shape(example)
     device = real.device if real is not None else example.device
     generator = torch.Generator(device).manual_seed(seed)
     if example.dtype == torch.bool:

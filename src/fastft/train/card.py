@@ -86,4 +86,7 @@ def _adapter(lora: Mapping[str, Any] | None) -> str | None:
 
 
 def _rewrites(report: Mapping[str, Any] | None) -> str:
-    return "none: run as transformers wrote it" if report is None else "see run.json"
+    if report is None:
+        return "none: run as transformers wrote it"
+    applied = ", ".join(f"{count} {rule}" for rule, count in report.get("applied", {}).items()) or "none"
+    return f"{applied} in the captured layers; {len(report.get('refused', ()))} refused (run.json says why)"

@@ -293,18 +293,20 @@ class SFTTrainer(trl.SFTTrainer):
 
     def _say_what_was_cut(self, kwargs: Mapping[str, Any]) -> None:
         """Say in one line what TRL has cut or dropped to fit `max_length`."""
-        given = kwargs.get("train_dataset")
-        limit = self.args.max_length
-        if limit is None or not hasattr(given, "column_names") or not hasattr(given, "__len__") or self.args.packing:
+        given, limit = kwargs.get("train_dataset"), self.args.max_length
+        if limit is None or not hasattr(given, "column_names") or not hasattr(given, "__len__"):
             return
-        if len(self.train_dataset) < len(given):
+        if not self.args.packing and len(self.train_dataset) < len(given):
             lost = len(given) - len(self.train_dataset)
-            print(
-                f"fastft: {lost} of {len(given)} rows have nothing to learn within max_length={limit} and are left out."
-            )
-        cut = sum(1 for ids in self.train_dataset["input_ids"] if len(ids) >= limit)
-        if cut:
-            print(f"fastft: {cut} of {len(given)} rows fill max_length={limit}; what is longer is cut off.")
+            print(f"fastft: {lost} of {len(given)} rows have nothing to learn within max_length={limit}: left out.")
+        known = given if "input_ids" in given.column_names else self.train_dataset
+        full = limit + 1 if known is given else limit
+        if known is self.train_dataset and self.args.packing:
+            return  # TRL packs what it has just tokenised: the rows' own lengths are not to be had
+        cut = sum(1 for ids in known["input_ids"] if len(ids) >= full)
+        if cut and not (self.args.packing and self.args.packing_strategy != "bfd"):
+            told = "are longer than" if known is given else "fill"
+            print(f"fastft: {cut} of {len(given)} rows {told} max_length={limit}; what is longer is cut off.")
 
 
 @frozen

@@ -7,6 +7,7 @@ from fastft.graph.passes.context import Context, Replacement, refused, replace_i
 from fastft.graph.passes.norm import is_instance_of
 from fastft.graph.regions import NotARegionError, Region, collect, make_region
 from fastft.graph.report import Rewrite
+from fastft.graph.verify import present_shape
 from fastft.kernels import rope
 from fastft.registry.spec import AttentionPoint
 
@@ -64,7 +65,7 @@ def unique(table: torch.Tensor, kind: str, width: int) -> torch.Tensor:
 
 
 def _table(example: torch.Tensor, kind: str, seed: int) -> torch.Tensor:
-    shape = [int(size) for size in example.shape]
+    shape = present_shape(example)
     generator = torch.Generator(example.device).manual_seed(seed)
     half = torch.randn([*shape[:-1], shape[-1] // 2], generator=generator, device=example.device).to(example.dtype)
     return torch.cat([half, half], dim=-1) if kind == "halves" else half.repeat_interleave(2, dim=-1)
