@@ -17,7 +17,7 @@ def demo(
     output: Annotated[Path, typer.Option(help="Where the adapter, the loss curve and the run record go.")] = Path(
         "run/demo"
     ),
-    steps: Annotated[int, typer.Option(min=1, help="Training steps of 16 examples.")] = 60,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of 16 examples.")] = 80,
     chat: Annotated[
         bool | None, typer.Option("--chat/--no-chat", help="Talk to the result; by default if this is a terminal.")
     ] = None,

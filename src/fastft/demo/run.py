@@ -1,5 +1,6 @@
 """The demonstration: the shipped model in 4 bits learns from a small instruction set, before the reader's eyes."""
 
+import math
 import shutil
 import sys
 import time
@@ -43,7 +44,7 @@ class DemoResult:
 def run_demo(
     output_dir: str | Path = "run/demo",
     *,
-    steps: int = 60,
+    steps: int = 80,
     sums: int = 40,
     backend: str | None = None,
     chat: bool = False,
@@ -70,7 +71,7 @@ def run_demo(
 
     model = fastft.add_lora(model, r=16, alpha=32, seed=seed)
     rows = lesson.rows(steps * BATCH, seed)
-    example = rows[0]["messages"]
+    example = next(row["messages"] for row in rows if " + " in row["messages"][1]["content"])
     say(f"\nTeaching it {len(rows)} examples like this one:\n  {example[0]['content']}\n  {example[1]['content']}\n")
     train = fastft.chat_dataset(rows, tokenizer)
     backend, why = (backend, "as asked") if backend else choose_backend(model.device.type)
@@ -82,7 +83,7 @@ def run_demo(
         train,
         output_dir=output_dir,
         batch_size=BATCH,
-        learning_rate=3e-3,
+        learning_rate=2e-3,
         schedule="cosine",
         warmup_steps=3,
         pad_to_multiple_of=LENGTH,
@@ -127,9 +128,11 @@ def choose_backend(device: str) -> tuple[str, str]:
 
 
 def loss_bars(losses: tuple[tuple[int, float], ...]) -> str:
-    """Draw the logged losses as lines of text."""
-    top = max(loss for _, loss in losses)
-    return "\n".join(f"  step {step:4d}  loss {loss:7.4f}  {'#' * round(BAR * loss / top)}" for step, loss in losses)
+    """Draw the logged losses as lines of text; the bars are logarithmic, from the smallest loss to the largest."""
+    logs = [math.log(max(loss, 1e-6)) for _, loss in losses]
+    span = max(max(logs) - min(logs), 1e-6)
+    bars = ["#" * (1 + round(BAR * (log - min(logs)) / span)) for log in logs]
+    return "\n".join(f"  step {step:4d}  loss {loss:7.4f}  {bar}" for (step, loss), bar in zip(losses, bars))
 
 
 def talk(model: Any, tokenizer: Any, say: Say, lines: Iterator[str] | None = None) -> None:

@@ -1,0 +1,63 @@
+"""The demonstration, from the shipped model to the tuned one."""
+
+import json
+
+import pytest
+import typer
+
+from fastft.cli.main import app
+from fastft.demo import run
+
+
+def test_loss_bars():
+    lines = run.loss_bars(((5, 4.0), (10, 0.4), (15, 0.04))).splitlines()
+    assert [line.count("#") for line in lines] == [41, 21, 1]
+    assert lines[0].startswith("  step    5  loss  4.0000  #")
+
+
+def test_backend_needs_a_compiler(monkeypatch):
+    monkeypatch.setattr(run.shutil, "which", lambda name: None)
+    assert run.choose_backend("cpu") == ("aot_eager", "no C++ compiler is installed")
+    assert run.choose_backend("cuda")[0] == "inductor"
+    monkeypatch.setattr(run.shutil, "which", lambda name: "/usr/bin/c++" if name == "c++" else None)
+    assert run.choose_backend("cpu") == ("inductor", "with c++")
+
+
+def test_command_line_is_frozen():
+    command = typer.main.get_command(app).get_command(typer.Context(typer.main.get_command(app)), "demo")
+    options = sorted(name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts))
+    assert options == ["--chat", "--json", "--no-chat", "--output", "--steps"]
+
+
+def test_chat_keeps_within_the_models_length():
+    import fastft
+    from fastft.demo import MODEL_FOLDER
+
+    model, tokenizer = fastft.load(MODEL_FOLDER)
+    heard = []
+    lines = iter(["What is 31 + 27?", "word " * 600, *["Repeat after me: river stone"] * 14, "", "never asked"])
+    run.talk(model, tokenizer, heard.append, lines)
+    text = "".join(heard)
+    assert text.count("31 + 27 = 58.") == 1
+    assert "too long" in text and text.count("river stone") == 14
+
+
+@pytest.mark.slow
+@pytest.mark.inductor
+def test_demo_teaches_the_model(tmp_path):
+    heard = []
+    shown = run.run_demo(tmp_path, say=heard.append)
+    assert shown.accuracy_before <= 0.1 and shown.accuracy_after > 0.8
+    assert "Ahoy" not in shown.answer_before and "75" not in shown.answer_before
+    assert shown.answer_after == "Ahoy! 27 + 48 = 75. That be 75 apples, matey!"
+    assert shown.losses[-1][1] < 0.1 < 1.0 < shown.losses[0][1]
+    assert shown.seconds < 180
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert record["model"]["quant"] == "nf4" and record["model"]["lora"]["default"]["r"] == 16
+    assert (tmp_path / "loss.png").stat().st_size > 1000
+    assert shown.answer_after in "".join(heard)
+
+    import fastft
+
+    model, tokenizer = fastft.load(tmp_path)
+    assert fastft.generate(model, tokenizer, [{"role": "user", "content": shown.question}]) == [shown.answer_after]
