@@ -5,7 +5,8 @@ import json
 import pytest
 import typer
 
-from fastft.cli.main import app
+from fastft.cli import demo
+from fastft.cli.main import app, main
 from fastft.demo import run
 
 
@@ -27,6 +28,12 @@ def test_command_line_is_frozen():
     command = typer.main.get_command(app).get_command(typer.Context(typer.main.get_command(app)), "demo")
     options = sorted(name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts))
     assert options == ["--chat", "--json", "--no-chat", "--output", "--steps"]
+
+
+def test_missing_packages_are_named(monkeypatch, capsys):
+    monkeypatch.setattr(demo, "installed", lambda name: name not in ("trl", "torch"))
+    assert main(["demo"]) == 1
+    assert "fastft demo needs torch, trl: pip install 'fastft[train]'" in capsys.readouterr().err
 
 
 def test_chat_keeps_within_the_models_length():

@@ -8,8 +8,12 @@ from typing import Annotated
 import typer
 
 from fastft.cli.output import CheckFailed, JsonOption, print_json
+from fastft.environment import installed
+from fastft.errors import UsageError
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
+
+NEEDED = ("torch", "transformers", "peft", "trl", "datasets", "bitsandbytes")
 
 
 @app.command()
@@ -24,6 +28,9 @@ def demo(
     json: JsonOption = False,
 ) -> None:
     """Fine-tune a small model in 4 bits, show its answers before and after, and talk to it."""
+    missing = [name for name in NEEDED if not installed(name)]
+    if missing:
+        raise UsageError(f"fastft demo needs {', '.join(missing)}: pip install 'fastft[train]'")
     from fastft.demo.run import run_demo
 
     if chat is None:
