@@ -26,6 +26,8 @@ _EXPORTS = {
     "SFTConfig": "fastft.train.sft",
     "FastLanguageModel": "fastft.facade",
     "FastModel": "fastft.facade",
+    "FastVisionModel": "fastft.facade",
+    "is_bfloat16_supported": "fastft.facade",
 }
 __all__ = [*_EXPORTS, "__version__"]
 

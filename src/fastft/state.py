@@ -15,6 +15,7 @@ class ModelState:
 
     `quant` is None, "nf4" or "int8"; `notes` are plain sentences about what loading put right.
     `revision` is the hub revision asked for; `added_tokens` are the ids whose rows `add_tokens` made.
+    `plan` is the memory plan that `fastft.compile(plan="auto")` takes.
     `compiled` is the `fastft.graph.compile.Compiled` record once `fastft.compile` has run.
     """
 
@@ -27,6 +28,7 @@ class ModelState:
     notes: tuple[str, ...] = ()
     revision: str | None = None
     added_tokens: tuple[int, ...] = ()
+    plan: str = "auto"
     compiled: Any = None
 
 

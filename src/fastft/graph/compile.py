@@ -1,5 +1,6 @@
 """Compile a model's decoder layers: captured once, rewritten as the spec allows, reused for every layer."""
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FunctionType
@@ -12,10 +13,10 @@ from torch import nn
 from fastft.errors import Problem, UsageError, did_you_mean
 from fastft.graph import attention
 from fastft.graph.backend import BACKENDS, RewritingBackend, Settings
-from fastft.graph.head import prove_head
+from fastft.graph.head import head_check
 from fastft.graph.pipeline import PASSES, default_implementations
-from fastft.graph.report import RewriteReport
 from fastft.graph.recompute import PLANS
+from fastft.graph.report import RewriteReport
 from fastft.registry.resolve import find
 from fastft.registry.spec import ModelSpec
 from fastft.state import base_model, get_state, update_state
@@ -28,7 +29,8 @@ DEFAULT_ATTENTION = ("sdpa", "eager", attention.NAME)
 class Compiled:
     """A compiled model's layers and what was done to them.
 
-    `plain_attention` is transformers' own implementation that computes the same; `enabled` switches the compiled path.
+    `plain_attention` is transformers' own implementation that computes the same; `enabled` switches the compiled path;
+    `whole` says that a layer is one graph, `remarks` and `eager_calls` why anything was not.
     """
 
     spec: ModelSpec | None
@@ -36,16 +38,17 @@ class Compiled:
     layers: tuple[nn.Module, ...]
     backend: RewritingBackend | None
     base_report: RewriteReport
-    head_proved: bool
     plain_attention: str = "sdpa"
     enabled: bool = True
+    whole: bool = True
+    remarks: list[str] = field(factory=list)
     eager_calls: dict[str, int] = field(factory=dict)
 
     def report(self) -> RewriteReport:
         """Return what was rewritten up to now, and what was not."""
         graphs = tuple(self.backend.graphs) if self.backend else ()
         notes = [f"{count} training calls of a layer ran uncompiled: {why}" for why, count in self.eager_calls.items()]
-        return evolve(self.base_report, graphs=graphs, notes=(*self.base_report.notes, *notes))
+        return evolve(self.base_report, graphs=graphs, notes=(*self.base_report.notes, *self.remarks, *notes))
 
 
 def compile(
@@ -63,7 +66,7 @@ def compile(
     run as before. Nothing is compiled until the first training step. An unknown architecture is returned as it is, and
     `report(model)` says so. Calling it again replaces what an earlier call installed.
 
-    plan: what is kept for the backward pass, "auto", "keep" or "min".
+    plan: what is kept for the backward pass, "auto" (what the model's state says), "keep" or "min".
     backend: "inductor", or "aot_eager" and "eager" for debugging.
     disable: names of rewrites to leave out.
     implementations: per rewrite "op" (fused operation) or "torch" (plain code that Inductor fuses).
@@ -75,15 +78,20 @@ def compile(
     chosen = {**default_implementations(), **(implementations or {})}
     _check_arguments(plan, backend, disable, chosen)
     base = base_model(model)
+    plan = get_state(model).plan if plan == "auto" else plan
     spec = get_state(model).spec or find(base.config)
     settings = Settings(backend, plan, tuple(disable), chosen)
     layers = decoder_layers(base, spec) if spec else ()
     uncompile(model)
     if spec is None or not layers:
-        why = f"architecture {base.config.model_type!r} has no spec" if spec is None else "the spec's layer classes are not in the model"
+        why = (
+            f"architecture {base.config.model_type!r} has no spec"
+            if spec is None
+            else "the spec's layer classes are not in the model"
+        )
         note = f"{why}: it runs unrewritten through transformers and PEFT"
         report_ = RewriteReport(None, "none", plan, base.config._attn_implementation, "transformers", 0, notes=(note,))
-        update_state(model, compiled=Compiled(spec, settings, (), None, report_, False))
+        update_state(model, compiled=Compiled(spec, settings, (), None, report_))
         return model
     return _install(model, base, spec, settings, layers, dynamic)
 
@@ -108,9 +116,7 @@ def _check_arguments(plan: str, backend: str, disable: Sequence[str], implementa
 def decoder_layers(base: nn.Module, spec: ModelSpec) -> tuple[nn.Module, ...]:
     """Return the modules of the classes that the spec calls decoder layers, in order."""
     return tuple(
-        module
-        for module in base.modules()
-        if any(cls.__name__ in spec.layer_classes for cls in type(module).__mro__)
+        module for module in base.modules() if any(cls.__name__ in spec.layer_classes for cls in type(module).__mro__)
     )
 
 
@@ -129,20 +135,28 @@ def _install(
         base.set_attn_implementation(attention.NAME)
     else:
         notes.append(f"attention implementation {given!r} was asked for and is kept")
-    base.config.use_cache = False  # a training forward would build a cache; generate asks for one itself
-    refusal = prove_head(model, spec.head)
+    head = head_check(model)
     torch._dynamo.config.specialize_float = True
     rewriting = RewritingBackend(base, spec, settings)
-    head = "chunked, from hidden states" if not refusal else f"transformers' own: {refusal}"
+    told = "chunked, from hidden states" if head.fused else head.reason
     report_ = RewriteReport(
-        spec.name, settings.backend, settings.plan, base.config._attn_implementation, head, len(layers), notes=tuple(notes)
+        spec.name,
+        settings.backend,
+        settings.plan,
+        base.config._attn_implementation,
+        told,
+        len(layers),
+        notes=tuple(notes),
     )
     # transformers' SDPA path leaves a soft cap out without a word.
     plain = "eager" if any(point.softcap for point in spec.attentions) else "sdpa"
-    compiled = Compiled(spec, settings, layers, rewriting, report_, not refusal, plain)
-    run = torch.compile(_own_copy(_call_layer), backend=rewriting, fullgraph=True, dynamic=dynamic)
+    compiled = Compiled(spec, settings, layers, rewriting, report_, plain_attention=plain)
+    runs = tuple(
+        torch.compile(_own_copy(_call_layer), backend=rewriting, fullgraph=whole, dynamic=dynamic)
+        for whole in (True, False)
+    )
     for layer in layers:
-        layer._compiled_call_impl = _dispatcher(layer, run, compiled)
+        layer._compiled_call_impl = _dispatcher(layer, *runs, compiled)
     update_state(model, compiled=compiled)
     return model
 
@@ -156,18 +170,44 @@ def _own_copy(function: FunctionType) -> FunctionType:
     return FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
 
 
-def _dispatcher(layer: nn.Module, run: Callable[..., Any], compiled: Compiled) -> Callable[..., Any]:
+def _dispatcher(
+    layer: nn.Module, run: Callable[..., Any], run_in_pieces: Callable[..., Any], compiled: Compiled
+) -> Callable[..., Any]:
     """Return what `nn.Module.__call__` is to run: the compiled layer when training, the plain one otherwise."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        if compiled.enabled and layer.training and torch.is_grad_enabled():
-            if kwargs.get("past_key_values") is None and not kwargs.get("use_cache"):
+        if not (compiled.enabled and layer.training and torch.is_grad_enabled()):
+            return layer._call_impl(*args, **kwargs)
+        if kwargs.get("past_key_values") is not None or kwargs.get("use_cache"):
+            return eagerly("a key-value cache is in use (pass use_cache=False)", *args, **kwargs)
+        try:
+            if compiled.whole:
                 return run(layer, *args, **kwargs)
-            why = "a key-value cache is in use (pass use_cache=False)"
-            compiled.eager_calls[why] = compiled.eager_calls.get(why, 0) + 1
+            return run_in_pieces(layer, *args, **kwargs)
+        except torch._dynamo.exc.FailOnRecompileLimitHit:
+            return eagerly("its inputs changed in more ways than Dynamo's recompile_limit allows", *args, **kwargs)
+        except torch._dynamo.exc.Unsupported as error:
+            if not compiled.whole:
+                raise
+            compiled.whole = False
+            compiled.remarks.append(f"layers are captured in pieces, Dynamo cannot trace them whole: {_cause(error)}")
+            return run_in_pieces(layer, *args, **kwargs)
+
+    def eagerly(why: str, *args: Any, **kwargs: Any) -> Any:
+        if why not in compiled.eager_calls:
+            warnings.warn(f"a layer runs uncompiled: {why}", stacklevel=3)
+        compiled.eager_calls[why] = compiled.eager_calls.get(why, 0) + 1
         return layer._call_impl(*args, **kwargs)
 
     return call
+
+
+def _cause(error: Exception) -> str:
+    """Return what Dynamo stumbled on, in one line: its explanation, and the innermost line of the user's code."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    told = next((line for line in lines if line.startswith("Explanation:")), lines[0])
+    files = [line for line in lines if line.startswith("File ")]
+    return f"{told.removeprefix('Explanation:').strip()} ({files[-1]})" if files else told
 
 
 def uncompile(model: nn.Module) -> nn.Module:

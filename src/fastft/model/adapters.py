@@ -79,7 +79,9 @@ def add_lora(
         "targets": targets, "train_tokens": train_tokens,
         "seed": seed,
     }  # fmt: skip
-    _check(model, given, options)
+    problems = problems_of(model, given, options)
+    if problems:
+        raise UsageError(*problems)
     base, state = base_model(model), get_state(model)
     chosen = _choose_targets(base, state, targets)
     tied = _tied(base)
@@ -136,7 +138,8 @@ def linear_names(model: nn.Module, head: bool = False) -> list[str]:
     return [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and (head or m is not out)]
 
 
-def _check(model: Any, given: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+def problems_of(model: Any, given: Mapping[str, Any], options: Mapping[str, Any]) -> list[Problem | str]:
+    """Return what is wrong with the named arguments of `add_lora` and its further `options`."""
     problems: list[Problem | str] = []
     state = get_state(model)
     if state.full:
@@ -157,9 +160,7 @@ def _check(model: Any, given: Mapping[str, Any], options: Mapping[str, Any]) -> 
         )
         problems.append(Problem("seed", given["seed"], f"{DEFAULT_SEED} with init={given['init']!r}", remedy))
     problems += _module_problems(model, given)
-    problems += _option_problems(options)
-    if problems:
-        raise UsageError(*problems)
+    return problems + _option_problems(options)
 
 
 def _number_problems(given: Mapping[str, Any]) -> list[Problem]:
