@@ -19,7 +19,12 @@ EPS = torch.finfo(torch.float32).eps
 # (what, factor over eager's own error, floor). Thousands of roundings average out in logits and in the whole gradient;
 # the loss is one number, and the worst of some thirty parameters is an extreme value: both are noisier draws.
 BUDGETS = {
-    torch.float32: [("logits", 1.25, 4 * EPS), ("loss", 1, 16 * EPS), ("gradient", 1.25, 4 * EPS), ("worst", 2, 16 * EPS)],
+    torch.float32: [
+        ("logits", 1.25, 4 * EPS),
+        ("loss", 1, 16 * EPS),
+        ("gradient", 1.25, 4 * EPS),
+        ("worst", 2, 16 * EPS),
+    ],
     torch.bfloat16: [("logits", 1.25, 0), ("loss", 1, 3e-4), ("gradient", 1.25, 0), ("worst", 2, 0)],
 }
 
@@ -56,7 +61,9 @@ def test_rewritten_model_is_as_near_to_the_truth_as_eager(family, dtype, lora):
         for name, other in (("eager", run(eager_model, inputs)), ("ours", run(model, inputs))):
             assert other[2].keys() == truth[2].keys()
             logits, gradient = relative(truth[0], other[0]), relative(flat(truth[2]), flat(other[2]))
-            errors[name].append((logits, abs(other[1] - truth[1]).item(), gradient, worst_parameter(truth[2], other[2])))
+            errors[name].append(
+                (logits, abs(other[1] - truth[1]).item(), gradient, worst_parameter(truth[2], other[2]))
+            )
     for index, (kind, factor, floor) in enumerate(BUDGETS[dtype]):
         eager, ours = (rms([e[index] for e in errors[name]]) for name in ("eager", "ours"))
         assert ours <= eager * factor + floor, f"{kind}: ours {ours:.2e}, eager {eager:.2e}"

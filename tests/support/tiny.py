@@ -16,7 +16,8 @@ def with_lora(model, dtype, r=4, adapter_dtype=None, **kwargs):
     """Attach LoRA with random A and B, so that no gradient is zero."""
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(r=r, lora_alpha=2 * r, target_modules="all-linear", task_type="CAUSAL_LM", **kwargs)
+    kwargs = {"target_modules": "all-linear", **kwargs}
+    config = LoraConfig(r=r, lora_alpha=2 * r, task_type="CAUSAL_LM", **kwargs)
     model = get_peft_model(model, config, autocast_adapter_dtype=False)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():

@@ -13,9 +13,9 @@ import fastft.kernels
 from fastft.graph.capture import bind
 from fastft.graph.passes.context import Context
 from fastft.graph.pipeline import rewrite
+from fastft.graph.recompute import TagPass
 from fastft.graph.report import GraphReport
 from fastft.graph.verify import Verdict
-from fastft.graph.recompute import TagPass
 from fastft.registry.spec import ModelSpec
 
 BACKENDS = ("inductor", "aot_eager", "eager")
@@ -76,8 +76,8 @@ def lower(graph_module: fx.GraphModule, example_inputs: Sequence[Any], settings:
 
 
 def _aot_eager(graph_module: fx.GraphModule, example_inputs: Sequence[Any], tags: TagPass) -> Callable[..., Any]:
-    from torch._dynamo.backends.common import aot_autograd
     from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
     from torch._functorch.partitioners import min_cut_rematerialization_partition
 
     def partition(joint: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any):

@@ -1,78 +1,145 @@
 """The output head as the spec states it, and the proof that the model's own logits agree."""
 
-from collections.abc import Callable
+from typing import Any
 
 import torch
 from attrs import frozen
-from torch import nn
+from torch import Tensor, nn
 
-from fastft.graph.verify import FLOOR, SAME_MATHEMATICS, relative_difference
-from fastft.registry.spec import HeadPoint
-from fastft.state import base_model
+from fastft.registry.resolve import find
+from fastft.registry.spec import ModelSpec
+from fastft.state import base_model, get_state
 
-PROBE_TOKENS = 8
+CHECK_ATTRIBUTE = "fastft_head_check"
+# Logits of the probe are blown up to this size, so that a forgotten soft cap (30 or 50) shows.
+PROBE_LOGIT = 60.0
+PROBE_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 
 
 @frozen
-class HeadConstants:
-    """`logits = softcap * tanh(scale * head(hidden) / softcap)`; no cap where `softcap` is 0."""
+class HeadCheck:
+    """Whether the head may be computed from the spec's constants, and if not, why."""
 
-    scale: float = 1.0
-    softcap: float = 0.0
-
-    def apply(self, logits: torch.Tensor) -> torch.Tensor:
-        """Scale and cap `logits` [..., V], in their dtype."""
-        logits = logits * self.scale if self.scale != 1.0 else logits
-        return torch.tanh(logits / self.softcap) * self.softcap if self.softcap else logits
+    fused: bool
+    reason: str = ""
 
 
-def head_constants(config: object, point: HeadPoint) -> HeadConstants:
-    """Read the head's scale and soft cap from a model's config by the attributes that the spec names."""
-    scale = getattr(config, point.scale, None) if point.scale else None
-    scale = 1.0 if scale is None else float(scale)
-    softcap = getattr(config, point.softcap, None) if point.softcap else None
-    return HeadConstants(1.0 / scale if point.scale_inverse else scale, float(softcap or 0.0))
+@frozen(eq=False)
+class Head:
+    """An output head: `logits = softcap(scale * module(hidden))`; `softcap` 0 means none."""
+
+    module: nn.Module
+    scale: float
+    softcap: float
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return fp32 logits `[..., V]` of `hidden` `[..., D]`."""
+        logits = self.module(hidden) * self.scale
+        if self.softcap:
+            logits = torch.tanh(logits / self.softcap) * self.softcap
+        return logits.float()
 
 
-def backbone(model: nn.Module) -> nn.Module:
-    """Return the part of a causal language model that gives the last hidden states."""
-    return base_model(model).get_decoder()
+def unwrapped(model: Any) -> Any:
+    """Return the transformers or PEFT model inside a data-parallel wrapper."""
+    while not hasattr(model, "get_decoder") and isinstance(getattr(model, "module", None), nn.Module):
+        model = model.module
+    return model
 
 
-def prove_head(model: nn.Module, point: HeadPoint) -> str:
-    """Compare the model's own logits with those the spec's head gives; return "" if they agree, else the reason.
-
-    A few tokens go through the whole model twice, without gradients and in eval mode, which is restored.
-    """
-    base = base_model(model)
-    head = base.get_output_embeddings()
-    if head is None:
-        return "the model has no output embeddings"
-    constants = head_constants(base.config.get_text_config(), point)
-    logits, hidden = _in_eval_mode(base, lambda: _probe(base))
-    with torch.no_grad():
-        ours = constants.apply(head(hidden))
-    error = relative_difference(logits, ours)
-    allowed = FLOOR + SAME_MATHEMATICS * torch.finfo(hidden.dtype).eps
-    if error <= allowed:
-        return ""
-    return f"the spec's head gives other logits than the model: difference {error:.1e} (allowed {allowed:.1e})"
-
-
-def _probe(base: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
-    vocabulary = base.get_input_embeddings().weight.shape[0]
-    ids = (torch.arange(PROBE_TOKENS, device=base.get_input_embeddings().weight.device) * 7 + 1) % vocabulary
-    with torch.no_grad():
-        logits = base(input_ids=ids[None], use_cache=False).logits
-        hidden = base.get_decoder()(input_ids=ids[None], use_cache=False).last_hidden_state
-    return logits, hidden
+def head_check(model: Any) -> HeadCheck:
+    """Say whether the spec's head is the model's, once a model: the spec's logits are compared with the model's own."""
+    inner = unwrapped(model)
+    base = base_model(inner)
+    prompt = _prompt_learning(inner)
+    if prompt:
+        return HeadCheck(False, prompt)
+    spec = find_spec(base)
+    if spec is None:
+        kind = getattr(base.config, "model_type", type(base).__name__)
+        return HeadCheck(
+            False, f"no spec describes the head of {kind!r}: the loss is transformers' own, from all logits"
+        )
+    key = (spec.head, *_constants(base, spec), id(base))
+    known = base.__dict__.get(CHECK_ATTRIBUTE)
+    if known is None or known[0] != key:
+        known = (key, _probe(base, find_head(inner)))
+        object.__setattr__(base, CHECK_ATTRIBUTE, known)
+    return known[1]
 
 
-def _in_eval_mode(model: nn.Module, function: Callable[[], tuple[torch.Tensor, torch.Tensor]]):
-    training = [module for module in model.modules() if module.training]
-    model.eval()
+def find_spec(base: Any) -> ModelSpec | None:
+    """Return the spec kept on the model, or the registered one of its config."""
+    spec = get_state(base).spec
+    if spec is not None:
+        return spec
+    return find(base.config)
+
+
+def find_head(model: Any) -> Head:
+    """Return the output head of a model whose family has a spec."""
+    base = base_model(unwrapped(model))
+    spec = find_spec(base)
+    return Head(_active(base.get_submodule(spec.head.module)), *_constants(base, spec))
+
+
+def plain_linear(module: nn.Module) -> nn.Linear | None:
+    """Return `module` if its output is nothing but `x W^T + b` of floating-point weights, else None."""
+    if type(module).forward is not nn.Linear.forward or "forward" in module.__dict__ or hasattr(module, "_hf_hook"):
+        return None
+    hooked = module._forward_hooks or module._forward_pre_hooks
+    return module if module.weight.is_floating_point() and not hooked else None
+
+
+def _constants(base: Any, spec: ModelSpec) -> tuple[float, float]:
+    config, head = base.config.get_text_config(), spec.head
+    scale = float(getattr(config, head.scale)) if head.scale else 1.0
+    softcap = float(getattr(config, head.softcap) or 0.0) if head.softcap else 0.0
+    return (1.0 / scale if head.scale_inverse else scale), softcap
+
+
+def _active(module: nn.Module) -> nn.Module:
+    """Look through PEFT's wrapper of a module that is trained as a whole."""
+    if not (hasattr(module, "modules_to_save") and hasattr(module, "original_module")):
+        return module
+    active = [name for name in module.active_adapters if name in module.modules_to_save]
+    return module.original_module if module.disable_adapters or not active else module.modules_to_save[active[0]]
+
+
+def _prompt_learning(model: Any) -> str:
+    configs = getattr(model, "peft_config", None) or {}
+    for name, config in configs.items():
+        if getattr(config, "is_prompt_learning", False):
+            return f"adapter {name!r} ({config.peft_type}) puts virtual tokens before the input: own forward"
+    return ""
+
+
+def _probe(base: Any, head: Head) -> HeadCheck:
+    """Compare the spec's logits with the model's own, both from the same hidden states blown up to `PROBE_LOGIT`."""
+    kept: list[Tensor] = []
+
+    def amplify(module: nn.Module, args: Any, output: Any) -> Any:
+        size = head.module(output.last_hidden_state).float().abs().max() * abs(head.scale)
+        output.last_hidden_state = output.last_hidden_state * (PROBE_LOGIT / size.clamp(min=1e-6))
+        kept.append(output.last_hidden_state)
+        return output
+
+    device = base.get_input_embeddings().weight.device
+    ids = (torch.arange(16, device=device) * 7919 + 11) % base.config.get_text_config().vocab_size
+    modes = [(module, module.training) for module in head.module.modules()]
+    handle = base.get_decoder().register_forward_hook(amplify)
     try:
-        return function()
+        head.module.eval()
+        with torch.no_grad(), torch.random.fork_rng():  # dropout in the layers must not move the run's random state
+            theirs = base(input_ids=ids[None], use_cache=False).logits.float()
+            ours = head.logits(kept[0])
     finally:
-        for module in training:
-            module.training = True
+        handle.remove()
+        for module, mode in modes:
+            module.training = mode
+    error = ((ours - theirs).norm() / theirs.norm()).item()
+    allowed = PROBE_TOLERANCE.get(kept[0].dtype, 2e-2)
+    if error <= allowed:
+        return HeadCheck(True)
+    reason = f"the spec's head gives other logits than the model (relative error {error:.2g}, allowed {allowed:g})"
+    return HeadCheck(False, f"{reason}: the loss is transformers' own, from all logits")

@@ -105,12 +105,16 @@ def region_module(owner: fx.GraphModule, region: Region) -> fx.GraphModule:
 
 
 def fingerprint(region: Region) -> str:
-    """Return a hash of the region's structure: operations, wiring, float constants and dtypes, but no sizes or names."""
+    """Return a hash of the region's structure: operations, wiring, float constants, dtypes and what needs a gradient.
+
+    Sizes and names do not enter.
+    """
     numbers: dict[fx.Node, str] = {}
     rows: list[str] = []
     for index, node in enumerate((*region.inputs, *region.parameters.values())):
         value = node.meta.get("example_value")
-        numbers.setdefault(node, f"in{index}:{getattr(value, 'dtype', type(value).__name__)}")
+        kind = f"{value.dtype},{value.requires_grad}" if isinstance(value, torch.Tensor) else type(value).__name__
+        numbers.setdefault(node, f"in{index}:{kind}")
     for name, node in region.parameters.items():
         rows.append(f"{name}={numbers[node]}")
     for index, node in enumerate(region.nodes):
@@ -122,7 +126,11 @@ def fingerprint(region: Region) -> str:
 
 
 def _target_name(target: object) -> str:
-    return target if isinstance(target, str) else f"{getattr(target, '__module__', '')}.{getattr(target, '__name__', target)}"
+    return (
+        target
+        if isinstance(target, str)
+        else f"{getattr(target, '__module__', '')}.{getattr(target, '__name__', target)}"
+    )
 
 
 def _encode(value: object, numbers: Mapping[fx.Node, str]) -> str:

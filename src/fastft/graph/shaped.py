@@ -39,7 +39,9 @@ class ShapedTracer(GraphAppendingTracer):
         if mode is not None and kind in ("call_function", "call_method"):
             with mode, torch.no_grad():
                 node.meta["example_value"] = (
-                    target(*given, **named) if kind == "call_function" else getattr(given[0], target)(*given[1:], **named)
+                    target(*given, **named)
+                    if kind == "call_function"
+                    else getattr(given[0], target)(*given[1:], **named)
                 )
         elif kind == "call_function":
             node.meta["example_value"] = target(*given, **named)

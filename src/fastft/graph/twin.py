@@ -43,7 +43,9 @@ def tiny_config(model_type: str, **changes: Any) -> Any:
     return AutoConfig.for_model(model_type, **(known | changes))
 
 
-def tiny_model(model_type: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> torch.nn.Module:
+def tiny_model(
+    model_type: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any
+) -> torch.nn.Module:
     """Return a tiny random causal language model; norm weights are random too, so that none of them is neutral."""
     config = tiny_config(model_type, **changes)
     with torch.random.fork_rng(devices=[]):

@@ -91,19 +91,22 @@ def _random_like(example: torch.Tensor, real: torch.Tensor | None, seed: int) ->
     # A weight's rows are scaled as an initialiser would, so that products stay of order one.
     scale = shape[-1] ** -0.5 if real is not None and len(shape) == 2 else 1.0
     value = torch.randn(shape, generator=generator, device=device) * scale
-    trains = real is None or real.requires_grad
-    return value.to(example.dtype).requires_grad_(trains)
+    return value.to(example.dtype).requires_grad_(example.requires_grad if real is None else real.requires_grad)
 
 
 def _run(
     function: Callable[[Mapping[fx.Node, object]], object], values: Mapping[fx.Node, object], seed: int
 ) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
     env = {
-        node: value.detach().clone().requires_grad_() if isinstance(value, torch.Tensor) and value.requires_grad else value
+        node: value.detach().clone().requires_grad_()
+        if isinstance(value, torch.Tensor) and value.requires_grad
+        else value
         for node, value in values.items()
     }
     results = function(env)
-    outputs = [out for out in (results if isinstance(results, (tuple, list)) else (results,)) if isinstance(out, torch.Tensor)]
+    outputs = [
+        out for out in (results if isinstance(results, (tuple, list)) else (results,)) if isinstance(out, torch.Tensor)
+    ]
     leaves = [value for value in env.values() if isinstance(value, torch.Tensor) and value.requires_grad]
     differentiable = [(index, out) for index, out in enumerate(outputs) if out.requires_grad]
     if not leaves or not differentiable:
@@ -131,7 +134,9 @@ def _compare(
         return Verdict(False, forward, math.inf, "gradients are missing")
     for a, b in zip(reference[1], result[1], strict=True):
         if (a is None) != (b is None):
-            return Verdict(False, forward, math.inf, "gives a gradient where the module gives none, or none where it does")
+            return Verdict(
+                False, forward, math.inf, "gives a gradient where the module gives none, or none where it does"
+            )
         if a is not None and b is not None:
             gradient = _worst(gradient, relative_difference(a, b))
     dtypes = [o.dtype for o in reference[0] if o.is_floating_point()]
@@ -141,9 +146,13 @@ def _compare(
     allowed = FLOOR + epsilon * (SAME_ROUNDING if same_rounding else SAME_MATHEMATICS)
     allowed_gradient = FLOOR * 4 + epsilon * GRADIENT
     ok = forward <= allowed and gradient <= allowed_gradient
-    reason = "" if ok else (
-        f"differs from the module: forward {forward:.1e} (allowed {allowed:.1e}), "
-        f"gradient {gradient:.1e} (allowed {allowed_gradient:.1e})"
+    reason = (
+        ""
+        if ok
+        else (
+            f"differs from the module: forward {forward:.1e} (allowed {allowed:.1e}), "
+            f"gradient {gradient:.1e} (allowed {allowed_gradient:.1e})"
+        )
     )
     return Verdict(ok, forward, gradient, reason)
 

@@ -15,6 +15,7 @@ from transformers import TrainerCallback
 
 from fastft.environment import version_of
 from fastft.errors import SaveError
+from fastft.graph.head import find_spec
 from fastft.state import get_state
 from fastft.train import card, checkpoint, flops, plots, step
 
@@ -226,7 +227,7 @@ def describe_run(args: Any, model: Any, dataset: Any, work: flops.Work) -> dict[
     return {
         "model": {
             "name": state.source or getattr(model.config, "_name_or_path", "") or type(model).__name__,
-            "family": getattr(step.find_spec(step.base_model(model)), "name", None),
+            "family": getattr(find_spec(step.base_model(model)), "name", None),
             "quant": state.quant,
             "dtype": str(dtype).removeprefix("torch."),
             "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),

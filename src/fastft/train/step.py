@@ -10,45 +10,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from attrs import frozen
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from fastft.registry.spec import ModelSpec
-from fastft.state import base_model, get_state
+from fastft.graph.head import Head, find_head, head_check, plain_linear, unwrapped
+from fastft.state import base_model
 
 IGNORE = -100
 # What the loss takes from a batch, and the backbone does not. `valid_rows`: the number of targets, known to the host.
 LABEL_KEYS = ("labels", "shift_labels", "num_items_in_batch", "valid_rows")
-CHECK_ATTRIBUTE = "fastft_head_check"
-# Logits of the probe are blown up to this size, so that a forgotten soft cap (30 or 50) shows.
-PROBE_LOGIT = 60.0
-PROBE_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 CHUNK_ELEMENTS = 2**26
-
-
-@frozen
-class HeadCheck:
-    """Whether the head may be computed from the spec's constants, and if not, why."""
-
-    fused: bool
-    reason: str = ""
-
-
-@frozen(eq=False)
-class Head:
-    """An output head: `logits = softcap(scale * module(hidden))`; `softcap` 0 means none."""
-
-    module: nn.Module
-    scale: float
-    softcap: float
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Return fp32 logits `[..., V]` of `hidden` `[..., D]`."""
-        logits = self.module(hidden) * self.scale
-        if self.softcap:
-            logits = torch.tanh(logits / self.softcap) * self.softcap
-        return logits.float()
 
 
 def loss(
@@ -159,119 +130,10 @@ def hidden_states(model: Any, batch: Mapping[str, Any]) -> Tensor:
     return found[0]
 
 
-def unwrapped(model: Any) -> Any:
-    """Return the transformers or PEFT model inside a data-parallel wrapper."""
-    while not hasattr(model, "get_decoder") and isinstance(getattr(model, "module", None), nn.Module):
-        model = model.module
-    return model
-
-
 def _sharded(model: Any) -> bool:
     from torch.distributed.fsdp import FSDPModule
 
     return isinstance(model, FSDPModule) or isinstance(base_model(model), FSDPModule)
-
-
-def head_check(model: Any) -> HeadCheck:
-    """Say whether the spec's head is the model's, once a model: the spec's logits are compared with the model's own."""
-    inner = unwrapped(model)
-    base = base_model(inner)
-    prompt = _prompt_learning(inner)
-    if prompt:
-        return HeadCheck(False, prompt)
-    spec = find_spec(base)
-    if spec is None:
-        kind = getattr(base.config, "model_type", type(base).__name__)
-        return HeadCheck(
-            False, f"no spec describes the head of {kind!r}: the loss is transformers' own, from all logits"
-        )
-    key = (spec.head, *_constants(base, spec), id(base))
-    known = base.__dict__.get(CHECK_ATTRIBUTE)
-    if known is None or known[0] != key:
-        known = (key, _probe(base, find_head(inner)))
-        object.__setattr__(base, CHECK_ATTRIBUTE, known)
-    return known[1]
-
-
-def find_spec(base: Any) -> ModelSpec | None:
-    """Return the spec kept on the model, or the registered one of its config."""
-    spec = get_state(base).spec
-    if spec is not None:
-        return spec
-    from fastft.registry.resolve import find
-
-    return find(base.config)
-
-
-def find_head(model: Any) -> Head:
-    """Return the output head of a model whose family has a spec."""
-    base = base_model(unwrapped(model))
-    spec = find_spec(base)
-    return Head(_active(base.get_submodule(spec.head.module)), *_constants(base, spec))
-
-
-def plain_linear(module: nn.Module) -> nn.Linear | None:
-    """Return `module` if its output is nothing but `x W^T + b` of floating-point weights, else None."""
-    if type(module).forward is not nn.Linear.forward or "forward" in module.__dict__ or hasattr(module, "_hf_hook"):
-        return None
-    hooked = module._forward_hooks or module._forward_pre_hooks
-    return module if module.weight.is_floating_point() and not hooked else None
-
-
-def _constants(base: Any, spec: ModelSpec) -> tuple[float, float]:
-    config, head = base.config.get_text_config(), spec.head
-    scale = float(getattr(config, head.scale)) if head.scale else 1.0
-    softcap = float(getattr(config, head.softcap) or 0.0) if head.softcap else 0.0
-    return (1.0 / scale if head.scale_inverse else scale), softcap
-
-
-def _active(module: nn.Module) -> nn.Module:
-    """Look through PEFT's wrapper of a module that is trained as a whole."""
-    from peft.utils.other import ModulesToSaveWrapper
-
-    if not isinstance(module, ModulesToSaveWrapper):
-        return module
-    active = [name for name in module.active_adapters if name in module.modules_to_save]
-    return module.original_module if module.disable_adapters or not active else module.modules_to_save[active[0]]
-
-
-def _prompt_learning(model: Any) -> str:
-    configs = getattr(model, "peft_config", None) or {}
-    for name, config in configs.items():
-        if getattr(config, "is_prompt_learning", False):
-            return f"adapter {name!r} ({config.peft_type}) puts virtual tokens before the input: own forward"
-    return ""
-
-
-def _probe(base: Any, head: Head) -> HeadCheck:
-    """Compare the spec's logits with the model's own, both from the same hidden states blown up to `PROBE_LOGIT`."""
-    kept: list[Tensor] = []
-
-    def amplify(module: nn.Module, args: Any, output: Any) -> Any:
-        size = head.module(output.last_hidden_state).float().abs().max() * abs(head.scale)
-        output.last_hidden_state = output.last_hidden_state * (PROBE_LOGIT / size.clamp(min=1e-6))
-        kept.append(output.last_hidden_state)
-        return output
-
-    device = base.get_input_embeddings().weight.device
-    ids = (torch.arange(16, device=device) * 7919 + 11) % base.config.get_text_config().vocab_size
-    modes = [(module, module.training) for module in head.module.modules()]
-    handle = base.get_decoder().register_forward_hook(amplify)
-    try:
-        head.module.eval()
-        with torch.no_grad(), torch.random.fork_rng():  # dropout in the layers must not move the run's random state
-            theirs = base(input_ids=ids[None], use_cache=False).logits.float()
-            ours = head.logits(kept[0])
-    finally:
-        handle.remove()
-        for module, mode in modes:
-            module.training = mode
-    error = ((ours - theirs).norm() / theirs.norm()).item()
-    allowed = PROBE_TOLERANCE.get(kept[0].dtype, 2e-2)
-    if error <= allowed:
-        return HeadCheck(True)
-    reason = f"the spec's head gives other logits than the model (relative error {error:.2g}, allowed {allowed:g})"
-    return HeadCheck(False, f"{reason}: the loss is transformers' own, from all logits")
 
 
 def _own_loss(

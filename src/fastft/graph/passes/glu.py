@@ -20,7 +20,9 @@ def replace_glus(graph_module: fx.GraphModule, context: Context) -> tuple[Rewrit
         found = collect(graph_module.graph, context.binding, lambda _, m, p=point: is_instance_of(m, p.classes))
         for name, module, nodes in found:
             names = [point.packed] if point.packed else [point.gate, point.up]
-            missing = [child for child in [*names, point.down] if not isinstance(getattr(module, child, None), nn.Module)]
+            missing = [
+                child for child in [*names, point.down] if not isinstance(getattr(module, child, None), nn.Module)
+            ]
             if missing:
                 done.append(refused(RULE, name, f"has no module {', '.join(map(repr, missing))} that the spec names"))
                 continue
@@ -38,7 +40,9 @@ def _replace(graph_module: fx.GraphModule, context: Context, region: Region, poi
     implementation = context.implementations[RULE]
     function = glu.glu if implementation == "op" else glu.ref.glu
     if len(region.outputs) != 1 or region.parameters:
-        return refused(RULE, region.name, f"has {len(region.outputs)} outputs and parameters {sorted(region.parameters)}")
+        return refused(
+            RULE, region.name, f"has {len(region.outputs)} outputs and parameters {sorted(region.parameters)}"
+        )
     if point.packed:
         if len(region.inputs) != 1:
             return refused(RULE, region.name, f"has {len(region.inputs)} inputs, not the one of a packed projection")

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from attrs import frozen
 from torch import fx, nn
 
@@ -70,7 +71,9 @@ def _projection(region: Region) -> Projection | str:
     base = module.base_layer
     weight, bias = have.pop("base_layer.weight", None), have.pop("base_layer.bias", None)
     a, b = have.pop(f"lora_A.{adapter}.weight", None), have.pop(f"lora_B.{adapter}.weight", None)
-    state = tuple(node for part in QUANT_PARTS if (node := have.pop(f"base_layer.{QUANT_STATE}.{part}", None)) is not None)
+    state = tuple(
+        node for part in QUANT_PARTS if (node := have.pop(f"base_layer.{QUANT_STATE}.{part}", None)) is not None
+    )
     expected = _quant_parts(base)
     if expected is None:
         return f"base layer {type(base).__name__} has no fused form"
@@ -82,10 +85,12 @@ def _projection(region: Region) -> Projection | str:
         return f"uses further parameters {sorted(have)}"
     if weight is None or a is None or b is None or len(state) != expected:
         return f"its parameters {sorted(region.parameters)} are not those of a LoRA linear"
-    if len(region.inputs) != 1 or len(region.outputs) != 1:
-        return f"has {len(region.inputs)} inputs and {len(region.outputs)} outputs, not one each"
+    # A dynamic length that the region reads besides x is no activation.
+    inputs = [node for node in region.inputs if not isinstance(node.meta.get("example_value"), torch.SymInt)]
+    if len(inputs) != 1 or len(region.outputs) != 1:
+        return f"has {len(inputs)} inputs and {len(region.outputs)} outputs, not one each"
     scale = float(module.scaling[adapter])
-    return Projection(region, region.inputs[0], weight, bias, a, b, scale, state, base.out_features)
+    return Projection(region, inputs[0], weight, bias, a, b, scale, state, base.out_features)
 
 
 def _unfusable(module: nn.Module, active: Sequence[str]) -> str:
@@ -107,7 +112,9 @@ def _quant_parts(base: nn.Module) -> int | None:
     """Return how many tensors the quantisation state of a supported base layer has, None for an unsupported one."""
     state = getattr(base.weight, QUANT_STATE, None)
     if state is not None:
-        fits = state.quant_type == "nf4" and state.blocksize == 64 and (not state.nested or state.state2.blocksize == 256)
+        fits = (
+            state.quant_type == "nf4" and state.blocksize == 64 and (not state.nested or state.state2.blocksize == 256)
+        )
         return (4 if state.nested else 1) if fits else None
     plain = base.weight.is_floating_point() and base.weight.dim() == 2 and isinstance(base, nn.Linear)
     return 0 if plain and not hasattr(base.weight, "CB") else None

@@ -33,7 +33,9 @@ def is_instance_of(module: object, classes: tuple[str, ...]) -> bool:
 
 def _replace(graph_module: fx.GraphModule, context: Context, region: Region, point: NormPoint) -> Rewrite:
     if len(region.inputs) != 1 or len(region.outputs) != 1:
-        return refused(RULE, region.name, f"has {len(region.inputs)} inputs and {len(region.outputs)} outputs, not one each")
+        return refused(
+            RULE, region.name, f"has {len(region.inputs)} inputs and {len(region.outputs)} outputs, not one each"
+        )
     if not hasattr(region.module, point.eps):
         return refused(RULE, region.name, f"has no attribute {point.eps!r} that the spec names as its epsilon")
     (x,) = region.inputs

@@ -39,17 +39,23 @@ def _replace(graph_module: fx.GraphModule, context: Context, region: Region, poi
     tables = [node for node in tensors if node.meta["example_value"].dim() == 3]
     states = [node for node in tensors if node.meta["example_value"].dim() == 4]
     if len(tables) != 2 or len(states) != 2 or len(region.outputs) != 2:
-        return refused(RULE, region.name, f"has {len(states)} states, {len(tables)} tables, {len(region.outputs)} outputs, not 2, 2, 2")
+        return refused(
+            RULE,
+            region.name,
+            f"has {len(states)} states, {len(tables)} tables, {len(region.outputs)} outputs, not 2, 2, 2",
+        )
     implementation = context.implementations[RULE]
     rotate = rope.rope if implementation == "op" else rope.ref.rope
     width = int(tables[0].meta["example_value"].shape[-1])
 
+    dtype = region.outputs[0].meta["example_value"].dtype
+
     def function(q, k, cos, sin, layout, table, precision):
         cos, sin = unique(cos, table, width), unique(sin, table, width)
-        if precision == "input":
-            return rotate(q, k, cos, sin, layout)
+        if precision == "input":  # where the tables are wider, the result may be as wide
+            return rotate(q.to(dtype), k.to(dtype), cos, sin, layout)
         wide_q, wide_k = rotate(q.float(), k.float(), cos.float(), sin.float(), layout)
-        return wide_q.to(q.dtype), wide_k.to(k.dtype)
+        return wide_q.to(dtype), wide_k.to(dtype)
 
     # Random tables would lack the repetition that real ones have.
     inputs = {node: _table(node.meta["example_value"], point.rope_table, seed) for seed, node in enumerate(tables)}

@@ -1,0 +1,289 @@
+"""When the compiled path is taken, how often it compiles, and that masks, packing and modes stay exact."""
+
+import pytest
+import torch
+from tiny import batch, flat, make, relative, run, with_lora
+
+import fastft
+from fastft.errors import UsageError
+from fastft.graph.compile import uncompile, uncompiled
+from fastft.graph.twin import tiny_model
+
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+ATTENTION_FAMILIES = ("llama", "gemma2", "gemma3_text", "mistral", "cohere2", "phi3")
+
+
+def graphs(model):
+    return len(fastft.report(model).graphs)
+
+
+def pair(family, **changes):
+    """Return an eager model and a compiled one, fp32, LoRA, equal weights."""
+    return make(family, torch.float32, True, **changes), fastft.compile(
+        make(family, torch.float32, True, **changes), backend="aot_eager"
+    )
+
+
+def agree(expected, got, logits=2e-6, gradient=5e-6):
+    assert relative(expected[0], got[0]) < logits
+    assert abs(expected[1] - got[1]).item() < 4e-6
+    assert relative(flat(expected[2]), flat(got[2])) < gradient
+
+
+def test_one_graph_serves_all_layers():
+    model = fastft.compile(make("llama", torch.float32, True, num_hidden_layers=6), backend="aot_eager")
+    run(model, batch(0))
+    # The first layer's input needs no gradient: one graph for it, one for the other five.
+    assert graphs(model) == 2
+    run(model, batch(1))
+    assert graphs(model) == 2
+
+
+def test_lengths_that_change_compile_at_most_once_more():
+    eager, model = pair("llama")
+    for index, length in enumerate((37, 24, 51, 64, 18, 33)):
+        agree(run(eager, batch(index, length=length)), run(model, batch(index, length=length)))
+    assert graphs(model) <= 4
+    assert fastft.report(model).refused() == ()
+
+
+def test_a_second_model_in_the_process_compiles_for_itself():
+    for seed in range(6):
+        eager, model = pair("llama")
+        agree(run(eager, batch(seed)), run(model, batch(seed)))
+        assert graphs(model) == 2
+
+
+@pytest.mark.parametrize("family", ATTENTION_FAMILIES)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_is_seen(family, side):
+    eager, model = pair(family)
+    inputs = batch(0)
+    mask = torch.ones_like(inputs["input_ids"])
+    padded = slice(0, 7) if side == "left" else slice(-7, None)
+    mask[0, padded] = 0
+    inputs["labels"] = inputs["labels"].masked_fill(mask == 0, -100)
+    inputs["attention_mask"] = mask
+    if side == "left":
+        inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
+    expected, got = run(eager, inputs), run(model, inputs)
+    seen = mask.bool()
+    assert relative(expected[0][seen], got[0][seen]) < 2e-6
+    assert abs(expected[1] - got[1]).item() < 4e-6
+    assert relative(flat(expected[2]), flat(got[2])) < 5e-6
+    if side == "left":  # the mask matters (rotations see differences of positions only), so dropping it must show
+        without = run(model, {"input_ids": inputs["input_ids"], "labels": inputs["labels"]})
+        assert relative(got[0][seen], without[0][seen]) > 1e-4
+
+
+@pytest.mark.parametrize("family", ATTENTION_FAMILIES)
+@pytest.mark.parametrize("how", ["offsets", "positions"])
+def test_packed_documents_do_not_see_each_other(family, how):
+    """One packed row against its documents alone: logits equal, gradients sum."""
+    eager, model = pair(family)
+    lengths = (19, 26, 5)
+    documents = [batch(seed, rows=1, length=length) for seed, length in enumerate(lengths)]
+    ids = torch.cat([d["input_ids"] for d in documents], dim=1)
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    inputs = {"input_ids": ids, "position_ids": positions, "labels": torch.cat([d["labels"] for d in documents], dim=1)}
+    for start in (0, 19, 45):
+        inputs["labels"][0, start] = -100
+    if how == "offsets":
+        offsets = torch.tensor([0, 19, 45, 50], dtype=torch.int32)
+        inputs |= {"cu_seq_lens_q": offsets, "cu_seq_lens_k": offsets, "max_length_q": 26, "max_length_k": 26}
+    packed = run(model, inputs)
+    alone = [run(eager, d)[0] for d in documents]
+    assert relative(torch.cat(alone, dim=1), packed[0]) < 2e-6
+    agree(run(eager, {k: v for k, v in inputs.items() if "_q" not in k and "_k" not in k}), packed)
+
+
+def test_generation_and_evaluation_stay_eager_and_training_goes_on():
+    eager, model = pair("qwen3")
+    assert model.config.use_cache  # what a later save_pretrained writes is as it was
+    inputs = batch(0)
+    first = run(model, inputs)
+    compiled = graphs(model)
+    model.eval()
+    prompt = inputs["input_ids"][:, :8]
+    with torch.no_grad():
+        made = model.generate(input_ids=prompt, max_new_tokens=6, do_sample=False, use_cache=True)
+        evaluated = model(**inputs, use_cache=False).logits.double()
+    expected = eager.eval().generate(input_ids=prompt, max_new_tokens=6, do_sample=False, use_cache=True)
+    assert torch.equal(made, expected)
+    assert relative(first[0], evaluated) < 2e-6
+    model.train()
+    agree(first, run(model, inputs))
+    assert graphs(model) == compiled
+
+
+def test_left_padded_generation_with_window_and_cache_equals_one_by_one():
+    eager, model = pair("gemma3_text")
+    model.eval()
+    ids = batch(0, rows=2, length=24)["input_ids"]
+    mask = torch.ones_like(ids)
+    mask[0, :9] = 0
+    ids[0, :9] = 0
+    with torch.no_grad():
+        both = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=12, do_sample=False, use_cache=True)
+        single = eager.eval().generate(input_ids=ids[:1, 9:], max_new_tokens=12, do_sample=False, use_cache=True)
+        other = eager.generate(input_ids=ids[1:], max_new_tokens=12, do_sample=False, use_cache=True)
+    assert torch.equal(both[0, 24:], single[0, 15:])
+    assert torch.equal(both[1, 24:], other[0, 24:])
+
+
+def test_a_cache_while_training_is_told():
+    _, model = pair("llama")
+    with pytest.warns(UserWarning, match="use_cache=False"):
+        model(**batch(0), use_cache=True).loss.backward()
+    assert any("cache" in note for note in fastft.report(model).notes)
+
+
+def test_uncompiled_runs_transformers_own_layers():
+    eager, model = pair("gemma2")
+    inputs = batch(0)
+    with uncompiled(model):
+        assert model.config._attn_implementation == "eager"
+        agree(run(eager, inputs), run(model, inputs), logits=1e-7, gradient=1e-7)
+        assert graphs(model) == 0
+    assert model.config._attn_implementation == "fastft"
+    run(model, inputs)
+    assert graphs(model) == 2
+    uncompile(model)
+    assert all(module._compiled_call_impl is None for module in model.modules())
+    with pytest.raises(UsageError, match=r"fastft.compile\(model\)"):
+        fastft.report(model)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "eager"])
+def test_least_memory_plan_gives_the_same(backend):
+    eager = make("llama", torch.float32, True)
+    model = fastft.compile(make("llama", torch.float32, True), plan="min", backend=backend)
+    agree(run(eager, batch(0)), run(model, batch(0)))
+
+
+def saved_bytes(model, inputs):
+    """Return the bytes that autograd keeps for the backward pass, parameters left out."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = model.get_base_model().model(input_ids=inputs["input_ids"], use_cache=False).last_hidden_state
+    del out
+    return sum(kept.values())
+
+
+def test_least_memory_plan_keeps_layer_inputs_only():
+    sizes = {}
+    for plan in ("keep", "min"):
+        torch._dynamo.reset()
+        model = fastft.compile(make("llama", torch.float32, True, num_hidden_layers=6), plan=plan, backend="aot_eager")
+        run(model, batch(0, rows=4, length=64))  # compile, and prove the rewrites, before anything is counted
+        sizes[plan] = saved_bytes(model, batch(0, rows=4, length=64))
+    one_state = 4 * 64 * 64 * 4
+    assert sizes["min"] < 12 * one_state  # six layer inputs, the last norm's, cosines and sines, and slack
+    assert sizes["keep"] > 4 * sizes["min"]
+
+
+def test_unknown_architecture_runs_unrewritten_and_says_so():
+    model = with_lora(tiny_model("gpt_neox"), torch.float32).train()
+    inputs = batch(0)
+    expected = run(model, inputs)
+    model = fastft.compile(model)
+    got = run(model, inputs)
+    assert torch.equal(expected[0], got[0])
+    report = fastft.report(model)
+    assert report.layers == 0 and any("gpt_neox" in note and "unrewritten" in note for note in report.notes)
+
+
+@pytest.mark.parametrize(
+    "options, told",
+    [
+        ({"plan": "fast"}, ["plan", "'fast'", "auto"]),
+        ({"backend": "inducter"}, ["did you mean 'inductor'"]),
+        ({"disable": ("norms",), "plan": "x"}, ["'norms'", "did you mean 'norm'", "plan"]),
+        ({"implementations": {"norm": "triton"}}, ["implementations['norm']", "'op' or 'torch'"]),
+    ],
+)
+def test_wrong_arguments_are_named_together(options, told):
+    with pytest.raises(UsageError) as caught:
+        fastft.compile(make("llama", torch.float32, False), **options)
+    assert all(text in str(caught.value) for text in told)
+
+
+def test_disabled_rewrites_are_left_out():
+    model = fastft.compile(make("llama", torch.float32, True), backend="eager", disable=("norm", "rope"))
+    run(model, batch(0))
+    assert set(fastft.report(model).applied()) == {"lora", "glu"}
+
+
+LEFT_ALONE = {
+    "dropout": ({"lora_dropout": 0.3}, "dropout"),
+    "dora": ({"use_dora": True}, "in pieces"),  # PEFT's code for it cannot be traced whole
+}
+
+
+@pytest.mark.parametrize("name", LEFT_ALONE)
+def test_what_cannot_be_fused_still_runs_and_is_named(name):
+    options, word = LEFT_ALONE[name]
+    base = tiny_model("llama")
+    base.set_attn_implementation("eager")
+    model = fastft.compile(with_lora(base, torch.float32, **options).train(), backend="aot_eager")
+    inputs = batch(0)
+    if name == "dropout":  # the two paths draw other random numbers: compare the expectation-free part, eval of dropout
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+    with uncompiled(model):
+        expected = run(model, inputs)
+    agree(expected, run(model, inputs))
+    report = fastft.report(model)
+    told = [r.reason for r in report.refused() if r.rule == "lora"] or list(report.notes)
+    assert told and all(word in reason for reason in told)
+    assert "lora" not in report.applied()
+    assert set(report.applied()) == ({"glu", "norm", "rope"} if name == "dropout" else {"norm"})
+
+
+def test_different_ranks_scales_and_untouched_layers():
+    options = {
+        "rank_pattern": {"k_proj": 2},
+        "alpha_pattern": {"v_proj": 3},
+        "layers_to_transform": [1],
+        "target_modules": PROJECTIONS,
+    }
+    models = []
+    for _ in range(2):
+        torch._dynamo.reset()
+        base = tiny_model("qwen2", num_hidden_layers=3)
+        base.set_attn_implementation("eager")
+        models.append(with_lora(base, torch.float32, **options).train())
+    model = fastft.compile(models[1], backend="aot_eager")
+    agree(run(models[0], batch(0)), run(model, batch(0)))
+    assert fastft.report(model).applied()["lora"] == 7
+
+
+def test_autocast_with_fp32_adapters():
+    """bf16 autocast over an fp32 model and over a bf16 model with fp32 adapters, as trainers run it."""
+    for dtype in (torch.float32, torch.bfloat16):
+        torch._dynamo.reset()
+        models = []
+        for wide in (torch.float64, dtype, dtype):
+            base = tiny_model("llama", dtype=torch.bfloat16).to(wide)
+            base.set_attn_implementation("eager")
+            adapters = with_lora(base, torch.float32)
+            for name, parameter in adapters.named_parameters():
+                if "lora_" in name and wide == torch.bfloat16:
+                    parameter.data = parameter.data.float()
+            models.append(adapters.train())
+        truth = run(models[0], batch(0))
+        model = fastft.compile(models[2], backend="aot_eager")
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            expected, got = run(models[1], batch(0)), run(model, batch(0))
+        assert relative(truth[0], got[0]) <= 1.25 * relative(truth[0], expected[0])
+        assert relative(flat(truth[2]), flat(got[2])) <= 1.5 * relative(flat(truth[2]), flat(expected[2]))
+        assert fastft.report(model).refused() == ()
