@@ -69,9 +69,9 @@ def test_against_fp64(window, softcap, packed, dtype):
     eager = with_gradients(plain, inputs, upstream)
     got = with_gradients(ours, inputs, upstream)
     for name, t, e, g in zip(("out", "dq", "dk", "dv"), truth, eager, got, strict=True):
-        # A window of one token leaves nothing to q and k: their gradient is 0, and so is what must come.
+        # A window of one token leaves nothing to q and k: of a gradient that is 0, rounding errors of terms of order one remain.
         error = ratio(t, g) if t.norm() > 1e-9 else g.double().norm().item()
-        budget = 1.25 * ratio(t, e) if t.norm() > 1e-9 else 1e-2 * (dtype != torch.float32)
+        budget = 1.25 * ratio(t, e) if t.norm() > 1e-9 else (1e-4 if dtype == torch.float32 else 1e-2)
         assert error <= budget + 8 * torch.finfo(torch.float32).eps, f"{name}: {error:.2e} > {budget:.2e}"
 
 
