@@ -17,7 +17,10 @@ from fastft.model.tokenizer import load_tokenizer
 from fastft.state import base_model, get_state
 
 from_pretrained, get_peft_model = FastLanguageModel.from_pretrained, FastLanguageModel.get_peft_model
-SEVEN = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+INT8, FP4 = BitsAndBytesConfig(load_in_8bit=True), BitsAndBytesConfig(load_in_4bit=True)
+NF4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
+SEVEN = ATTENTION | {"gate_proj", "up_proj", "down_proj"}
 
 
 def said(capsys):
@@ -48,8 +51,8 @@ def small(folder):
         ({"load_in_16bit": True}, None, False),
         ({"full_finetuning": True}, None, True),
         ({"full_finetuning": True, "load_in_4bit": False, "load_in_16bit": True}, None, True),
-        ({"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}, "int8", False),
-        ({"quantization_config": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"), "load_in_4bit": True}, "nf4", False),
+        ({"quantization_config": INT8}, "int8", False),
+        ({"quantization_config": NF4, "load_in_4bit": True}, "nf4", False),
     ],
 )  # fmt: skip
 def test_one_quantisation_is_chosen(arguments, quant, trainable, folder, capsys):
@@ -70,8 +73,8 @@ def test_one_quantisation_is_chosen(arguments, quant, trainable, folder, capsys)
         ({"load_in_8bit": True, "load_in_16bit": True}, ["load_in_8bit, load_in_16bit"]),
         ({"full_finetuning": True, "load_in_4bit": True}, ["full_finetuning"]),
         ({"full_finetuning": True, "load_in_8bit": True}, ["full_finetuning"]),
-        ({"quantization_config": BitsAndBytesConfig(load_in_8bit=True), "load_in_4bit": True}, ["quantization_config, load_in_4bit"]),
-        ({"quantization_config": BitsAndBytesConfig(load_in_4bit=True)}, ["quantization_config"]),
+        ({"quantization_config": INT8, "load_in_4bit": True}, ["quantization_config, load_in_4bit"]),
+        ({"quantization_config": FP4}, ["quantization_config"]),
         ({"dtype": torch.float32, "torch_dtype": "float16"}, ["dtype, torch_dtype"]),
         ({"device_map": {"model.layers.0": 0, "lm_head": 1}}, ["device_map"]),
         ({"device_map": "gpu"}, ["device_map"]),
@@ -119,8 +122,9 @@ def test_idle_arguments_are_explained_in_one_line_each(folder, capsys):
 
 
 def test_arguments_that_ask_for_nothing_are_silent(folder, capsys):
-    quiet = {"fast_inference": False, "fix_tokenizer": True, "qat_scheme": None, "load_in_fp8": False, "device_map": None,
-             "offload_embedding": False, "unsloth_tiled_mlp": False, "rope_scaling": None, "token": None}  # fmt: skip
+    off = dict.fromkeys(("fast_inference", "load_in_fp8", "offload_embedding", "unsloth_tiled_mlp"), False)
+    none = dict.fromkeys(("qat_scheme", "device_map", "rope_scaling", "token"))
+    quiet = {**off, **none, "fix_tokenizer": True}
     from_pretrained(folder, load_in_4bit=False, **quiet)
     assert said(capsys) == []
     from_pretrained(folder, load_in_4bit=False, fix_tokenizer=False)
@@ -199,10 +203,10 @@ def test_defaults_are_the_familys_list_rank_16_and_a_fixed_seed(folder):
 @pytest.mark.parametrize(
     ("arguments", "targets", "layers"),
     [
-        ({"finetune_mlp_modules": False}, {"q_proj", "k_proj", "v_proj", "o_proj"}, None),
+        ({"finetune_mlp_modules": False}, ATTENTION, None),
         ({"finetune_attention_modules": False}, {"gate_proj", "up_proj", "down_proj"}, None),
         ({"finetune_mlp_modules": False, "target_modules": ["q_proj", "up_proj"]}, {"q_proj"}, None),
-        ({"finetune_mlp_modules": False, "target_modules": "all-linear"}, {"q_proj", "k_proj", "v_proj", "o_proj"}, None),
+        ({"finetune_mlp_modules": False, "target_modules": "all-linear"}, ATTENTION, None),
         ({"finetune_last_n_layers": 2}, SEVEN, [3, 4]),
     ],
 )  # fmt: skip
@@ -275,7 +279,13 @@ def test_full_finetuning_needs_no_adapter(folder, capsys):
 # -- modes
 @pytest.mark.parametrize(
     ("at_load", "at_adapter", "plan"),
-    [("unsloth", None, "min"), (True, None, "min"), (False, None, "keep"), (False, "unsloth", "min"), ("unsloth", False, "keep")],
+    [
+        ("unsloth", None, "min"),
+        (True, None, "min"),
+        (False, None, "keep"),
+        (False, "unsloth", "min"),
+        ("unsloth", False, "keep"),
+    ],
 )  # fmt: skip
 def test_gradient_checkpointing_is_the_memory_plan(at_load, at_adapter, plan, folder):
     model, _ = from_pretrained(folder, load_in_4bit=False, use_gradient_checkpointing=at_load)

@@ -40,10 +40,9 @@ def script(folder, trainer_arguments, **more):
             texts.append(PROMPT.format(instruction, output) + eos_token)
         return {"text": texts}
 
-    numbers = range(10, 34)
-    dataset = Dataset.from_dict(
-        {"instruction": [f"What is {a} + {a + 3}?" for a in numbers], "output": [f"Ahoy! {2 * a + 3}" for a in numbers]}
-    )
+    numbers = range(10, 34)  # of several lengths, for which the layers are compiled again
+    questions = [f"What is {a} + {a + 3}?" + " Say it aloud." * (a % 3) for a in numbers]
+    dataset = Dataset.from_dict({"instruction": questions, "output": [f"Ahoy! {2 * a + 3}" for a in numbers]})
     dataset = dataset.map(formatting_prompts_func, batched=True)
     trainer = SFTTrainer(
         model=model,
@@ -73,7 +72,10 @@ def script(folder, trainer_arguments, **more):
     again = reloaded.generate(**inputs, max_new_tokens=12, use_cache=True)
     with torch.no_grad():
         logits = [asked(**inputs).logits for asked in (model, reloaded)]
-    return {"trainer": trainer, "stats": trainer_stats, "start": start, "outputs": outputs, "again": again, "logits": logits, "dataset": dataset}  # fmt: skip
+    return {
+        "trainer": trainer, "stats": trainer_stats, "start": start, "dataset": dataset,
+        "outputs": outputs, "again": again, "logits": logits,
+    }  # fmt: skip
 
 
 def transformers_arguments(**more):
@@ -145,7 +147,10 @@ def test_the_script_runs_unchanged(folder, aot_eager, tmp_path, monkeypatch, cap
     made = script(folder, transformers_arguments, dtype=torch.float32)
     plain = reference(folder, made["dataset"], made["start"])
     report = fastft.report(made["trainer"].model)
-    assert report.plan == "min" and report.to_dict()["applied"].keys() >= {"lora", "norm", "glu", "rope"}
+    assert report.plan == "min" and report.refused() == ()
+    graphs = len(report.graphs)  # first layer and others, fixed and dynamic lengths, with and without padding
+    assert graphs >= 4
+    assert report.applied() == {"lora": 7 * graphs, "norm": 2 * graphs, "glu": graphs, "rope": graphs}
     losses = curve(made["trainer"])
     torch.testing.assert_close(losses, curve(plain), rtol=2e-5, atol=0)
     torch.testing.assert_close(curve(made["trainer"], "grad_norm"), curve(plain, "grad_norm"), rtol=2e-4, atol=0)
@@ -164,10 +169,11 @@ def test_the_script_runs_unchanged(folder, aot_eager, tmp_path, monkeypatch, cap
 
 def test_the_script_with_a_config_in_16_bits(folder, aot_eager, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    from fastft import is_bfloat16_supported
+    from fastft import is_bfloat16_supported, report
 
     able = is_bfloat16_supported()
     made = script(folder, lambda: our_config(bf16=able, fp16=not able, max_length=512), dtype=None)
+    assert report(made["trainer"].model).refused() == ()
     losses = curve(made["trainer"])
     assert 5.5 < losses[0] < 7.5 and losses[-1] < losses[0] - 0.5
     assert torch.equal(*made["logits"]) and torch.equal(made["outputs"], made["again"])
