@@ -118,10 +118,12 @@ def _project(x: Tensor, weight: Tensor, state: list[Tensor], bias: Tensor | None
 
 
 def _accumulating_mm(lhs: Tensor, rhs: Tensor, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
-    """Return scale * lhs @ rhs in `dtype`, rounded once: an fp32 result of 16-bit factors keeps its sums on CUDA."""
-    if lhs.is_cuda and dtype == torch.float32 and lhs.dtype in (torch.bfloat16, torch.float16):
-        product = torch.mm(lhs, rhs, out_dtype=torch.float32)
-        return product.mul_(scale) if scale != 1.0 else product
+    """Return scale * lhs @ rhs in `dtype`, rounded once.
+
+    On CUDA a GEMM of 16-bit factors may reduce its partial sums in 16 bits; asked for an fp32 result it does not.
+    """
+    if lhs.is_cuda and lhs.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(lhs, rhs, out_dtype=torch.float32).mul_(scale).to(dtype)
     out = torch.empty(lhs.shape[0], rhs.shape[1], dtype=lhs.dtype, device=lhs.device)
     return torch.addmm(out, lhs, rhs, beta=0, alpha=scale, out=out).to(dtype)
 
