@@ -1,0 +1,239 @@
+"""The documentation: complete, its links whole, and its Python blocks run on the model that comes with fastft."""
+
+import contextlib
+import importlib.util
+import json
+import re
+from inspect import Parameter, isclass, signature
+from pathlib import Path
+from typing import get_args
+
+import attrs
+import pytest
+
+import fastft
+from fastft.cli.main import app
+from fastft.registry import spec as records
+from fastft.registry.resolve import specs
+
+ROOT = Path(__file__).parents[2]
+PAGES = {path.relative_to(ROOT).as_posix(): path.read_text("utf-8") for path in sorted((ROOT / "docs").rglob("*.md"))}
+PAGES |= {name: (ROOT / name).read_text("utf-8") for name in ("README.md", "llms.txt")}
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+BLOCKS = {name: [code for kind, code in FENCE.findall(text) if kind == "python"] for name, text in PAGES.items()}
+# Pages whose blocks compile with Inductor, as a reader's do.
+INDUCTOR = ("README.md", "docs/tutorial/first-fine-tune.md")
+
+
+def part(page, heading):
+    """Return the text below a heading, down to the next one of its level or above."""
+    level = heading.split(" ")[0]
+    found = re.search(
+        rf"^{re.escape(heading)}\n(.*?)(?=^#{{1,{len(level)}}} |\Z)", PAGES[page], re.MULTILINE | re.DOTALL
+    )
+    assert found, f"{page} has no {heading!r}; run docs/reference/generate.py"
+    return found[1]
+
+
+# ---- completeness
+
+
+@pytest.mark.parametrize("name", fastft.__all__)
+def test_every_public_name_and_argument_is_in_the_reference(name):
+    assert f"fastft.{name}" in PAGES["docs/reference/api.md"]
+    thing = getattr(fastft, name)
+    if isclass(thing) or not callable(thing):
+        return
+    text = part("docs/reference/api.md", f"### fastft.{name}")
+    call = FENCE.search(text)[2]
+    for parameter in signature(thing).parameters.values():
+        assert re.search(rf"\b{parameter.name}\b", call), parameter.name
+        if isinstance(parameter.default, str | int | float) and parameter.default is not Parameter.empty:
+            assert re.search(rf"\b{parameter.name}: [^\n]*= {re.escape(repr(parameter.default))}", call), parameter.name
+
+
+@pytest.mark.parametrize("name", ["from_pretrained", "get_peft_model", "for_training", "for_inference"])
+def test_every_argument_of_the_familiar_names_is_in_the_reference(name):
+    call = FENCE.search(part("docs/reference/api.md", f"#### FastLanguageModel.{name}"))[2]
+    for parameter in signature(getattr(fastft.FastLanguageModel, name)).parameters:
+        assert re.search(rf"\b{parameter}\b", call), parameter
+
+
+def commands(group, path=()):
+    import typer
+
+    context = typer.Context(group)
+    for name in group.list_commands(context):
+        command = group.get_command(context, name)
+        inner = hasattr(command, "list_commands")
+        yield (*path, name), command
+        yield from commands(command, (*path, name)) if inner else ()
+
+
+def test_every_command_and_option_is_in_the_reference():
+    import typer
+
+    found = dict(commands(typer.main.get_command(app)))
+    assert {"registry", "env", "demo"} <= {path[0] for path in found} and ("registry", "check") in found
+    for path, command in found.items():
+        text = part("docs/reference/cli.md", f"## fastft {' '.join(path)}")
+        for parameter in command.params:
+            if parameter.param_type_name == "option":
+                assert all(option in text for option in parameter.opts), (path, parameter.name)
+            else:
+                assert (parameter.metavar or parameter.name) in text, (path, parameter.name)
+
+
+SPEC_RECORDS = [value for value in vars(records).values() if isclass(value) and attrs.has(value)]
+
+
+@pytest.mark.parametrize("record", [r for r in SPEC_RECORDS if r is not records.Capabilities], ids=lambda r: r.__name__)
+def test_every_field_of_a_spec_is_in_the_reference(record):
+    text = part("docs/reference/spec.md", f"## {record.__name__}")
+    for field in attrs.fields(record):
+        assert f"| `{field.name}` |" in text, field.name
+        for value in get_args(field.type):
+            if isinstance(value, str):
+                assert value in text
+
+
+def test_capability_names():
+    assert all(f"`{name}`" in PAGES["docs/reference/spec.md"] for name in get_args(records.CapabilityName))
+
+
+def test_the_generator_still_runs():
+    path = ROOT / "docs/reference/generate.py"
+    module = importlib.util.module_from_spec(source := importlib.util.spec_from_file_location("generate", path))
+    source.loader.exec_module(module)
+    assert "### fastft.sft" in module.api() and "`offset`" in module.spec_page()
+
+
+def test_readme_lists_the_families():
+    table = PAGES["README.md"].split("fastft registry list -->")[1].split("\nA model of another")[0]
+    rows = re.findall(r"^\| `([^`]*)` \| ([^|]*) \| (.*) \|$", table, re.MULTILINE)
+    assert rows == [
+        (s.name, s.title, ", ".join(name for name, claim in s.capabilities.items() if claim.status == "supported"))
+        for s in specs()
+    ]
+
+
+def test_index_and_llms_txt_name_every_page():
+    for name in PAGES:
+        if name.startswith("docs/") and name != "docs/index.md":
+            assert f"({name.removeprefix('docs/')})" in PAGES["docs/index.md"], name
+            assert f"({name})" in PAGES["llms.txt"], name
+
+
+# ---- links and numbers
+
+
+def anchors(text):
+    heads = re.findall(r"^#+ (.*)$", FENCE.sub("", text), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_resolve(page):
+    text = FENCE.sub("", PAGES[page])
+    for target in re.findall(r"\[[^\]]*\]\(([^)\s]+)\)", text):
+        if re.match(r"\w+:", target):
+            continue
+        file, _, anchor = target.partition("#")
+        path = (ROOT / page).parent / file if file else ROOT / page
+        assert path.is_file(), target
+        assert not anchor or anchor in anchors(path.read_text("utf-8")), target
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_files_named_in_the_text_exist(page):
+    for name in re.findall(r"`((?:tests|scripts|docs)/[\w/.\-]+)`", PAGES[page]):
+        assert (ROOT / name).exists(), name
+
+
+def test_benchmark_page_says_what_its_data_say():
+    folder = ROOT / "docs/benchmarks"
+    for data in folder.glob("*.json"):
+        text = data.with_suffix(".md").read_text("utf-8")
+        for row in json.loads(data.read_text("utf-8"))["results"]:
+            line = next(line for line in text.splitlines() if line.startswith(f"| `{row['arm']}` |"))
+            for value in (f"{row['tokens_per_second']:,}", f"{row['step_ms']}", f"{row['peak_gb']}"):
+                assert f" {value} " in line, (data.name, row["arm"], value)
+            assert f"| `{row['arm']}` | {row['loss0']:.6f} | {row['grad_norm0']:.6f} |" in text
+            assert row["tokens_per_second"] == pytest.approx(4 * 4096 / row["step_ms"] * 1e3, rel=1e-4)
+
+
+def test_readme_results_are_those_of_the_benchmark():
+    data = json.loads((ROOT / "docs/benchmarks/2026-11-22-llama-8b-nf4.json").read_text("utf-8"))
+    rows = {row["arm"]: row for row in data["results"]}
+    table = part("README.md", "## Results")
+    for arm in ("fastft", "fastft-min", "peft-checkpoint"):
+        assert f"| {rows[arm]['tokens_per_second']:,} | {rows[arm]['peak_gb']} |" in table
+    for arm, speed, memory in (("fastft", 2.10, 2.36), ("fastft-min", 1.47, 0.38)):
+        base = rows["peft-checkpoint"]
+        assert round(rows[arm]["tokens_per_second"] / base["tokens_per_second"], 2) == speed
+        assert round(rows[arm]["peak_gb"] / base["peak_gb"], 2) == memory
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_text_is_finished(page):
+    assert not re.search(r"\b(TODO|FIXME|OUT[a-z0-9]+|FAMILIES)\b", PAGES[page])
+    assert not re.search(r"[^\x00-\x7F]", PAGES[page]), "plain ASCII only"
+
+
+# ---- the Python blocks
+
+
+def run_blocks(page, folder, monkeypatch):
+    """Run a page's blocks in order, in one namespace and an empty folder; return the namespace."""
+    monkeypatch.chdir(folder)
+    for name, text in re.findall(r"<!-- file: (\S+) -->\n```\w+\n(.*?)^```$", PAGES[page], re.MULTILINE | re.DOTALL):
+        (folder / name).write_text(text, encoding="utf-8")
+    space = {"__name__": "page"}
+    for number, code in enumerate(BLOCKS[page], 1):
+        exec(compile(code, f"{page}, block {number}", "exec"), space)
+    return space
+
+
+@pytest.fixture
+def own_registry(monkeypatch):
+    """Forget afterwards what a page registered."""
+    from fastft.registry import resolve
+
+    monkeypatch.setattr(resolve, "_registered", resolve._registered)
+
+
+@pytest.mark.parametrize("page", [name for name in PAGES if BLOCKS[name] and name not in INDUCTOR])
+def test_pages_run(page, tmp_path, monkeypatch, own_registry, capsys):
+    space = run_blocks(page, tmp_path, monkeypatch)
+    if page.endswith("verify.md"):
+        assert space["checked"].ok
+    if page.endswith("resume.md"):
+        said = capsys.readouterr().out.splitlines()
+        assert len([line for line in said if line.startswith("((1, ")]) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.inductor
+@pytest.mark.parametrize("page", INDUCTOR)
+def test_readme_and_tutorial_run(page, tmp_path, monkeypatch):
+    with contextlib.redirect_stdout(None):
+        space = run_blocks(page, tmp_path, monkeypatch)
+    losses = [loss for _, loss in space["result"].losses]
+    assert losses[-1] < losses[0] / 5
+    assert not fastft.report(space["model"]).refused()
+    if "question" in space:
+        assert fastft.generate(space["again"], space["tokenizer"], space["question"]) == ["Twice 33 is 66, of course."]
+
+
+@pytest.mark.slow
+def test_the_checked_spec_is_the_one_shown(tmp_path):
+    """What the page on families says of `registry check`, for its spec and for the one with a wrong offset."""
+    from fastft.graph.check import check_spec
+    from fastft.registry.convert import load_spec_file
+
+    text = re.search(r"<!-- file: .*?```toml\n(.*?)```", PAGES["docs/how-to/add-a-model-family.md"], re.DOTALL)[1]
+    for name, content in (("right", text), ("wrong", text.replace("[[norms]]\n", "[[norms]]\noffset = 1.0\n"))):
+        (tmp_path / f"{name}.toml").write_text(content, encoding="utf-8")
+    assert check_spec(load_spec_file(tmp_path / "right.toml")).ok
+    failed = [claim for claim in check_spec(load_spec_file(tmp_path / "wrong.toml")).claims if not claim.ok]
+    assert [claim.what for claim in failed] == ["llama float32: norm regions", "llama bfloat16: norm regions"]
