@@ -220,7 +220,11 @@ def test_readme_and_tutorial_run(page, tmp_path, monkeypatch):
         space = run_blocks(page, tmp_path, monkeypatch)
     losses = [loss for _, loss in space["result"].losses]
     assert losses[-1] < losses[0] / 5
-    assert not fastft.report(space["model"]).refused()
+    report = fastft.report(space["model"])
+    assert not report.refused()
+    if "question" in space:  # numbers of nodes depend on torch, what was replaced does not
+        for line in str(report).splitlines():
+            assert line.split("nodes;")[-1].strip() in PAGES[page], line
     if "question" in space:
         assert fastft.generate(space["again"], space["tokenizer"], space["question"]) == ["Twice 33 is 66, of course."]
 
