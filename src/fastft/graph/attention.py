@@ -4,22 +4,27 @@ Both are needed. Without a mask function transformers makes no mask at all for a
 padding mask would be dropped in silence.
 """
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
-from fastft.kernels.attention import attention, masked_attention
+from fastft.kernels.attention import attention, masked_attention, preferred_backends
 
 NAME = "fastft"
 
 
-def register() -> None:
-    """Register the attention with transformers under the name "fastft"; safe to call again."""
-    AttentionInterface.register(NAME, attention_forward)
+def register(device: torch.device) -> str:
+    """Register the attention with transformers under the name "fastft", and say what it runs; safe to call again."""
+    backends = preferred_backends(device)
+    AttentionInterface.register(NAME, partial(attention_forward, backends=backends))
     AttentionMaskInterface.register(NAME, attention_mask_for)
+    return f"{NAME}, dense batches by {backends[0].name if backends else 'the SDPA backend torch chooses'}"
 
 
 def attention_mask_for(
@@ -34,8 +39,8 @@ def attention_mask_for(
 ) -> torch.Tensor | None:
     """Return None where causality (and a window) is the whole mask, else transformers' 4-D bool mask.
 
-    None lets `attention_forward` take a kernel that needs no mask. A padding mask, a cache, or packing that transformers
-    found in the position ids by itself give the explicit mask.
+    None lets `attention_forward` take a kernel that needs no mask. A padding mask, a cache, or packing that
+    transformers found in the position ids by itself give the explicit mask.
     """
     fresh = q_length == kv_length and allow_is_causal_skip
     if fresh and (attention_mask is None or bool(attention_mask.all())):
@@ -64,6 +69,7 @@ def attention_forward(
     softcap: float | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
     max_length_q: int | None = None,
+    backends: Sequence[SDPBackend] = (),
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention as transformers calls it: query [B, H, T, D], key and value [B, Hk, S, D] -> ([B, T, H, D], None).
@@ -86,5 +92,6 @@ def attention_forward(
             cu_seqlens=cu_seq_lens_q,
             max_length=max_length_q,
             dropout=dropout,
+            backends=backends,
         )
     return out.transpose(1, 2).contiguous(), None

@@ -7,7 +7,8 @@ from attrs import asdict, frozen
 from torch import nn
 
 from fastft.errors import FastftError
-from fastft.graph.compile import compile, report, uncompiled
+from fastft.graph.compile import compile as compile_model
+from fastft.graph.compile import report, uncompiled
 from fastft.graph.passes.norm import is_instance_of
 from fastft.graph.report import RewriteReport
 from fastft.graph.twin import tiny_model
@@ -51,7 +52,7 @@ class SpecCheck:
 
 
 def check_spec(spec: ModelSpec) -> SpecCheck:
-    """Run every claim of `spec` against a tiny random model of each of its model types, on the CPU, in fp32 and bf16."""
+    """Run every claim of `spec` against tiny random models of its model types, on the CPU, in fp32 and bf16."""
     claims: list[Claim] = []
     for model_type in spec.model_types:
         try:
@@ -87,7 +88,7 @@ def _structure(model_type: str, model: nn.Module, spec: ModelSpec) -> Iterator[C
 def _behaviour(label: str, model: nn.Module, spec: ModelSpec) -> Iterator[Claim]:
     allowed = ALLOWED[model.dtype]
     update_state(model, spec=spec)
-    model = compile(model.train(), backend="aot_eager")
+    model = compile_model(model.train(), backend="aot_eager")
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, 250, (2, 40), generator=generator)
     try:

@@ -129,11 +129,12 @@ def _install(
     dynamic: bool | None,
 ) -> nn.Module:
     notes = []
-    attention.register()
+    dense = attention.register(next(base.parameters()).device)
     given = base.config._attn_implementation
     if given in DEFAULT_ATTENTION:
         base.set_attn_implementation(attention.NAME)
     else:
+        dense = given
         notes.append(f"attention implementation {given!r} was asked for and is kept")
     head = head_check(model)
     torch._dynamo.config.specialize_float = True
@@ -143,7 +144,7 @@ def _install(
         spec.name,
         settings.backend,
         settings.plan,
-        base.config._attn_implementation,
+        dense,
         told,
         len(layers),
         notes=tuple(notes),

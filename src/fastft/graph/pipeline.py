@@ -52,7 +52,7 @@ def rewrite(
     for step in PASSES:
         if step.name not in disable:
             done += step.rewrite(new, context)
-    new.graph.eliminate_dead_code()
+    # No dead-code elimination here: Dynamo's nodes for context managers have effects and no users.
     new.graph.lint()
     new.recompile()
     before, after = len(graph_module.graph.nodes), len(new.graph.nodes)

@@ -2,19 +2,23 @@
 
 from typing import Literal
 
+import torch
 from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.utils.checkpoint import CheckpointPolicy
 
 PlanName = Literal["auto", "keep", "min"]
 PLANS: tuple[str, ...] = ("auto", "keep", "min")
+# What costs real time to compute again, by the end of the operation's name: matrix products and attention.
+COSTLY = ("mm", "bmm", "addmm", "baddbmm", "_scaled_mm", "lora_linears", "attention", "attn", "flex_attention", "conv")
 
 
 class TagPass(CustomGraphPass):
     """Tags the nodes of a joint graph for the partitioner, as the plan says.
 
-    "keep" (and "auto", until budgets are solved for) leaves the choice to the partitioner's minimum cut, which keeps
-    the results of matrix products. "min" keeps the layer's input alone and computes the rest again.
+    "keep" (and "auto", until budgets are solved for) keeps the results of matrix products and of attention, and
+    computes everything elementwise again: norms, gates and rotations cost less than the traffic of keeping them, and
+    what they are made from is kept anyway. "min" keeps the layer's input alone.
     """
 
     def __init__(self, plan: PlanName) -> None:
@@ -22,17 +26,32 @@ class TagPass(CustomGraphPass):
 
     def __call__(self, graph: fx.Graph) -> None:
         """Tag `graph` in place."""
-        if self.plan != "min":
-            return
         backward = _backward_nodes(graph)
         for node in graph.nodes:
-            if node.op == "call_function" and node not in backward:
+            if node.op != "call_function" or node in backward:
+                continue
+            if self.plan == "min" or not (_is_costly(node) or _draws_random_numbers(node)):
                 node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
                 node.meta["ac_graph_id"] = 0
 
     def uuid(self) -> bytes:
         """Return what identifies this pass in Inductor's cache key."""
-        return f"fastft-plan-{self.plan}-1".encode()
+        return f"fastft-plan-{self.plan}-2".encode()
+
+
+def _is_costly(node: fx.Node) -> bool:
+    """Say whether `node` is a costly operation, or takes apart the tuple that one returned."""
+    while str(node.target).endswith("getitem>") or getattr(node.target, "__name__", "") == "getitem":
+        node = node.args[0]
+        if node.op != "call_function":
+            return False
+    packet = getattr(node.target, "overloadpacket", node.target)
+    name = getattr(packet, "__name__", str(packet))
+    return any(name == word or name.endswith(f"_{word}") for word in COSTLY) or "_attention" in name
+
+
+def _draws_random_numbers(node: fx.Node) -> bool:
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
 def _backward_nodes(graph: fx.Graph) -> set[fx.Node]:
