@@ -1,5 +1,6 @@
 """Memory plans: which results of a layer's forward are kept for its backward, and which are computed again."""
 
+import operator
 from typing import Literal
 
 import torch
@@ -18,7 +19,7 @@ class TagPass(CustomGraphPass):
 
     "keep" (and "auto", until budgets are solved for) keeps the results of matrix products and of attention, and
     computes everything elementwise again: norms, gates and rotations cost less than the traffic of keeping them, and
-    what they are made from is kept anyway. "min" keeps the layer's input alone.
+    what they are made from is kept anyway. "min" keeps the layer's input alone. Both keep what is drawn at random.
     """
 
     def __init__(self, plan: PlanName) -> None:
@@ -30,21 +31,24 @@ class TagPass(CustomGraphPass):
         for node in graph.nodes:
             if node.op != "call_function" or node in backward:
                 continue
-            if self.plan == "min" or not (_is_costly(node) or _draws_random_numbers(node)):
+            maker = _maker(node)
+            if not (_draws_random_numbers(maker) or (self.plan != "min" and _is_costly(maker))):
                 node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
                 node.meta["ac_graph_id"] = 0
 
     def uuid(self) -> bytes:
         """Return what identifies this pass in Inductor's cache key."""
-        return f"fastft-plan-{self.plan}-2".encode()
+        return f"fastft-plan-{self.plan}-3".encode()
+
+
+def _maker(node: fx.Node) -> fx.Node:
+    """Return the operation that returned the tuple which `node` takes apart, or `node` itself."""
+    while node.target is operator.getitem and node.args[0].op == "call_function":
+        node = node.args[0]
+    return node
 
 
 def _is_costly(node: fx.Node) -> bool:
-    """Say whether `node` is a costly operation, or takes apart the tuple that one returned."""
-    while str(node.target).endswith("getitem>") or getattr(node.target, "__name__", "") == "getitem":
-        node = node.args[0]
-        if node.op != "call_function":
-            return False
     packet = getattr(node.target, "overloadpacket", node.target)
     name = getattr(packet, "__name__", str(packet))
     return any(name == word or name.endswith(f"_{word}") for word in COSTLY) or "_attention" in name
