@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from fastft.errors import LoadError, UsageError
+from fastft.model.adapters import add_lora
 from fastft.model.load import describe, load
 from fastft.state import get_state
 
@@ -348,3 +349,29 @@ def test_describe(tiny):
     assert lines[0].startswith(str(folder)) and lines[0].endswith(f" {total + adapter:,} parameters")
     assert "nf4, on cpu" in lines[1] and f"{adapter:,} " in lines[2] and "128 tokens" in lines[3]
     assert "'<unk>' (id 0) now pads" in lines[4]
+
+
+def test_an_adapter_with_weights_missing_is_refused(tiny, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    model = add_lora(load(tiny())[0], r=4)
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    lost = sorted(tensors)[0]
+    save_file({name: tensor for name, tensor in tensors.items() if name != lost}, path, metadata={"format": "pt"})
+    with (
+        pytest.warns(UserWarning, match="missing adapter keys"),
+        pytest.raises(LoadError, match="1 tensors of the ada"),
+    ):
+        load(tmp_path)
+
+
+def test_importing_bitsandbytes_prints_nothing(tiny):
+    """In a process of its own, since a module is imported once."""
+    import subprocess
+    import sys
+
+    code = f"import fastft; m, t = fastft.load({str(tiny())!r}); fastft.add_lora(m, r=4); import bitsandbytes"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "kernels" not in done.stderr + done.stdout

@@ -44,12 +44,29 @@ def test_compiled_and_eager_agree(packing, build_model, tokenizer, dataset, sett
 
 def test_the_trainer_compiles_unless_told_not_to(build_model, tokenizer, dataset, settings, capsys):
     more = {"train_dataset": dataset, "processing_class": tokenizer}
-    models = [build_model() for _ in range(3)]
+    models = [build_model() for _ in range(4)]
     SFTTrainer(models[0], SFTConfig(**settings), **more)
     SFTTrainer(models[1], SFTConfig(**settings), compile=False, **more)
     SFTTrainer(models[2], SFTConfig(**settings, gradient_checkpointing=True), **more)
-    assert [get_state(model).compiled is not None for model in models] == [True, False, False]
-    assert "gradient_checkpointing=True" in capsys.readouterr().out
+    SFTTrainer(models[3], SFTConfig(**settings, gradient_checkpointing=True), compile=False, **more)
+    assert [get_state(model).compiled is not None for model in models] == [True, False, True, False]
+    assert get_state(models[2]).compiled.settings.plan == "min"
+    assert capsys.readouterr().out.count("gradient_checkpointing=True: the layers are compiled with") == 1
+    made = SFTTrainer(models[0], SFTConfig(**settings, gradient_checkpointing=True), **more)
+    assert not made.args.gradient_checkpointing and "compiled before with the plan" in capsys.readouterr().out
+
+
+def test_what_cannot_be_compiled_is_recomputed_by_transformers(build_model, tokenizer, dataset, settings, capsys):
+    """An unknown architecture with gradient_checkpointing=True: the same curve and gradients as without."""
+    curves = []
+    for recompute in (False, True):
+        args = SFTConfig(**{**settings, "max_steps": 2}, gradient_checkpointing=recompute)
+        made = SFTTrainer(build_model("stablelm"), args, train_dataset=dataset, processing_class=tokenizer)
+        made.train()
+        assert made.model.get_base_model().is_gradient_checkpointing is recompute
+        curves.append([curve(made), curve(made, "grad_norm")])
+    assert curves[0] == curves[1] and min(curves[0][1]) > 0
+    assert "transformers recomputes the layers" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("how", ["padded", "packed"])

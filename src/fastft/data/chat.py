@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
-from fastft.data.check import refuse, refuse_empty, row_problem
+from fastft.data.check import check_tokenised, named, refuse, refuse_empty, row_problem
 from fastft.errors import DataError, Problem, UsageError, did_you_mean
 
 TRAIN_ON = ("assistant", "completion", "all")
@@ -47,27 +47,62 @@ def chat_dataset(
     from datasets import Dataset
 
     _check_arguments(train_on, max_length, overlong)
-    if isinstance(rows, Mapping | str):
-        raise DataError(Problem("rows", type(rows).__name__, "a list of rows, each a dict", "Put it into a list."))
+    _need_rows(rows)
     rows = list(rows)
     refuse_empty(rows)
     problems: list[Problem | str] = []
     columns: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
     for index, row in enumerate(rows):
+        where = f"row {index}"
         try:
-            ids, labels = _encode(f"row {index}", row, tokenizer, train_on)
+            ids, labels = _encode(where, row, tokenizer, train_on)
         except DataError as error:
+            if any(str(problem).startswith("tokenizer.") for problem in error.problems):
+                raise  # it would be the same for every row
             problems.extend(error.problems)
             continue
-        problem = _length_problem(f"row {index}", ids, max_length, overlong)
+        problem = _length_problem(where, ids, max_length, overlong)
         ids, labels = ids[:max_length], labels[:max_length]
-        problem = problem or row_problem(f"row {index}", ids, labels)
+        problem = problem or row_problem(where, ids, labels)
         if problem:
             problems.append(problem)
         columns["input_ids"].append(ids)
         columns["labels"].append(labels)
     refuse(problems)
     return Dataset.from_dict(columns)
+
+
+def tokenised(data: Any, tokenizer: Any, train_on: str, name: str) -> Any:
+    """Return token ids: `data` itself after a check, or what `chat_dataset` makes of its rows; errors tell its `name`.
+
+    Raises `UsageError` and `DataError`.
+    """
+    if isinstance(data, list) and data and isinstance(data[0], Mapping) and "input_ids" in data[0]:
+        from datasets import Dataset
+
+        data = Dataset.from_list(data)
+    if not isinstance(data, Mapping) and "input_ids" in (getattr(data, "column_names", None) or ()):
+        check_tokenised(data, name)
+        return data
+    try:
+        return chat_dataset(data, tokenizer, train_on=train_on)
+    except DataError as error:
+        raise DataError(*(named(problem, name) for problem in error.problems)) from error
+
+
+def _need_rows(rows: Any) -> None:
+    """Raise `DataError` for what is no list of rows: a path, one row, several splits."""
+    if isinstance(rows, str):
+        remedy = "Read the file first, with datasets.load_dataset('json', data_files=..., split='train'), say."
+    elif isinstance(rows, Mapping):
+        splits = [str(name) for name, part in rows.items() if hasattr(part, "column_names")]
+        remedy = f"Choose one of its splits: {', '.join(splits)}." if splits else "Put the row into a list."
+    elif not isinstance(rows, Iterable):
+        remedy = "A row is {'messages': [...]}, {'prompt', 'completion'} or {'text'}."
+    else:
+        return
+    value = rows if isinstance(rows, str) or rows is None else type(rows).__name__
+    raise DataError(Problem("rows", value, "a list of rows, each a dict, or a datasets.Dataset", remedy))
 
 
 def _check_arguments(train_on: str, max_length: int | None, overlong: str) -> None:
@@ -97,16 +132,26 @@ def _encode(where: str, row: Any, tokenizer: Any, train_on: str) -> Encoded:
         )
     kind = next((kind for kind, fields in KINDS.items() if all(field in row for field in fields)), None)
     if kind is None:
-        near = next(
-            (hint for name in row for hint in [did_you_mean(name, ("messages", *sum(KINDS.values(), ())))] if hint), ""
-        )
         expected = "'messages', or 'prompt' and 'completion', or 'text'"
-        raise DataError(Problem(f"{where}, fields", sorted(map(str, row)), expected, near))
+        raise DataError(Problem(f"{where}, fields", sorted(map(str, row)), expected, _field_remedy(row)))
     if kind == "messages":
         return _encode_messages(where, row, tokenizer, train_on)
     if kind == "text":
         return _encode_text(where, row["text"], tokenizer, train_on)
     return _encode_pair(where, row, tokenizer, train_on)
+
+
+def _field_remedy(row: Mapping[str, Any]) -> str:
+    """Return what to do about a row whose fields are no kind that can be rendered."""
+    if {"chosen", "rejected"} <= set(row):
+        return "Rows with 'chosen' and 'rejected' are preferences; fine-tune on the chosen answers as 'messages'."
+    if "input_ids" in row:
+        return "Token ids need no rendering: pass them to sft or the trainer as a datasets.Dataset."
+    known = [name for fields in KINDS.values() for name in fields]
+    halves = [fields for fields in KINDS.values() if set(fields) & set(row)]
+    missing = next((name for fields in halves for name in fields if name not in row), "")
+    near = next((hint for name in row if name not in known for hint in [did_you_mean(str(name), known)] if hint), "")
+    return near or (f"It has no {missing!r}." if missing else "")
 
 
 def _encode_text(where: str, text: Any, tokenizer: Any, train_on: str) -> Encoded:
@@ -199,7 +244,13 @@ def _render(where: str, messages: Any, row: Mapping[str, Any], tokenizer: Any, *
     extra = row.get("chat_template_kwargs") or {}
     try:
         return tokenizer.apply_chat_template(
-            list(messages), tools=row.get("tools"), tokenize=True, return_dict=True, **options, **extra
+            list(messages),
+            tools=row.get("tools"),
+            tokenize=True,
+            return_dict=True,
+            tokenizer_kwargs={"verbose": False},  # how long rows may be is our question, see max_length
+            **options,
+            **extra,
         )
     except TemplateError as error:
         remedy = f"The chat template says: {error}"
@@ -220,7 +271,7 @@ def _tokens(tokenizer: Any, text: str, *, start: bool) -> list[int]:
     """Return the token ids of `text`; the tokenizer's own start tokens are added once, at a row's start."""
     bos = getattr(tokenizer, "bos_token", None)
     doubled = start and bos is not None and text.startswith(bos)
-    return list(tokenizer(text, add_special_tokens=start and not doubled)["input_ids"])
+    return list(tokenizer(text, add_special_tokens=start and not doubled, verbose=False)["input_ids"])
 
 
 def _with_eos(ids: list[int], tokenizer: Any, where: str) -> list[int]:

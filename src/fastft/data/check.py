@@ -3,6 +3,8 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from attrs import evolve
+
 from fastft.errors import DataError, Problem
 
 SHOWN = 10
@@ -29,11 +31,11 @@ def check_tokenised(dataset: Any, name: str = "train") -> None:
     refuse(problems)
 
 
-def refuse_empty(dataset: Sequence[Any], name: str = "train") -> None:
+def refuse_empty(dataset: Sequence[Any], name: str = "") -> None:
     """Raise `DataError` for a data set without rows."""
     if len(dataset) == 0:
         raise DataError(
-            Problem(f"{name} data", "0 rows", "at least one row", "Check the path or the filter it came from.")
+            Problem(f"{name} data".lstrip(), "0 rows", "at least one row", "Check the path or the filter it came from.")
         )
 
 
@@ -58,6 +60,12 @@ def refuse(problems: Iterable[Problem | str]) -> None:
         problems = [*problems[:SHOWN], f"and {len(problems) - SHOWN} more rows"]
     if problems:
         raise DataError(*problems)
+
+
+def named(problem: Problem | str, name: str) -> Problem | str:
+    """Return a problem of some rows with the name of the data they are in: "row 3" is "eval row 3"."""
+    about_rows = isinstance(problem, Problem) and problem.where.startswith(("row", "data"))
+    return evolve(problem, where=f"{name} {problem.where}") if about_rows else problem
 
 
 def check_arguments(kwargs: Mapping[str, Any]) -> None:

@@ -12,6 +12,7 @@ from torch import nn
 
 from fastft.errors import Problem, UsageError, did_you_mean
 from fastft.model.loftq import start_from_residual
+from fastft.model.quantize import quiet
 from fastft.state import ModelState, base_model, get_state, update_state
 
 Targets = str | Sequence[str] | None
@@ -108,7 +109,7 @@ def add_lora(
         revision=state.revision,
         **options,
     )
-    with torch.random.fork_rng(devices=cuda_devices(base)):
+    with torch.random.fork_rng(devices=cuda_devices(base)), quiet():
         torch.manual_seed(seed)
         adapted = get_peft_model(base, config)
         if init == "loftq":

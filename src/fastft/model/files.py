@@ -126,7 +126,7 @@ def check(folder: Path) -> None:
 def problems_of(folder: Path) -> list[str]:
     """Return what is missing or damaged in a model or adapter folder, a sentence each; headers only are read."""
     if is_adapter(folder):
-        return _adapter_problems(folder)
+        return weight_problems(folder)
     problems = []
     if not (folder / "config.json").is_file():
         problems.append("config.json is missing; a model folder needs it, copy it from where the weights came from")
@@ -134,7 +134,12 @@ def problems_of(folder: Path) -> list[str]:
         problems.append(
             f"no tokenizer ({' or '.join(TOKENIZER_FILES[:3])} ...); copy the tokenizer's files from the base model"
         )
-    return problems + _weight_problems(folder)
+    return problems + weight_problems(folder)
+
+
+def weight_problems(folder: Path) -> list[str]:
+    """Return what is missing or damaged in the weights of a model or adapter folder; headers only are read."""
+    return _adapter_problems(folder) if is_adapter(folder) else _model_problems(folder)
 
 
 def _adapter_problems(folder: Path) -> list[str]:
@@ -144,7 +149,7 @@ def _adapter_problems(folder: Path) -> list[str]:
     return _shard_problems(folder / present[0], None) if present[0].endswith(".safetensors") else []
 
 
-def _weight_problems(folder: Path) -> list[str]:
+def _model_problems(folder: Path) -> list[str]:
     if (folder / INDEX).is_file():
         index = read_json(folder / INDEX)
         shards: dict[str, list[str]] = {}

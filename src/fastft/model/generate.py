@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from fastft.errors import DataError, Problem, UsageError, did_you_mean
+from fastft.model.quantize import quiet
 from fastft.state import get_state
 
 Messages = Sequence[Mapping[str, Any]]
@@ -198,7 +199,7 @@ def _asking(model: Any, seed: int | None) -> Iterator[None]:
             torch.manual_seed(seed)
         model.eval()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), quiet():
                 yield
         finally:
             for module, training in modes:

@@ -18,6 +18,7 @@ from fastft.model.quantize import (
     keep_weights_unpacked,
     quant_of_checkpoint,
     quant_problem,
+    quiet,
     settle_quant,
 )
 from fastft.model.tokenizer import load_tokenizer, settle_special_tokens
@@ -113,7 +114,8 @@ def load(
         options,
     )
     folder = request.folder(request.source, revision)
-    with torch.random.fork_rng(devices=[]):  # building modules draws numbers that the checkpoint then overwrites
+    # building modules draws random numbers that the checkpoint then overwrites
+    with torch.random.fork_rng(devices=[]), quiet():
         return _load_adapter(request, folder) if files.is_adapter(folder) else _load_model(request, folder)
 
 
@@ -154,6 +156,8 @@ def _load_weights(request: _Request, folder: Path, config: Any) -> Any:
         request.source,
     )
     notes += more
+    if quant == "int8":
+        notes.append("int8: bitsandbytes rounds what goes into an 8-bit layer to fp16, whatever the dtype")
     max_length, more = widen_positions(config, request.max_length)
     notes += more
     device = _device(request.device)
@@ -310,8 +314,15 @@ def _load_adapter(request: _Request, folder: Path) -> tuple[Any, Any]:
         with torch.random.fork_rng(devices=cuda_devices(model)):
             torch.manual_seed(DEFAULT_SEED)
             model = PeftModel.from_pretrained(model, str(folder), is_trainable=True)
+            # read once more for what PEFT only warns about: weights that are not in the file
+            missing = model.load_adapter(str(folder), "default", is_trainable=True).missing_keys
     except (ValueError, KeyError, RuntimeError, TypeError, OSError) as error:
         raise LoadError(f"{folder}: the adapter does not fit its base {base_source!r}: {error}") from error
+    if missing:
+        raise LoadError(
+            f"{folder}: {len(missing)} tensors of the adapter are not in its file, such as {missing[0]}; they would be "
+            "untrained, so the file is incomplete or belongs to another architecture"
+        )
     model.eval()
     state = get_state(model)
     update_state(model, notes=(*state.notes, f"the adapter of {folder} was put on its base {base_source!r}"))

@@ -1,6 +1,8 @@
 """Quantised loading through bitsandbytes, with weights that stay as they were loaded."""
 
-from collections.abc import Iterable
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -22,6 +24,30 @@ _ALIASES = {
 }
 # The attribute by which a bitsandbytes Linear4bit decides whether to repack its weight for AVX512-BF16 CPUs.
 _REPACK = "support_avx512bf16_for_cpu"
+
+
+# Loggers of bitsandbytes, and how the lines begin that say nothing a reader could act on: a faster CPU kernel that is
+# not installed (fastft never takes it, see keep_weights_unpacked), and, in every 8-bit layer, that it computes in fp16.
+_NOISE = {
+    "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",
+    "bitsandbytes.autograd._functions": "MatMul8bitLt: inputs will be cast",
+}
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep two lines of bitsandbytes from being printed while the block runs; its loggers are as before afterwards."""
+    added = []
+    for name, start in _NOISE.items():
+        logger = logging.getLogger(name)
+        keep = lambda record, start=start: not str(record.msg).startswith(start)  # noqa: E731
+        logger.addFilter(keep)
+        added.append((logger, keep))
+    try:
+        yield
+    finally:
+        for logger, keep in added:
+            logger.removeFilter(keep)
 
 
 def quant_problem(quant: object) -> Problem | None:

@@ -1,5 +1,6 @@
 """Names: what older scripts pass, the plain names of `sft`, and what to say to an unknown one."""
 
+import copy
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping
@@ -40,6 +41,23 @@ RENAMED = {
     "no_cuda": "use_cpu",
     "group_by_length": "train_sampling_strategy='group_by_length'",
 }
+
+
+class DefaultLength(int):
+    """A number of tokens that the user has not chosen, to be told from the same number given."""
+
+
+DEFAULT_LENGTH = DefaultLength(1024)
+
+
+def with_length(args: Any, loaded: int | None) -> Any:
+    """Return a copy of `args` whose `max_length`, if the user has not chosen one, is that of the loaded model."""
+    args = copy.copy(args)
+    if isinstance(args.max_length, DefaultLength):
+        args.max_length = loaded or int(args.max_length)
+        if loaded:
+            print(f"fastft: max_length={loaded}, as the model was loaded; SFTConfig(max_length=...) changes it.")
+    return args
 
 
 def refuse_unknown(owner: str, names: Iterable[str], known: Iterable[str]) -> None:
@@ -99,26 +117,87 @@ def refuse_early_stopping(args: Any, eval_dataset: Any) -> None:
         )
 
 
-def refuse_numbers(args: Any) -> None:
-    """Refuse numbers that cannot be meant, all at once."""
+def refuse_values(args: Any) -> None:
+    """Refuse numbers that cannot be meant and choices that there are not, all at once. Raises `UsageError`."""
+    problems = [*_wrong_numbers(args), *_wrong_choices(args)]
+    if problems:
+        raise UsageError(*problems)
+
+
+def _wrong_numbers(args: Any) -> list[Problem]:
     least = {
         "per_device_train_batch_size": 1,
         "per_device_eval_batch_size": 1,
         "gradient_accumulation_steps": 1,
         "early_stopping_patience": 1,
         "max_length": 2,
+        "num_train_epochs": 0,
+        "max_steps": -1,
+        "learning_rate": 0,
+        "embedding_learning_rate": 0,
+        "loraplus_ratio": 0,
+        "weight_decay": 0,
+        "label_smoothing_factor": 0,
     }
-    problems = [
-        Problem(f"SFTConfig {name}", getattr(args, name), f"at least {bound}")
-        for name, bound in least.items()
-        if getattr(args, name) is not None and getattr(args, name) < bound
-    ]
-    for name in ("learning_rate", "embedding_learning_rate", "loraplus_ratio"):
+    problems = []
+    for name, bound in least.items():
         value = getattr(args, name)
-        if value is not None and not (value >= 0 and math.isfinite(value)):
-            problems.append(Problem(f"SFTConfig {name}", value, "a finite number of at least 0"))
+        if value is None:
+            continue
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            problems.append(Problem(f"SFTConfig {name}", value, "a number", "Write it without quotes."))
+        elif not (value >= bound and math.isfinite(value)):
+            problems.append(Problem(f"SFTConfig {name}", value, f"a finite number of at least {bound}"))
+    if args.max_steps == 0 and not isinstance(args.max_steps, bool):
+        problems.append(Problem("SFTConfig max_steps", 0, "at least 1, or -1 to go by num_train_epochs"))
+    return problems
+
+
+def _wrong_choices(args: Any) -> list[Problem]:
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+    from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
+    from transformers.training_args import OptimizerNames
+
+    choices = {
+        "optim": OptimizerNames,
+        "lr_scheduler_type": SchedulerType,
+        "eval_strategy": IntervalStrategy,
+        "logging_strategy": IntervalStrategy,
+        "save_strategy": SaveStrategy,
+    }
+    problems = []
+    for name, kind in choices.items():
+        value, known = getattr(args, name), [member.value for member in kind]
+        if value is not None and getattr(value, "value", value) not in known:
+            near = did_you_mean(str(value), known)
+            problems.append(Problem(f"SFTConfig {name}", value, f"one of {', '.join(known)}", near))
+    known = ["all", "none", *sorted(INTEGRATION_TO_CALLBACK)]
+    for value in [args.report_to] if isinstance(args.report_to, str) else args.report_to or ():
+        if value not in known:
+            near = did_you_mean(str(value), known)
+            problems.append(Problem("SFTConfig report_to", value, f"one of {', '.join(known)}", near))
+    return problems
+
+
+def refuse_pair(model: Any, tokenizer: Any) -> None:
+    """Raise `UsageError` if `model` is no language model or `tokenizer` no tokenizer: swapped, say, or both in one."""
+    problems = []
+    if not hasattr(model, "parameters") or not hasattr(model, "get_input_embeddings"):
+        remedy = "fastft.load returns the pair (model, tokenizer); pass each in its place."
+        problems.append(Problem("model", type(model).__name__, "a model", remedy))
+    if not callable(getattr(tokenizer, "convert_tokens_to_ids", None)):
+        problems.append(Problem("tokenizer", type(tokenizer).__name__, "a tokenizer"))
     if problems:
         raise UsageError(*problems)
+
+
+def refuse_untrainable(model: Any, peft_config: Any) -> None:
+    """Raise `UsageError` if no weight of `model` is trainable and no adapter is to be put on it."""
+    if peft_config is None and not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UsageError(
+            "model: none of its weights is trainable; put an adapter on it with add_lora(model), or load it with "
+            "full=True to train every weight"
+        )
 
 
 def evaluation_defaults(fields: Mapping[str, Any]) -> dict[str, Any]:

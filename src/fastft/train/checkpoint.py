@@ -107,10 +107,13 @@ def checkpoints(folder: str | Path) -> list[Path]:
 
 
 def rotate(folder: str | Path, limit: int | None, best: str | None) -> None:
-    """Remove the oldest checkpoints until `limit` are left, never the newest and never `best`."""
+    """Remove the oldest checkpoints until `limit` are left, never the newest and never `best`.
+
+    Oldest is what was written first: checkpoints of an earlier run may have higher numbers.
+    """
     if not limit or limit <= 0:
         return
-    present = checkpoints(folder)
+    present = sorted(checkpoints(folder), key=lambda path: path.stat().st_mtime_ns)
     kept = {present[-1]} if present else set()
     if best is not None:
         kept |= {path for path in present if path.resolve() == Path(best).resolve()}

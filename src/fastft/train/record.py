@@ -105,8 +105,22 @@ class RecordCallback(TrainerCallback):
             lines = "".join(json.dumps(row) + "\n" for row in self.rows)
             checkpoint.write_text(self.folder / "metrics.jsonl", lines)
             self.record = describe_run(args, model, self.dataset, self.work)
+            self._tell_other_data(state.global_step)
             self.write_record("running")
         self.clock.start()
+
+    def _tell_other_data(self, global_step: int) -> None:
+        """Say in one line that a resumed run goes on with data other than those it began with."""
+        if global_step == 0:
+            return
+        try:
+            earlier = json.loads((self.folder / "run.json").read_text(encoding="utf-8"))["data"]["sha256"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return  # no record to compare with
+        if earlier != self.record["data"]["sha256"]:
+            print(
+                f"fastft: the data are not those that the run in {self.folder} began with; the curve goes on with them."
+            )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Note when training stopped before what may follow a step."""
@@ -205,7 +219,14 @@ def kept_lines(path: Path, global_step: int) -> list[dict[str, Any]]:
     """Return the lines of an earlier metrics.jsonl up to `global_step`; none for a run that starts anew."""
     if global_step == 0 or not path.exists():
         return []
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(json.loads(line))
+        except ValueError:  # a run that was killed may leave half a line
+            print(f"fastft: {path}, line {number} is damaged and left out of the record.")
     return [row for row in rows if row["step"] <= global_step]
 
 

@@ -18,9 +18,12 @@ from transformers import EarlyStoppingCallback, TrainingArguments
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from fastft.data import check
+from fastft.data.chat import tokenised
 from fastft.errors import Problem, SaveError, UsageError
+from fastft.model.quantize import quiet
 from fastft.state import base_model, get_state
 from fastft.train import arguments, card, checkpoint, flops, hygiene, optimizers, step
+from fastft.train import resume as resuming
 from fastft.train.record import RecordCallback, Tally
 
 
@@ -28,6 +31,8 @@ from fastft.train.record import RecordCallback, Tally
 class SFTConfig(trl.SFTConfig):
     """TRL's SFTConfig with gradient checkpointing off (fastft's memory plan decides what is recomputed), and more.
 
+    `gradient_checkpointing=True` compiles the layers with the memory plan "min"; where nothing is compiled,
+    transformers recomputes. `max_length` left out is the length that `fastft.load` has set, or 1024 for another model.
     `bf16` left open means bf16 autocast where the GPU has it, and none on a CPU.
 
     `embedding_learning_rate`: for trained embeddings and head. `loraplus_ratio`: LoRA's B matrices learn that many
@@ -35,7 +40,10 @@ class SFTConfig(trl.SFTConfig):
     eval_loss) before training stops with the best weights. `max_seq_length`: the older name of `max_length`.
     """
 
-    gradient_checkpointing: bool = dataclasses.field(default=False, metadata={"help": "Checkpointing by transformers."})
+    gradient_checkpointing: bool = dataclasses.field(default=False, metadata={"help": "Memory plan 'min'."})
+    max_length: int | None = dataclasses.field(
+        default=arguments.DEFAULT_LENGTH, metadata={"help": "Longest row in tokens; what is longer is cut off."}
+    )
     embedding_learning_rate: float | None = dataclasses.field(default=None, metadata={"help": "Rate for embeddings."})
     loraplus_ratio: float | None = dataclasses.field(
         default=None, metadata={"help": "LoRA+: rate of B over rate of A."}
@@ -55,10 +63,10 @@ class SFTConfig(trl.SFTConfig):
         if self.early_stopping_patience is not None:
             self.metric_for_best_model = self.metric_for_best_model or "eval_loss"
             self.load_best_model_at_end = True
+        arguments.refuse_values(self)
         if self.bf16 is None and not self.fp16:
             self.bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         super().__post_init__()
-        arguments.refuse_numbers(self)
 
 
 @dataclasses.dataclass
@@ -90,10 +98,15 @@ class SFTTrainer(trl.SFTTrainer):
         args, kwargs = _take_older_arguments(args, kwargs)
         if isinstance(model, str):
             model, kwargs = _load(model, args, kwargs)
-        args = _as_config(args, model)
+        args = arguments.with_length(_as_config(args, model), get_state(model).max_length)
         check.check_arguments(kwargs)
+        arguments.refuse_untrainable(model, kwargs.get("peft_config"))
         arguments.refuse_early_stopping(args, kwargs.get("eval_dataset"))
-        with hygiene.own_dtypes(model), hygiene.unpatched(model), hygiene.head_out_of_sight(model):
+        recompute, args.gradient_checkpointing = (
+            args.gradient_checkpointing,
+            args.gradient_checkpointing and not compile,
+        )
+        with quiet(), hygiene.own_dtypes(model), hygiene.unpatched(model), hygiene.head_out_of_sight(model):
             super().__init__(model, args, *positional, **kwargs)
         if self.model is not model:  # TRL has wrapped it with the `peft_config` it was given
             base_model(self.model).__dict__.pop("forward", None)
@@ -103,7 +116,7 @@ class SFTTrainer(trl.SFTTrainer):
             self.data_collator = CountingCollator(**{f.name: getattr(own, f.name) for f in dataclasses.fields(own)})
         self._say_what_was_cut(kwargs)
         if compile:
-            self._compile()
+            self._compile(recompute)
         self.tally = Tally(windows={window for window in flops.work_of(self.model).windows if window is not None})
         self._statistics: list[torch.Tensor] = []
         self._staging: Path | None = None
@@ -180,7 +193,8 @@ class SFTTrainer(trl.SFTTrainer):
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate; loss, perplexity and accuracy are means over all targets, not over batches."""
         self._statistics = []
-        output = super().evaluation_loop(*args, **kwargs)
+        with quiet():
+            output = super().evaluation_loop(*args, **kwargs)
         if self._statistics:
             loss, right, count = torch.cat(self._statistics).sum(dim=0).tolist()
             prefix, count = kwargs.get("metric_key_prefix", "eval"), max(count, 1.0)
@@ -206,8 +220,9 @@ class SFTTrainer(trl.SFTTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train; the record says how the run ended, and the model has its own forward back."""
+        resuming.check(args[0] if args else kwargs.get("resume_from_checkpoint"), self.args, self.model)
         try:
-            with hygiene.unpatched(self.model):
+            with quiet(), hygiene.unpatched(self.model):
                 return super().train(*args, **kwargs)
         except BaseException as error:
             if self.recorder.record and self.is_world_process_zero():
@@ -278,18 +293,26 @@ class SFTTrainer(trl.SFTTrainer):
     def _send_telemetry(self) -> None:
         """Send nothing."""
 
-    def _compile(self) -> None:
-        if get_state(self.model).compiled is not None:
-            return
-        if self.args.gradient_checkpointing:
-            print(
-                "fastft: gradient_checkpointing=True recomputes through transformers, so the layers are not compiled; "
-                "leave it off and let fastft's memory plan decide."
-            )
-            return
+    def _compile(self, recompute: bool) -> None:
+        """Compile the layers; with `recompute` so that least is kept, by transformers where nothing is compiled."""
         from fastft.graph.compile import compile as compile_layers
 
-        compile_layers(self.model)
+        state = get_state(self.model)
+        if state.compiled is None:
+            with quiet():
+                compile_layers(self.model, plan="min" if recompute else "auto")
+            state = get_state(self.model)
+        if not recompute:
+            return
+        if not state.compiled.layers:
+            self.args.gradient_checkpointing = True
+            how = "transformers recomputes the layers, since none is compiled"
+        elif state.compiled.settings.plan == "min":
+            how = "the layers are compiled with the memory plan 'min'"
+        else:
+            plan = state.compiled.settings.plan
+            how = f"no effect, since the model was compiled before with the plan {plan!r}; fastft.compile(model, 'min')"
+        print(f"fastft: gradient_checkpointing=True: {how}.")
 
     def _say_what_was_cut(self, kwargs: Mapping[str, Any]) -> None:
         """Say in one line what TRL has cut or dropped to fit `max_length`."""
@@ -344,8 +367,9 @@ def sft(
     a whole `config`. `resume` is True (the newest checkpoint) or a checkpoint's folder.
     Raises `UsageError`, `DataError`, `SaveError`.
     """
-    train = _tokenised(train, tokenizer, train_on, "train")
-    eval = None if eval is None else _tokenised(eval, tokenizer, train_on, "eval")
+    arguments.refuse_pair(model, tokenizer)
+    train = tokenised(train, tokenizer, train_on, "train")
+    eval = None if eval is None else tokenised(eval, tokenizer, train_on, "eval")
     args = _make_config(config, options, str(output_dir), model, train, eval)
     resume_from = checkpoint.to_resume(resume, Path(args.output_dir))
     trainer = SFTTrainer(
@@ -370,16 +394,6 @@ def sft(
 def _last_evaluation(history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     rows = [row for row in history if "eval_loss" in row]
     return {key: value for key, value in rows[-1].items() if key.startswith("eval_")} if rows else {}
-
-
-def _tokenised(data: Any, tokenizer: Any, train_on: str, name: str) -> Any:
-    """Return token ids: `data` itself after a check, or what `chat_dataset` makes of its rows."""
-    if "input_ids" in (getattr(data, "column_names", None) or ()):
-        check.check_tokenised(data, name)
-        return data
-    from fastft.data.chat import chat_dataset
-
-    return chat_dataset(data, tokenizer, train_on=train_on)
 
 
 def _make_config(

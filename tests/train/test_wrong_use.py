@@ -1,0 +1,118 @@
+"""What a newcomer gets wrong is told before the work begins."""
+
+import logging
+
+import pytest
+import trl
+from datasets import Dataset, DatasetDict
+
+from fastft.errors import DataError, UsageError
+from fastft.state import update_state
+from fastft.train.sft import SFTConfig, SFTTrainer, sft
+
+
+def row(answer="w1"):
+    return {"messages": [{"role": "user", "content": "w2"}, {"role": "assistant", "content": answer}]}
+
+
+OPTIONS = {"disable_tqdm": True, "compile": False, "steps": 1, "save_strategy": "no", "max_length": 64}
+
+
+def test_nothing_is_trainable(build_model, tokenizer, tmp_path):
+    model = build_model(lora=False).requires_grad_(False)
+    with pytest.raises(UsageError, match="add_lora"):
+        sft(model, tokenizer, [row()], output_dir=tmp_path, **OPTIONS)
+
+
+def test_model_and_tokenizer_in_the_wrong_places(build_model, tokenizer, tmp_path):
+    model = build_model()
+    with pytest.raises(UsageError) as caught:
+        sft(tokenizer, model, [row()], output_dir=tmp_path)
+    assert len(caught.value.problems) == 2
+    with pytest.raises(UsageError, match="tuple"):
+        sft((model, tokenizer), tokenizer, [row()], output_dir=tmp_path)
+
+
+@pytest.mark.parametrize(
+    "data, told",
+    [
+        (None, "got None"),
+        ("data.jsonl", "load_dataset"),
+        (DatasetDict(train=Dataset.from_list([row()])), "splits: train"),
+        (row(), "into a list"),
+        ([{"prompt": "w1", "chosen": "w2", "rejected": "w3"}], "preferences"),
+        ([{"prompt": "w1"}], "no 'completion'"),
+        ([{"mesages": []}], "did you mean 'messages'"),
+        ([{"text": "w1"}, {"input_ids": [1, 2]}], "Token ids need no rendering"),
+    ],
+)
+def test_data_of_a_wrong_kind(data, told, build_model, tokenizer, tmp_path):
+    with pytest.raises(DataError, match=told):
+        sft(build_model(), tokenizer, data, output_dir=tmp_path, train_on="all")
+
+
+def test_errors_name_the_data(build_model, tokenizer, tmp_path):
+    for eval, told in (([row(""), row()], "^eval row 0, messages"), ([], "^eval data")):
+        with pytest.raises(DataError, match=told):
+            sft(build_model(), tokenizer, [row()], eval=eval, output_dir=tmp_path)
+    tokenizer.chat_template = None
+    with pytest.raises(DataError) as caught:
+        sft(build_model(), tokenizer, [row()] * 3, output_dir=tmp_path)
+    assert len(caught.value.problems) == 1
+
+
+def test_a_list_of_token_ids(build_model, build_rows, tokenizer, tmp_path):
+    runs = []
+    for data in (build_rows(), Dataset.from_list(build_rows())):
+        runs.append(sft(build_model(), tokenizer, data, output_dir=tmp_path, **OPTIONS).losses)
+    assert runs[0] == runs[1]
+
+
+def test_values_that_cannot_be_meant(tmp_path):
+    wrong = {
+        "max_steps": 0, "learning_rate": "1e-4", "num_train_epochs": -3, "optim": "adamw_8bits",
+        "lr_scheduler_type": "cosin", "eval_strategy": "step", "report_to": ["wand"],
+        "per_device_train_batch_size": 0,
+    }  # fmt: skip
+    with pytest.raises(UsageError) as caught:
+        SFTConfig(output_dir=str(tmp_path), **wrong)
+    assert {problem.where for problem in caught.value.problems} == {f"SFTConfig {name}" for name in wrong}
+    for near in ("'adamw_8bit'", "'cosine'", "'steps'", "'wandb'", "without quotes"):
+        assert near in str(caught.value)
+
+
+def test_the_length_is_that_of_the_loaded_model(build_model, tokenizer, dataset, settings, capsys):
+    del settings["max_length"]
+    more = {"train_dataset": dataset, "processing_class": tokenizer, "compile": False}
+    lengths = []
+    for loaded, given in ((77, {}), (77, {"max_length": 1024}), (77, {"max_length": None}), (None, {})):
+        model = build_model()
+        update_state(model, max_length=loaded)
+        args = SFTConfig(**settings, **given)
+        lengths.append(SFTTrainer(model, args, **more).args.max_length)
+        assert args.max_length == given.get("max_length", 1024)  # the user's own config stays
+        assert ("max_length=77, as the model was loaded" in capsys.readouterr().out) is (loaded == 77 and not given)
+    assert lengths == [77, 1024, None, 1024]
+    stock = trl.SFTConfig(**settings, gradient_checkpointing=False)
+    assert SFTTrainer(model, stock, **more).args.max_length == 1024
+
+
+def test_lines_of_bitsandbytes_are_kept_back_only_meanwhile(caplog):
+    from fastft.model.quantize import quiet
+
+    loggers = [logging.getLogger(f"bitsandbytes.{name}") for name in ("backends.cpu.ops", "autograd._functions")]
+    lines = ["Failed to load CPU gemm_4bit_forward from kernels-community: %s", "MatMul8bitLt: inputs will be cast %s"]
+
+    def say():
+        for logger, line in zip(loggers, lines, strict=True):
+            logger.warning(line, "x")
+            logger.warning("another line")
+        told = [record.getMessage() for record in caplog.records]
+        caplog.clear()
+        return told
+
+    before = [list(logger.filters) for logger in loggers]
+    assert len(say()) == 4
+    with quiet():
+        assert say() == ["another line"] * 2
+    assert len(say()) == 4 and [list(logger.filters) for logger in loggers] == before
