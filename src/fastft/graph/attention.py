@@ -4,27 +4,22 @@ Both are needed. Without a mask function transformers makes no mask at all for a
 padding mask would be dropped in silence.
 """
 
-from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.attention import SDPBackend
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
-from fastft.kernels.attention import attention, masked_attention, preferred_backends
+from fastft.kernels.attention import attention, masked_attention
 
 NAME = "fastft"
 
 
-def register(device: torch.device) -> str:
-    """Register the attention with transformers under the name "fastft", and say what it runs; safe to call again."""
-    backends = preferred_backends(device)
-    AttentionInterface.register(NAME, partial(attention_forward, backends=backends))
+def register() -> None:
+    """Register the attention with transformers under the name "fastft"; safe to call again."""
+    AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, attention_mask_for)
-    return f"{NAME}, dense batches by {backends[0].name if backends else 'the SDPA backend torch chooses'}"
 
 
 def attention_mask_for(
@@ -69,7 +64,6 @@ def attention_forward(
     softcap: float | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
     max_length_q: int | None = None,
-    backends: Sequence[SDPBackend] = (),
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention as transformers calls it: query [B, H, T, D], key and value [B, Hk, S, D] -> ([B, T, H, D], None).
@@ -92,6 +86,5 @@ def attention_forward(
             cu_seqlens=cu_seq_lens_q,
             max_length=max_length_q,
             dropout=dropout,
-            backends=backends,
         )
     return out.transpose(1, 2).contiguous(), None

@@ -10,16 +10,14 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 PlanName = Literal["auto", "keep", "min"]
 PLANS: tuple[str, ...] = ("auto", "keep", "min")
-# What costs real time to compute again, by the end of the operation's name: matrix products and attention.
-COSTLY = ("mm", "bmm", "addmm", "baddbmm", "_scaled_mm", "lora_linears", "attention", "attn", "flex_attention", "conv")
 
 
 class TagPass(CustomGraphPass):
     """Tags the nodes of a joint graph for the partitioner, as the plan says.
 
-    "keep" (and "auto", until budgets are solved for) keeps the results of matrix products and of attention, and
-    computes everything elementwise again: norms, gates and rotations cost less than the traffic of keeping them, and
-    what they are made from is kept anyway. "min" keeps the layer's input alone. Both keep what is drawn at random.
+    "keep" (and "auto", until budgets are solved for) leaves the choice to the partitioner's minimum cut, which keeps
+    the results of matrix products. "min" keeps the layer's input, and what was drawn at random, and computes the rest
+    again.
     """
 
     def __init__(self, plan: PlanName) -> None:
@@ -27,18 +25,17 @@ class TagPass(CustomGraphPass):
 
     def __call__(self, graph: fx.Graph) -> None:
         """Tag `graph` in place."""
+        if self.plan != "min":
+            return
         backward = _backward_nodes(graph)
         for node in graph.nodes:
-            if node.op != "call_function" or node in backward:
-                continue
-            maker = _maker(node)
-            if not (_draws_random_numbers(maker) or (self.plan != "min" and _is_costly(maker))):
+            if node.op == "call_function" and node not in backward and not _draws_random_numbers(_maker(node)):
                 node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
                 node.meta["ac_graph_id"] = 0
 
     def uuid(self) -> bytes:
         """Return what identifies this pass in Inductor's cache key."""
-        return f"fastft-plan-{self.plan}-3".encode()
+        return f"fastft-plan-{self.plan}-5".encode()
 
 
 def _maker(node: fx.Node) -> fx.Node:
@@ -48,13 +45,13 @@ def _maker(node: fx.Node) -> fx.Node:
     return node
 
 
-def _is_costly(node: fx.Node) -> bool:
-    packet = getattr(node.target, "overloadpacket", node.target)
-    name = getattr(packet, "__name__", str(packet))
-    return any(name == word or name.endswith(f"_{word}") for word in COSTLY) or "_attention" in name
-
-
 def _draws_random_numbers(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    names = [argument.name for argument in schema.arguments] if schema else []
+    if "dropout_p" in names:  # attention is tagged as random whether or not it drops anything
+        index = names.index("dropout_p")
+        given = node.args[index] if index < len(node.args) else node.kwargs.get("dropout_p", 0.0)
+        return given != 0.0
     return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 

@@ -1,6 +1,6 @@
 """Causal attention: dense, packed, sliding-window and soft-capped."""
 
-from fastft.kernels.attention.op import attention, preferred_backends
+from fastft.kernels.attention.op import attention
 from fastft.kernels.attention.ref import masked_attention
 
-__all__ = ["attention", "masked_attention", "preferred_backends"]
+__all__ = ["attention", "masked_attention"]

@@ -1,11 +1,9 @@
 """The attention that suits the device, the mask and the data type; exact in each case."""
 
 import inspect
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.attention.varlen import varlen_attn
 
@@ -15,20 +13,6 @@ from fastft.kernels.attention.ref import allowed_pairs, masked_attention
 VARLEN_GROUPS = "enable_gqa" in inspect.signature(varlen_attn).parameters
 FLASH_DTYPES = (torch.bfloat16, torch.float16)
 FLASH_HEAD_SIZE = 256
-# The fastest exact kernel for dense causal batches by compute capability, where it is not torch's own first choice.
-PREFERRED = {
-    (9, 0): (
-        SDPBackend.CUDNN_ATTENTION,
-        SDPBackend.FLASH_ATTENTION,
-        SDPBackend.EFFICIENT_ATTENTION,
-        SDPBackend.MATH,
-    ),
-}
-
-
-def preferred_backends(device: torch.device) -> tuple[SDPBackend, ...]:
-    """Return the kernels to try on `device`, best first; empty where torch's own order stands."""
-    return PREFERRED.get(torch.cuda.get_device_capability(device), ()) if device.type == "cuda" else ()
 
 
 def attention(
@@ -42,25 +26,18 @@ def attention(
     cu_seqlens: torch.Tensor | None = None,
     max_length: int | None = None,
     dropout: float = 0.0,
-    backends: Sequence[SDPBackend] = (),
 ) -> torch.Tensor:
     """Return causal self-attention.
 
     q [B, H, T, D], k and v [B, Hk, T, D] -> [B, H, T, D]. `window` is the number of tokens a query sees, itself
     included. `cu_seqlens` [documents + 1] int32 are the document offsets within the batch laid out as one row of B * T
-    tokens, `max_length` the longest document; no attention crosses documents. `backends` are the kernels to try for a
-    dense batch without a window, best first (`preferred_backends`); none leaves the choice to torch.
+    tokens, `max_length` the longest document; no attention crosses documents.
     """
     batch, _, length, _ = q.shape
     if window is not None and cu_seqlens is None and length <= window:
         window = None
     if window is None and softcap is None and cu_seqlens is None:
         grouped = k.shape[1] != q.shape[1]
-        if backends:
-            with sdpa_kernel(list(backends), set_priority=True):
-                return F.scaled_dot_product_attention(
-                    q, k, v, is_causal=True, scale=scale, enable_gqa=grouped, dropout_p=dropout
-                )
         return F.scaled_dot_product_attention(
             q, k, v, is_causal=True, scale=scale, enable_gqa=grouped, dropout_p=dropout
         )

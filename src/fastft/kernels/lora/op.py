@@ -183,14 +183,14 @@ def _lora_linears_backward(
     with torch.autocast(x.device.type, enabled=False):
         rows, states, dtype = x.reshape(-1, x.shape[-1]), _regroup(quant, quant_counts), x.dtype
         xa, dys = xa.reshape(-1, xa.shape[-1]), [dy.reshape(-1, dy.shape[-1]) for dy in grads]
-        g = torch.empty(rows.shape[0], sum(matrix.shape[0] for matrix in a), dtype=dtype, device=x.device)
-        dbs, start = [], 0
+        gs, dbs = [], []
         for i, dy in enumerate(dys):
             r = b[i].shape[1]
-            g_i = g[:, start : start + r]
-            torch.addmm(g_i, dy, b[i].to(dtype), beta=0, alpha=scales[i], out=g_i)
+            # Each into memory of its own: into a slice of a wider matrix, CUDA's GEMM would round twice.
+            g_i = torch.empty(rows.shape[0], r, dtype=dtype, device=x.device)
+            gs.append(torch.addmm(g_i, dy, b[i].to(dtype), beta=0, alpha=scales[i], out=g_i))
             dbs.append(_accumulating_mm(dy.t(), xa[:, starts[i] : starts[i] + r], b[i].dtype, scales[i]))
-            start += r
+        g = torch.cat(gs, dim=1) if len(gs) > 1 else gs[0]
         dx = _input_gradient(dys, g, rows, weights, a, b, states).view(x.shape) if needs_x else x.new_empty(0)
         da = _accumulating_mm(g.t(), rows, a[0].dtype)
         dws = [_accumulating_mm(dys[i].t(), rows, weights[i].dtype) for i in range(len(dys)) if needs_weight[i]]
