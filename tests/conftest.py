@@ -16,7 +16,8 @@ def poisoned_empty(monkeypatch):
     def poison(make):
         def made(*args, **kwargs):
             out = make(*args, **kwargs)
-            return out.fill_(float("nan")) if out.is_floating_point() and not isinstance(out, torch._subclasses.FakeTensor) else out
+            real = not isinstance(out, torch._subclasses.FakeTensor)
+            return out.fill_(float("nan")) if real and out.is_floating_point() else out
 
         return made
 

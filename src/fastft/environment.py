@@ -11,7 +11,8 @@ def triton_interpreted() -> bool:
 
 def hub_offline() -> bool:
     """Say whether the user has switched the model hub off (`HF_HUB_OFFLINE` or `TRANSFORMERS_OFFLINE`)."""
-    return any(os.environ.get(name, "").lower() in ("1", "true", "yes", "on") for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"))
+    names = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+    return any(os.environ.get(name, "").lower() in ("1", "true", "yes", "on") for name in names)
 
 
 def local_rank() -> int:
