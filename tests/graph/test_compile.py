@@ -1,5 +1,7 @@
 """When the compiled path is taken, how often it compiles, and that masks, packing and modes stay exact."""
 
+import copy
+
 import pytest
 import torch
 from tiny import batch, flat, make, relative, run, with_lora
@@ -287,3 +289,76 @@ def test_autocast_with_fp32_adapters():
         assert relative(truth[0], got[0]) <= 1.25 * relative(truth[0], expected[0])
         assert relative(flat(truth[2]), flat(got[2])) <= 1.5 * relative(flat(truth[2]), flat(expected[2]))
         assert fastft.report(model).refused() == ()
+
+
+@pytest.mark.parametrize("plan", ["keep", "min"])
+def test_dropout_draws_once_for_forward_and_backward(plan):
+    """The loss along the gradient, at one seed: a mask drawn anew in the backward would give another slope."""
+    model = with_lora(tiny_model("llama"), torch.float32, lora_dropout=0.5).train()
+    fastft.compile(model, plan=plan, backend="aot_eager")
+
+    def loss():
+        torch.manual_seed(5)
+        return model(**batch(0), use_cache=False).loss
+
+    loss().backward()
+    trained = [p for p in model.parameters() if p.grad is not None]
+    slope = sum((p.grad**2).sum() for p in trained).item()
+    step = 0.01 / slope**0.5
+    ends = []
+    for sign in (1, -2):
+        for p in trained:
+            p.data.add_(p.grad, alpha=sign * step)
+        ends.append(loss().item())
+    assert abs((ends[0] - ends[1]) / (2 * step) / slope - 1) < 0.02
+
+
+def test_per_layer_scales_and_epsilons_are_not_shared_between_layers():
+    models = []
+    for _ in range(2):
+        base = tiny_model("llama", num_hidden_layers=3)
+        base.set_attn_implementation("eager")
+        base.model.layers[1].input_layernorm.variance_epsilon = 0.5
+        scales = {"layers.1.self_attn.q_proj": 64, "layers.2.mlp.gate_proj": 3}
+        models.append(with_lora(base, torch.float32, alpha_pattern=scales).train())
+    eager, model = models[0], fastft.compile(models[1], backend="aot_eager")
+    agree(run(eager, batch(0)), run(model, batch(0)))
+    for module in [*eager.modules(), *model.modules()]:
+        if hasattr(module, "set_scale"):
+            module.set_scale("default", 0.7)
+    agree(run(eager, batch(1)), run(model, batch(1)))
+    assert fastft.report(model).refused() == ()
+
+
+def test_a_model_that_changes_after_compile_is_compiled_as_it_is_then():
+    from peft import LoraConfig
+
+    models = [tiny_model("llama").train() for _ in range(2)]
+    for model in models:
+        model.set_attn_implementation("eager")
+    fastft.compile(models[1], backend="aot_eager")
+    agree(*(run(model, batch(0)) for model in models))
+    models = [with_lora(model, torch.float32).train() for model in models]
+    agree(*(run(model, batch(0)) for model in models))
+    with models[0].disable_adapter(), models[1].disable_adapter():
+        outputs = [model(**batch(0), use_cache=False).logits for model in models]
+    assert relative(*outputs) < 2e-6
+    for model in models:
+        torch.manual_seed(3)
+        model.add_adapter("two", LoraConfig(r=2, lora_alpha=7, init_lora_weights=False, target_modules="all-linear"))
+        model.set_adapter("two")
+    agree(*(run(model, batch(0)) for model in models))
+    torch._dynamo.reset()  # what follows is more variants than Dynamo keeps of one function
+    models = [model.merge_and_unload().requires_grad_(True).train() for model in models]
+    agree(*(run(model, batch(0)) for model in models))
+
+
+def test_a_copy_of_a_compiled_model_says_that_it_is_not_compiled():
+    _, model = pair("llama")
+    expected = run(model, batch(0))
+    copied = copy.deepcopy(model)
+    with pytest.raises(UsageError, match="compiled model"):
+        fastft.report(copied)
+    agree(expected, run(copied, batch(0)))
+    agree(expected, run(fastft.compile(copied, backend="aot_eager"), batch(0)))
+    assert graphs(copied) == graphs(model) == 2

@@ -82,3 +82,111 @@ def test_a_gradient_that_is_wrong_is_refused(monkeypatch):
     model = fastft.compile(make("llama", torch.float32, lora=False), backend="aot_eager")
     run(model, batch(0))
     assert {r.rule for r in fastft.report(model).refused()} == {"glu"}
+
+
+class GatedNorm(torch.nn.Module):
+    """Normalises groups of the last dimension: no norm as the specs know them, under a name that one of them has."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.linspace(0.5, 1.5, 64).view(4, 16))
+        self.variance_epsilon = 1e-6
+
+    def forward(self, x):
+        groups = x.view(*x.shape[:-1], 4, 16)
+        scale = torch.rsqrt(groups.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return (groups * scale * self.weight).flatten(-2)
+
+
+class GreedyNorm(GatedNorm):
+    """Changes its input in place as well, which what follows sees."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(64))
+
+    def forward(self, x):
+        x[..., 0].mul_(2)
+        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))
+
+
+def with_norm(kind):
+    model = make("llama", torch.float32, lora=True)
+    for layer in model.get_base_model().model.layers:
+        layer.post_attention_layernorm = kind()
+    return model
+
+
+@pytest.mark.parametrize("implementation", ["op", "torch"])
+@pytest.mark.parametrize("kind, told", [(GatedNorm, "cannot be computed so"), (GreedyNorm, "in place")])
+def test_a_module_that_is_not_what_its_class_is_said_to_be_is_left_alone(kind, told, implementation):
+    eager, model = with_norm(kind), with_norm(kind)
+    spec = change(resolve(eager.config), "norms", classes=("LlamaRMSNorm", kind.__name__))
+    update_state(model, spec=spec)
+    fastft.compile(model, backend="aot_eager", implementations={"norm": implementation})
+    expected, got = run(eager, batch(0)), run(model, batch(0))
+    assert relative(expected[0], got[0]) < 2e-6
+    assert relative(flat(expected[2]), flat(got[2])) < 5e-6
+    assert {r.rule for r in fastft.report(model).refused()} == {"norm"}
+    assert all(told in r.reason for r in fastft.report(model).refused())
+
+
+class OddTables(torch.nn.Module):
+    """Cosines and sines that differ in every feature, under a rotation that usually gets each twice."""
+
+    def forward(self, x, position_ids):
+        angles = position_ids[..., None] * torch.linspace(0.1, 1.0, 16)
+        return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+
+
+def test_rotation_tables_that_do_not_repeat_as_the_spec_says_are_seen():
+    models = [make("llama", torch.float32, lora=True) for _ in range(2)]
+    for model in models:
+        model.get_base_model().model.rotary_emb = OddTables()
+    eager, model = models[0], fastft.compile(models[1], backend="aot_eager")
+    expected, got = run(eager, batch(0)), run(model, batch(0))
+    assert relative(expected[0], got[0]) < 2e-6
+    assert relative(flat(expected[2]), flat(got[2])) < 5e-6
+    assert {(r.rule, "do not repeat" in r.reason) for r in fastft.report(model).refused()} == {("rope", True)}
+
+
+def test_an_epsilon_that_is_no_number_is_refused():
+    reference = make("llama", torch.float32, lora=False)
+    model = with_spec(
+        make("llama", torch.float32, lora=False), change(resolve(reference.config), "norms", eps="weight")
+    )
+    assert relative(run(reference, batch(0))[0], run(model, batch(0))[0]) < 2e-6
+    assert {"no number 'weight'" in r.reason for r in fastft.report(model).refused()} == {True}
+
+
+@pytest.mark.parametrize(
+    "changes, told",
+    [
+        ({"module": "output"}, "no module 'output'"),
+        ({"scale": "logit_scaling"}, "'logit_scaling'"),
+        ({"softcap": "cap"}, "'cap'"),
+    ],
+)
+def test_names_of_the_head_that_the_model_does_not_have_cost_the_rewrite_only(changes, told):
+    model = make("granite", torch.float32, lora=False)
+    spec = resolve(model.config)
+    with_spec(model, attrs.evolve(spec, head=attrs.evolve(spec.head, **changes)))
+    assert told in fastft.report(model).head
+    assert run(model, batch(0))[1].isfinite()
+
+
+def test_what_was_proved_without_autocast_is_proved_again_with_it(monkeypatch):
+    from fastft.kernels import rms_norm
+
+    right = rms_norm.ref.rms_norm
+
+    def wrong_under_autocast(*args):
+        return right(*args) * (1.5 if torch.is_autocast_enabled("cpu") else 1.0)
+
+    monkeypatch.setattr(rms_norm.ref, "rms_norm", wrong_under_autocast)
+    model = fastft.compile(make("llama", torch.float32, lora=True), backend="aot_eager")
+    run(model, batch(0))
+    assert not fastft.report(model).refused()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        run(model, batch(0))
+    assert {r.rule for r in fastft.report(model).refused()} == {"norm"}

@@ -15,12 +15,14 @@ class Binding:
 
     `modules` maps `id(module)` to its qualified name and the module; `names` maps a placeholder's name to the
     qualified names of the tensor it carries (several, when tensors are shared); `tensors` maps it to that tensor.
+    `activations` maps the other placeholders to the tensors of the call that was captured.
     The tensors of a 4-bit weight's quantisation state are named `<module>.quant_state.<part>`.
     """
 
     modules: Mapping[int, tuple[str, nn.Module]]
     names: Mapping[str, tuple[str, ...]]
     tensors: Mapping[str, torch.Tensor]
+    activations: Mapping[str, torch.Tensor]
 
 
 def quant_state_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
@@ -50,11 +52,13 @@ def bind(graph_module: fx.GraphModule, example_inputs: Sequence[object], root: n
             if tensor is not None:
                 owners.setdefault(id(tensor), []).append(prefix + key)
     placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
-    found = [(node.name, example) for node, example in zip(placeholders, example_inputs) if id(example) in owners]
+    given = {node.name: value for node, value in zip(placeholders, example_inputs) if isinstance(value, torch.Tensor)}
+    found = {name: value for name, value in given.items() if id(value) in owners}
     return Binding(
         modules=modules,
-        names={name: tuple(owners[id(example)]) for name, example in found},
-        tensors=dict(found),
+        names={name: tuple(owners[id(value)]) for name, value in found.items()},
+        tensors=found,
+        activations={name: value for name, value in given.items() if name not in found},
     )
 
 

@@ -44,6 +44,10 @@ class Compiled:
     remarks: list[str] = field(factory=list)
     eager_calls: dict[str, int] = field(factory=dict)
 
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        # A copied or unpickled model has none: `nn.Module` leaves the compiled call of a layer behind.
+        return type(None), ()
+
     def report(self) -> RewriteReport:
         """Return what was rewritten up to now, and what was not."""
         graphs = tuple(self.backend.graphs) if self.backend else ()

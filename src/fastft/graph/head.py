@@ -60,6 +60,9 @@ def head_check(model: Any) -> HeadCheck:
         return HeadCheck(
             False, f"no spec describes the head of {kind!r}: the loss is transformers' own, from all logits"
         )
+    missing = _missing(base, spec)
+    if missing:
+        return HeadCheck(False, f"{missing}: the loss is transformers' own, from all logits")
     key = (spec.head, *_constants(base, spec), id(base))
     known = base.__dict__.get(CHECK_ATTRIBUTE)
     if known is None or known[0] != key:
@@ -89,6 +92,17 @@ def plain_linear(module: nn.Module) -> nn.Linear | None:
         return None
     hooked = module._forward_hooks or module._forward_pre_hooks
     return module if module.weight.is_floating_point() and not hooked else None
+
+
+def _missing(base: Any, spec: ModelSpec) -> str:
+    """Say which of the names in the spec's head the model does not have."""
+    config, head = base.config.get_text_config(), spec.head
+    unknown = [name for name in (head.scale, head.softcap) if name and not hasattr(config, name)]
+    if unknown:
+        return f"the config has no {' or '.join(map(repr, unknown))}, which the spec's head names"
+    if head.module not in dict(base.named_modules()):
+        return f"the model has no module {head.module!r}, which the spec calls its head"
+    return ""
 
 
 def _constants(base: Any, spec: ModelSpec) -> tuple[float, float]:

@@ -1,6 +1,7 @@
 """Regions: all nodes that one module (or one function within it) contributed to a captured graph."""
 
 import hashlib
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
@@ -10,9 +11,17 @@ from torch import fx, nn
 from fastft.graph.capture import Binding, module_stack
 from fastft.graph.shaped import ShapedTracer
 
+IN_PLACE = frozenset(
+    {operator.setitem, operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ipow, operator.iand}
+    | {operator.ior, operator.ixor, operator.ifloordiv, operator.imod, operator.ilshift, operator.irshift}
+)
+
 
 class NotARegionError(Exception):
-    """Nodes that cannot be taken out as one piece: something outside depends on a part and feeds another."""
+    """Nodes that cannot be taken out as one piece.
+
+    Something outside depends on a part and feeds another, or they change a tensor from outside in place.
+    """
 
 
 @frozen(eq=False)
@@ -47,7 +56,7 @@ def collect(
 
 
 def make_region(name: str, module: nn.Module, nodes: Sequence[fx.Node], binding: Binding) -> Region:
-    """Describe `nodes` as a region; raises NotARegionError when they are not convex."""
+    """Describe `nodes` as a region; raises NotARegionError when they are not convex or change one of their inputs."""
     inside = set(nodes)
     inputs: dict[fx.Node, None] = {}
     parameters: dict[str, fx.Node] = {}
@@ -62,6 +71,7 @@ def make_region(name: str, module: nn.Module, nodes: Sequence[fx.Node], binding:
                 parameters[relative] = source
     outputs = tuple(node for node in nodes if any(user not in inside for user in node.users))
     _check_convex(name, nodes, inside)
+    _check_effects(name, nodes, (*inputs, *parameters.values()))
     return Region(name, module, tuple(nodes), tuple(inputs), parameters, outputs)
 
 
@@ -86,6 +96,30 @@ def _check_convex(name: str, nodes: Sequence[fx.Node], inside: set[fx.Node]) -> 
                 raise NotARegionError(f"{name}: node {node.name} depends on the region through a node outside it")
         elif feeds_on_dependent or any(source in inside for source in node.all_input_nodes):
             dependent.add(node)
+
+
+def _check_effects(name: str, nodes: Sequence[fx.Node], outside: Sequence[fx.Node]) -> None:
+    changed = [(node, target) for node in nodes if (target := _changed_in_place(node)) is not None]
+    if not changed:
+        return
+    storages = {_storage(node) for node in outside}
+    for node, target in changed:
+        if _storage(target) in storages:
+            raise NotARegionError(f"{name}: node {node.name} changes a tensor from outside in place")
+
+
+def _changed_in_place(node: fx.Node) -> fx.Node | None:
+    """Return what `node` writes to, going by how torch names its functions, or None."""
+    called = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    target = node.kwargs.get("out")
+    if node.target in IN_PLACE or (called.endswith("_") and not called.endswith("__")):
+        target = node.args[0] if node.args else None
+    return target if isinstance(target, fx.Node) else None
+
+
+def _storage(node: fx.Node) -> int | None:
+    value = node.meta.get("example_value")
+    return value.untyped_storage()._cdata if isinstance(value, torch.Tensor) else None
 
 
 def region_module(owner: fx.GraphModule, region: Region) -> fx.GraphModule:
@@ -159,7 +193,7 @@ def emit(
 
     The nodes come after the last of their inputs and not before the first node of `anchor`. Every new node gets the
     metadata of the output it replaces (its module stack from `stack_from`), so that later passes and the memory plan
-    still see where it belongs. Plain nodes are inserted, never a Python callee: a callee would miss AOTAutograd's cache.
+    still see where it belongs. Plain nodes are inserted, no Python callee, which would miss AOTAutograd's cache.
     """
     order = {node: index for index, node in enumerate(graph.nodes)}
     sources = _nodes_in(arguments)

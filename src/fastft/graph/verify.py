@@ -7,6 +7,7 @@ import torch
 from attrs import frozen
 from torch import fx
 
+from fastft.errors import FastftError
 from fastft.graph.capture import Binding
 from fastft.graph.regions import Region, region_module
 
@@ -44,14 +45,20 @@ def prove(
     """Run the region and `candidate(*arguments)` on random values, forward and backward, and compare.
 
     `arguments` hold nodes of the region where the candidate takes tensors. `inputs` overrides the random value of a
-    node that needs structure. Frozen matrices and quantised weights keep their values, all else is random. NaN fails.
+    node that needs structure. Frozen matrices and quantised weights keep their values, all else is random. NaN fails,
+    and so does a candidate that raises.
     """
     values = _sample(region, binding, seed) | dict(inputs or {})
     oracle = region_module(owner, region)
     order = list(dict.fromkeys((*region.inputs, *region.parameters.values())))
     with torch.enable_grad():
         reference = _run(lambda env: oracle(*(env[node] for node in order)), values, seed)
-        result = _run(lambda env: candidate(*_substitute(arguments, env)), values, seed)
+        try:
+            result = _run(lambda env: candidate(*_substitute(arguments, env)), values, seed)
+        except torch.OutOfMemoryError:
+            raise
+        except (FastftError, RuntimeError, ValueError, TypeError, IndexError) as error:  # sizes that do not fit
+            return Verdict(False, math.inf, math.inf, f"cannot be computed so: {str(error).splitlines()[0]}")
     return _compare(reference, result, same_rounding)
 
 
@@ -158,7 +165,7 @@ def _compare(
 
 
 def relative_difference(reference: torch.Tensor, result: torch.Tensor) -> float:
-    """Return ||result - reference|| / ||reference|| in fp32 (fp64 for fp64); NaN or infinity anywhere gives infinity."""
+    """Return ||result - reference|| / ||reference|| in fp32 (fp64 for fp64); infinity where NaN or infinity is."""
     wide = torch.float64 if reference.dtype == torch.float64 else torch.float32
     a, b = reference.detach().to(wide), result.detach().to(wide)
     norm = torch.linalg.vector_norm(a)

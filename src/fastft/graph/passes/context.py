@@ -18,7 +18,8 @@ class Context:
     """What the passes over one captured graph share.
 
     `implementations` says per rule whether a region becomes a fused "op" or "torch" code. `verdicts` remembers what
-    was proved, by the region's structure and the replacement's constants; it lives as long as one compiled model.
+    was proved, by the region's structure, the replacement's constants and the precision it was computed in; it lives
+    as long as one compiled model.
     """
 
     binding: Binding
@@ -54,7 +55,7 @@ def replace_if_proved(
     """Prove `replacement` against `region` and, if it holds, put it into the graph; report either way."""
     mark = fingerprint(region)
     constants = tuple(a for a in fx.node.map_aggregate(replacement.arguments, _constant) if a is not None)
-    key = (replacement.rule, replacement.implementation, mark, repr(constants))
+    key = (replacement.rule, replacement.implementation, mark, repr(constants), *_precision(region))
     if key not in context.verdicts:
         context.verdicts[key] = prove(
             graph_module,
@@ -71,6 +72,15 @@ def replace_if_proved(
         emit(graph_module.graph, replacement.function, replacement.arguments, region.nodes, origins, region.outputs)
         erase(graph_module.graph, region.nodes)
     return Rewrite(replacement.rule, region.name, verdict.ok, verdict.reason, replacement.implementation, mark)
+
+
+def _precision(region: Region) -> tuple[object, ...]:
+    """Return what decides on dtypes beside those of the inputs: autocast's state, and the dtypes of the results."""
+    made = [node.meta["example_value"] for node in region.outputs]
+    tensors = [value for value in made if isinstance(value, torch.Tensor)]
+    kinds = {tensor.device.type for tensor in tensors}
+    states = [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in sorted(kinds)]
+    return (*(tensor.dtype for tensor in tensors), *states)
 
 
 def _constant(value: object) -> object:

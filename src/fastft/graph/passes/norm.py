@@ -36,10 +36,11 @@ def _replace(graph_module: fx.GraphModule, context: Context, region: Region, poi
         return refused(
             RULE, region.name, f"has {len(region.inputs)} inputs and {len(region.outputs)} outputs, not one each"
         )
-    if not hasattr(region.module, point.eps):
-        return refused(RULE, region.name, f"has no attribute {point.eps!r} that the spec names as its epsilon")
+    epsilon = getattr(region.module, point.eps, None)
+    if not isinstance(epsilon, (int, float)):
+        return refused(RULE, region.name, f"has no number {point.eps!r}, which the spec names as its epsilon")
     (x,) = region.inputs
-    epsilon = float(getattr(region.module, point.eps))
+    epsilon = float(epsilon)
     weight, bias = region.parameters.get("weight"), region.parameters.get("bias")
     implementation = context.implementations[RULE]
     if point.kind == "layer":

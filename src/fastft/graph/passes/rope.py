@@ -44,10 +44,12 @@ def _replace(graph_module: fx.GraphModule, context: Context, region: Region, poi
             region.name,
             f"has {len(states)} states, {len(tables)} tables, {len(region.outputs)} outputs, not 2, 2, 2",
         )
+    width = int(tables[0].meta["example_value"].shape[-1])
+    strange = _unlike(tables, context, point.rope_table, width)
+    if strange:
+        return refused(RULE, region.name, strange)
     implementation = context.implementations[RULE]
     rotate = rope.rope if implementation == "op" else rope.ref.rope
-    width = int(tables[0].meta["example_value"].shape[-1])
-
     dtype = region.outputs[0].meta["example_value"].dtype
 
     def function(q, k, cos, sin, layout, table, precision):
@@ -57,7 +59,7 @@ def _replace(graph_module: fx.GraphModule, context: Context, region: Region, poi
         wide_q, wide_k = rotate(q.float(), k.float(), cos.float(), sin.float(), layout)
         return wide_q.to(dtype), wide_k.to(dtype)
 
-    # Random tables would lack the repetition that real ones have.
+    # Random tables need the repetition that real ones have.
     inputs = {node: _table(node.meta["example_value"], point.rope_table, seed) for seed, node in enumerate(tables)}
     arguments = (*states, *tables, point.rope, point.rope_table, point.rope_precision)
     return replace_if_proved(
@@ -70,8 +72,24 @@ def unique(table: torch.Tensor, kind: str, width: int) -> torch.Tensor:
     return table[..., : width // 2] if kind == "halves" else table[..., ::2]
 
 
+def _repeat(half: torch.Tensor, kind: str) -> torch.Tensor:
+    return torch.cat([half, half], dim=-1) if kind == "halves" else half.repeat_interleave(2, dim=-1)
+
+
+def _unlike(tables: list[fx.Node], context: Context, kind: str, width: int) -> str:
+    """Say why the tables of the captured call are not known to repeat as the spec says, which the proof takes as given;
+    nothing if they do."""
+    for node in tables:
+        real = context.binding.activations.get(node.name)
+        if real is None:
+            return f"its table {node.name} is made within the graph, so that its repetition cannot be seen"
+        if width % 2 or not torch.equal(_repeat(unique(real, kind, width), kind), real):
+            return f"its tables do not repeat as the spec's {kind!r} says"
+    return ""
+
+
 def _table(example: torch.Tensor, kind: str, seed: int) -> torch.Tensor:
     shape = present_shape(example)
     generator = torch.Generator(example.device).manual_seed(seed)
     half = torch.randn([*shape[:-1], shape[-1] // 2], generator=generator, device=example.device).to(example.dtype)
-    return torch.cat([half, half], dim=-1) if kind == "halves" else half.repeat_interleave(2, dim=-1)
+    return _repeat(half, kind)
