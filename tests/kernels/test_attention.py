@@ -69,7 +69,7 @@ def test_against_fp64(window, softcap, packed, dtype):
     eager = with_gradients(plain, inputs, upstream)
     got = with_gradients(ours, inputs, upstream)
     for name, t, e, g in zip(("out", "dq", "dk", "dv"), truth, eager, got, strict=True):
-        # A window of one token leaves nothing to q and k: of a gradient that is 0, rounding errors of terms of order one remain.
+        # A window of one token leaves nothing to q and k: of their gradient, 0, rounding errors remain.
         error = ratio(t, g) if t.norm() > 1e-9 else g.double().norm().item()
         vanishing = 1e-4 if dtype == torch.float32 else 1e-2
         budget = 1.25 * ratio(t, e) if t.norm() > 1e-9 else vanishing
@@ -112,5 +112,5 @@ def test_long_rows_on_a_gpu_need_no_square_mask(window, softcap, packed):
         *inputs, 0.125, window=window, softcap=softcap, cu_seqlens=offsets, max_length=5191 if packed else None
     )
     torch.autograd.grad(out, inputs, upstream)
-    # Copies, repeated keys and gradients are a few times 8 MiB each; scores would be 2 bytes a pair for each of 8 heads.
+    # Copies, repeated keys and gradients take 8 MiB each; scores would take 2 bytes a pair for each of 8 heads.
     assert torch.cuda.max_memory_allocated() - before < 8192 * 8192 * 2
