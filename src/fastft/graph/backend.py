@@ -10,7 +10,7 @@ from attrs import define, field, frozen
 from torch import fx, nn
 
 import fastft.kernels
-from fastft.graph.capture import bind
+from fastft.graph.capture import bind, module_stack
 from fastft.graph.passes.context import Context
 from fastft.graph.pipeline import rewrite
 from fastft.graph.recompute import TagPass
@@ -52,12 +52,19 @@ class RewritingBackend:
 
 
 def _unit_name(graph_module: fx.GraphModule, context: Context) -> str:
-    """Name the class of the compiled module: the decoder layer that contains the first node's module."""
+    """Name the class of the compiled decoder layer: the one whose name begins the names of the graph's modules."""
+    layers = {
+        name: type(module).__name__
+        for name, module in context.binding.modules.values()
+        if any(base.__name__ in context.spec.layer_classes for base in type(module).__mro__)
+    }
     for node in graph_module.graph.nodes:
-        for key in node.meta.get("nn_module_stack") or {}:
-            found = context.binding.modules.get(int(str(key).split("@")[0]))
-            if found and any(base.__name__ in context.spec.layer_classes for base in type(found[1]).__mro__):
-                return type(found[1]).__name__
+        for ident in module_stack(node):
+            name = context.binding.modules.get(ident, ("", None))[0]
+            parents = (".".join(name.split(".")[:end]) for end in range(name.count(".") + 1, 0, -1))
+            found = next((layers[parent] for parent in parents if parent in layers), None)
+            if found:
+                return found
     return "graph"
 
 

@@ -133,12 +133,11 @@ def _install(
     dynamic: bool | None,
 ) -> nn.Module:
     notes = []
-    dense = attention.register(next(base.parameters()).device)
+    attention.register()
     given = base.config._attn_implementation
     if given in DEFAULT_ATTENTION:
         base.set_attn_implementation(attention.NAME)
     else:
-        dense = given
         notes.append(f"attention implementation {given!r} was asked for and is kept")
     head = head_check(model)
     torch._dynamo.config.specialize_float = True
@@ -148,7 +147,7 @@ def _install(
         spec.name,
         settings.backend,
         settings.plan,
-        dense,
+        base.config._attn_implementation,
         told,
         len(layers),
         notes=tuple(notes),
