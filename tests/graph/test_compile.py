@@ -39,6 +39,7 @@ def test_one_graph_serves_all_layers():
     assert graphs(model) == 2
     run(model, batch(1))
     assert graphs(model) == 2
+    assert [graph.unit for graph in fastft.report(model).graphs] == ["LlamaDecoderLayer"] * 2
 
 
 def test_lengths_that_change_compile_at_most_once_more():
