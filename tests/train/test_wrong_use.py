@@ -6,7 +6,7 @@ import pytest
 import trl
 from datasets import Dataset, DatasetDict
 
-from fastft.errors import DataError, UsageError
+from fastft.errors import DataError, SaveError, UsageError
 from fastft.state import update_state
 from fastft.train.sft import SFTConfig, SFTTrainer, sft
 
@@ -116,3 +116,30 @@ def test_lines_of_bitsandbytes_are_kept_back_only_meanwhile(caplog):
     with quiet():
         assert say() == ["another line"] * 2
     assert len(say()) == 4 and [list(logger.filters) for logger in loggers] == before
+
+
+def test_the_trainer_refuses_the_same(build_model, tokenizer, settings):
+    def made(model, rows):
+        more = {"train_dataset": rows, "processing_class": tokenizer, "compile": False}
+        return SFTTrainer(model, SFTConfig(**settings), **more)
+
+    good = Dataset.from_list([{"text": "w1 w2"}])
+    for wrong in (None, tokenizer, (build_model(), tokenizer)):
+        with pytest.raises(UsageError, match="expected a model"):
+            made(wrong, good)
+    with pytest.raises(DataError, match="from_list"):
+        made(build_model(), [row()])
+    with pytest.raises(DataError) as caught:
+        made(build_model(), Dataset.from_list([{"text": "w1 w2"}, {"text": None}, {"text": " "}]))
+    assert [problem.where for problem in caught.value.problems] == [f"train_dataset row {i}, text" for i in (1, 2)]
+    with pytest.raises(DataError, match="row 1, messages"):
+        made(build_model(), Dataset.from_list([row(), {"messages": []}]))
+
+
+def test_an_output_folder_that_cannot_be_made(build_model, tokenizer, dataset, settings, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for place in ("file", "file/below"):
+        args = SFTConfig(**{**settings, "output_dir": str(tmp_path / place)})
+        with pytest.raises(SaveError, match="output_dir"):
+            SFTTrainer(build_model(), args, train_dataset=dataset, processing_class=tokenizer, compile=False)
+    assert (tmp_path / "file").read_text() == "mine"

@@ -68,17 +68,35 @@ def named(problem: Problem | str, name: str) -> Problem | str:
     return evolve(problem, where=f"{name} {problem.where}") if about_rows else problem
 
 
-def check_arguments(kwargs: Mapping[str, Any]) -> None:
-    """Check the data sets that a trainer is given. Raises `DataError`."""
+def check_arguments(kwargs: Mapping[str, Any], text_field: str = "text") -> None:
+    """Check the data sets that a trainer is given: they are data sets, with rows, and with text. Raises `DataError`."""
     for name in ("train_dataset", "eval_dataset"):
         data = kwargs.get(name)
         for part, rows in data.items() if isinstance(data, Mapping) else [(name, data)]:
+            if isinstance(rows, list | tuple):
+                remedy = "datasets.Dataset.from_list(rows) makes one, fastft.chat_dataset(rows, tokenizer) token ids."
+                raise DataError(Problem(part, type(rows).__name__, "a datasets.Dataset", remedy))
             if hasattr(rows, "column_names") and hasattr(rows, "__len__"):
                 refuse_empty(rows, part)
                 if "input_ids" in rows.column_names:
                     check_tokenised(rows, part)
+                elif kwargs.get("formatting_func") is None:
+                    _refuse_without_text(rows, part, text_field)
     if "train_dataset" in kwargs and kwargs["train_dataset"] is None:
         raise DataError(Problem("train_dataset", None, "a datasets.Dataset"))
+
+
+def _refuse_without_text(rows: Any, name: str, text_field: str) -> None:
+    """Raise `DataError` naming the rows whose text, messages or completion is missing or empty."""
+    problems = []
+    for field in dict.fromkeys((text_field, "messages", "prompt", "completion")):
+        if field not in rows.column_names:
+            continue
+        for index, value in enumerate(rows[field]):
+            if value is None or (field != "prompt" and len(value.strip() if isinstance(value, str) else value) == 0):
+                where = f"{name} row {index}, {field}"
+                problems.append(Problem(where, value, "a text that is not empty", "Remove the row or give it text."))
+    refuse(problems)
 
 
 def refuse_overlong(train: Any, limit: int) -> None:

@@ -83,9 +83,13 @@ def _check(max_new_tokens: Any, temperature: Any, top_p: Any, options: Mapping[s
     problems: list[Problem | str] = []
     if max_new_tokens is not None and (not isinstance(max_new_tokens, int) or max_new_tokens < 1):
         problems.append(Problem("max_new_tokens", max_new_tokens, "a whole number of at least 1, or None"))
-    if not isinstance(temperature, (int, float)) or not 0 <= temperature < float("inf"):
+    if (
+        not isinstance(temperature, (int, float))
+        or isinstance(temperature, bool)
+        or not 0 <= temperature < float("inf")
+    ):
         problems.append(Problem("temperature", temperature, "a number of at least 0"))
-    if top_p is not None and not 0 < top_p <= 1:
+    if top_p is not None and not (isinstance(top_p, (int, float)) and 0 < top_p <= 1):
         problems.append(Problem("top_p", top_p, "a number above 0 and up to 1"))
     if "do_sample" in options:
         problems.append("generate: unknown argument 'do_sample'; temperature above 0 samples, 0 does not")

@@ -179,13 +179,16 @@ def _wrong_choices(args: Any) -> list[Problem]:
     return problems
 
 
-def refuse_pair(model: Any, tokenizer: Any) -> None:
-    """Raise `UsageError` if `model` is no language model or `tokenizer` no tokenizer: swapped, say, or both in one."""
+def refuse_pair(model: Any, tokenizer: Any = None) -> None:
+    """Raise `UsageError` if `model` is no language model or `tokenizer` no tokenizer: swapped, say, or both in one.
+
+    None stands for a tokenizer that is not given.
+    """
     problems = []
     if not hasattr(model, "parameters") or not hasattr(model, "get_input_embeddings"):
         remedy = "fastft.load returns the pair (model, tokenizer); pass each in its place."
         problems.append(Problem("model", type(model).__name__, "a model", remedy))
-    if not callable(getattr(tokenizer, "convert_tokens_to_ids", None)):
+    if tokenizer is not None and not callable(getattr(tokenizer, "convert_tokens_to_ids", None)):
         problems.append(Problem("tokenizer", type(tokenizer).__name__, "a tokenizer"))
     if problems:
         raise UsageError(*problems)

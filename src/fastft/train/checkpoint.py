@@ -70,6 +70,14 @@ def staged(target: Path, untouched: str) -> Iterator[Path]:
         raise SaveError(f"{describe(target, error)} {untouched}") from error
 
 
+def make_folder(folder: Path) -> None:
+    """Make the folder of a run if it is not there. Raises `SaveError`."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SaveError(describe(folder, error)) from error
+
+
 def staging_folder(target: Path) -> Path:
     """Return the folder beside `target` in which it is written before it is put in place."""
     return target.with_name(f".{target.name}.partial")

@@ -98,8 +98,10 @@ class SFTTrainer(trl.SFTTrainer):
         args, kwargs = _take_older_arguments(args, kwargs)
         if isinstance(model, str):
             model, kwargs = _load(model, args, kwargs)
+        arguments.refuse_pair(model)
         args = arguments.with_length(_as_config(args, model), get_state(model).max_length)
-        check.check_arguments(kwargs)
+        check.check_arguments(kwargs, args.dataset_text_field)
+        checkpoint.make_folder(Path(args.output_dir))
         arguments.refuse_untrainable(model, kwargs.get("peft_config"))
         arguments.refuse_early_stopping(args, kwargs.get("eval_dataset"))
         recompute, args.gradient_checkpointing = (
