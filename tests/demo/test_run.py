@@ -68,3 +68,8 @@ def test_demo_teaches_the_model(tmp_path):
 
     model, tokenizer = fastft.load(tmp_path)
     assert fastft.generate(model, tokenizer, [{"role": "user", "content": shown.question}]) == [shown.answer_after]
+
+
+def test_too_few_steps_to_see_a_loss_fall_are_refused(capsys):
+    assert main(["demo", "--steps", "1"]) == 3
+    assert "steps" in capsys.readouterr().err

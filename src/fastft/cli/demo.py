@@ -21,13 +21,16 @@ def demo(
     output: Annotated[Path, typer.Option(help="Where the adapter, the loss curve and the run record go.")] = Path(
         "run/demo"
     ),
-    steps: Annotated[int, typer.Option(min=1, help="Training steps of 16 examples.")] = 80,
+    steps: Annotated[int, typer.Option(min=2, help="Training steps of 16 examples.")] = 80,
     chat: Annotated[
         bool | None, typer.Option("--chat/--no-chat", help="Talk to the result; by default if this is a terminal.")
     ] = None,
     json: JsonOption = False,
 ) -> None:
-    """Fine-tune a small model in 4 bits, show its answers before and after, and talk to it."""
+    """Fine-tune a small model in 4 bits, show its answers before and after, and talk to it.
+
+    Exits with 2 if the loss did not fall.
+    """
     missing = [name for name in NEEDED if not installed(name)]
     if missing:
         raise UsageError(f"fastft demo needs {', '.join(missing)}: pip install 'fastft[train]'")

@@ -87,7 +87,7 @@ def run_demo(
         schedule="cosine",
         warmup_steps=3,
         pad_to_multiple_of=LENGTH,
-        log_every=5,
+        log_every=max(1, min(5, steps // 2)),  # two losses at least, to see one fall
         save_strategy="no",
         seed=seed,
     )
@@ -137,7 +137,10 @@ def loss_bars(losses: tuple[tuple[int, float], ...]) -> str:
 
 def talk(model: Any, tokenizer: Any, say: Say, lines: Iterator[str] | None = None) -> None:
     """Chat on the terminal until an empty line or the end of the input; old turns go when there is no more room."""
-    say("\nNow talk to it (an empty line ends). It knows sums in stories, capitals and opposites.\n")
+    say(
+        "\nNow talk to it (an empty line ends). It is tiny: it adds two-digit numbers told as stories, and makes up most\n"
+        "of the rest. Try: Tom has 31 books. Mia gives him 22 more books. How many books does Tom have now?\n"
+    )
     history: list[tasks.Message] = []
     for line in lines if lines is not None else _lines():
         if not line.strip():
