@@ -8,7 +8,7 @@ class Nf4Launch:
     """How `nf4_dequantize_kernel` is launched.
 
     blocks: blocks of 64 weights a program, a power of two up to 256. gather: levels come from a table in shared
-    memory (one load a weight) rather than from 15 selects a weight; selects run at half the arithmetic rate and take
+    memory (one load a weight) rather than from 15 selects a weight, which by their count (not measured) would take
     longer than the memory traffic on an H200.
     """
 
