@@ -1,4 +1,4 @@
-"""fastft: fine-tune open language models, and export the model that was trained.
+"""fastft: fine-tune open language models with QLoRA, LoRA or full fine-tuning.
 
 Everything is imported on first use, so `import fastft` loads neither torch nor transformers and changes nothing.
 """

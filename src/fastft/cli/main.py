@@ -63,7 +63,7 @@ def _top(
         bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
     ] = False,
 ) -> None:
-    """Fine-tune open language models, and export the model that was trained.
+    """Fine-tune open language models with QLoRA, LoRA or full fine-tuning.
 
     Exit codes: 0 done, 1 an error, 2 a check failed, 3 wrong usage.
     """
