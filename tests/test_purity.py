@@ -1,4 +1,4 @@
-"""Importing all of fastft changes nothing of anybody else's: no class, function, flag, logger or environment variable."""
+"""Importing all of fastft changes nothing of others: no class, function, flag, logger or environment variable."""
 
 import json
 import subprocess

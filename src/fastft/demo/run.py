@@ -138,8 +138,8 @@ def loss_bars(losses: tuple[tuple[int, float], ...]) -> str:
 def talk(model: Any, tokenizer: Any, say: Say, lines: Iterator[str] | None = None) -> None:
     """Chat on the terminal until an empty line or the end of the input; old turns go when there is no more room."""
     say(
-        "\nNow talk to it (an empty line ends). It is tiny: it adds two-digit numbers told as stories, and makes up most\n"
-        "of the rest. Try: Tom has 31 books. Mia gives him 22 more books. How many books does Tom have now?\n"
+        "\nNow talk to it (an empty line ends). It is tiny: it adds two-digit numbers told as stories, and makes up\n"
+        "most of the rest. Try: Tom has 31 books. Mia gives him 22 more books. How many books does Tom have now?\n"
     )
     history: list[tasks.Message] = []
     for line in lines if lines is not None else _lines():
