@@ -42,7 +42,8 @@ def build_model(family="llama", lora=True, seed=0, targets="all-linear", dropout
         "eos_token_id": 2,
     }
     config = transformers.AutoConfig.for_model(family, **{**sizes, **changes})
-    config._attn_implementation = "sdpa"
+    # SDPA has no soft cap: some versions of transformers refuse it for Gemma 2, others leave the cap out.
+    config._attn_implementation = "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     if not lora:
