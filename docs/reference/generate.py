@@ -41,7 +41,6 @@ API = {
         "errors.LoadError",
         "errors.SaveError",
         "errors.SpecError",
-        "errors.RewriteError",
         "errors.Problem",
     ),
 }

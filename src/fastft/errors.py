@@ -44,10 +44,6 @@ class DataError(FastftError, ValueError):
     """A data set or a row that cannot be trained on."""
 
 
-class RewriteError(FastftError, RuntimeError):
-    """A graph that could not be captured or rewritten although it should have been."""
-
-
 class SaveError(FastftError, OSError):
     """A file that could not be written; what stood there before is untouched."""
 

@@ -10,7 +10,7 @@ from attrs import define, field, frozen
 from torch import fx, nn
 
 import fastft.kernels
-from fastft.graph.capture import bind, module_stack
+from fastft.graph.capture import bind, is_instance_of, module_stack
 from fastft.graph.passes.context import Context
 from fastft.graph.pipeline import rewrite
 from fastft.graph.recompute import TagPass
@@ -44,7 +44,7 @@ class RewritingBackend:
     def __call__(self, graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         """Rewrite `graph_module` and return the function that runs it."""
         binding = bind(graph_module, example_inputs, self.root)
-        context = Context(binding, self.spec, self.root.config, self.settings.implementations, self.verdicts)
+        context = Context(binding, self.spec, self.settings.implementations, self.verdicts)
         unit = _unit_name(graph_module, context)
         new, report = rewrite(graph_module, context, unit, self.settings.disable)
         self.graphs.append(report)
@@ -56,7 +56,7 @@ def _unit_name(graph_module: fx.GraphModule, context: Context) -> str:
     layers = {
         name: type(module).__name__
         for name, module in context.binding.modules.values()
-        if any(base.__name__ in context.spec.layer_classes for base in type(module).__mro__)
+        if is_instance_of(module, context.spec.layer_classes)
     }
     for node in graph_module.graph.nodes:
         for ident in module_stack(node):

@@ -80,3 +80,8 @@ def module_stack(node: fx.Node) -> tuple[int, ...]:
     """Return the ids of the modules whose forward made `node`, outermost first."""
     stack = node.meta.get("nn_module_stack") or {}
     return tuple(int(str(key).split("@")[0]) for key in stack)
+
+
+def is_instance_of(module: object, classes: tuple[str, ...]) -> bool:
+    """Say whether the module's class or one of its bases has one of these names (FSDP2 makes a renamed subclass)."""
+    return any(base.__name__ in classes for base in type(module).__mro__)

@@ -7,9 +7,9 @@ from attrs import asdict, frozen
 from torch import nn
 
 from fastft.errors import FastftError
+from fastft.graph.capture import is_instance_of
 from fastft.graph.compile import compile as compile_model
 from fastft.graph.compile import report, uncompiled
-from fastft.graph.passes.norm import is_instance_of
 from fastft.graph.report import RewriteReport
 from fastft.graph.twin import tiny_model
 from fastft.graph.verify import relative_difference

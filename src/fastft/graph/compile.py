@@ -13,6 +13,7 @@ from torch import nn
 from fastft.errors import Problem, UsageError, did_you_mean
 from fastft.graph import attention
 from fastft.graph.backend import BACKENDS, RewritingBackend, Settings
+from fastft.graph.capture import is_instance_of
 from fastft.graph.head import head_check
 from fastft.graph.pipeline import PASSES, default_implementations
 from fastft.graph.recompute import PLANS
@@ -119,9 +120,7 @@ def _check_arguments(plan: str, backend: str, disable: Sequence[str], implementa
 
 def decoder_layers(base: nn.Module, spec: ModelSpec) -> tuple[nn.Module, ...]:
     """Return the modules of the classes that the spec calls decoder layers, in order."""
-    return tuple(
-        module for module in base.modules() if any(cls.__name__ in spec.layer_classes for cls in type(module).__mro__)
-    )
+    return tuple(module for module in base.modules() if is_instance_of(module, spec.layer_classes))
 
 
 def _install(

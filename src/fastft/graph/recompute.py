@@ -1,7 +1,7 @@
 """Memory plans: which results of a layer's forward are kept for its backward, and which are computed again."""
 
 import operator
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import fx
@@ -9,7 +9,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.utils.checkpoint import CheckpointPolicy
 
 PlanName = Literal["auto", "keep", "min"]
-PLANS: tuple[str, ...] = ("auto", "keep", "min")
+PLANS: tuple[str, ...] = get_args(PlanName)
 
 
 class TagPass(CustomGraphPass):

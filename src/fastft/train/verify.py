@@ -75,10 +75,7 @@ def verify(model: Any, batches: Iterable[Mapping[str, Any]], steps: int | None =
         for number, batch in enumerate(batches):
             if steps is not None and number >= steps:
                 break
-            batch = {
-                key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()
-            }
-            pairs.append(_compare(model, batch))
+            pairs.append(_compare(model, {key: _to(value, device) for key, value in batch.items()}))
     if not pairs:
         raise DataError(Problem("verify batches", 0, "at least one batch"))
     return _report(model, tuple(pairs))

@@ -24,7 +24,6 @@ class Context:
 
     binding: Binding
     spec: ModelSpec
-    config: object
     implementations: Mapping[str, str]
     verdicts: dict[tuple[object, ...], Verdict] = field(factory=dict)
 

@@ -2,9 +2,8 @@
 
 from torch import fx, nn
 
-from fastft.graph.capture import module_stack
+from fastft.graph.capture import is_instance_of, module_stack
 from fastft.graph.passes.context import Context, Replacement, refused, replace_if_proved
-from fastft.graph.passes.norm import is_instance_of
 from fastft.graph.regions import NotARegionError, Region, collect, make_region, without_children
 from fastft.graph.report import Rewrite
 from fastft.kernels import glu

@@ -2,6 +2,7 @@
 
 from torch import fx
 
+from fastft.graph.capture import is_instance_of
 from fastft.graph.passes.context import Context, Replacement, refused, replace_if_proved
 from fastft.graph.regions import NotARegionError, Region, collect, make_region
 from fastft.graph.report import Rewrite
@@ -24,11 +25,6 @@ def replace_norms(graph_module: fx.GraphModule, context: Context) -> tuple[Rewri
                 continue
             done.append(_replace(graph_module, context, region, point))
     return tuple(done)
-
-
-def is_instance_of(module: object, classes: tuple[str, ...]) -> bool:
-    """Say whether the module's class or one of its bases has one of these names (FSDP2 makes a renamed subclass)."""
-    return any(base.__name__ in classes for base in type(module).__mro__)
 
 
 def _replace(graph_module: fx.GraphModule, context: Context, region: Region, point: NormPoint) -> Rewrite:

@@ -3,8 +3,8 @@
 import torch
 from torch import fx
 
+from fastft.graph.capture import is_instance_of
 from fastft.graph.passes.context import Context, Replacement, refused, replace_if_proved
-from fastft.graph.passes.norm import is_instance_of
 from fastft.graph.regions import NotARegionError, Region, collect, make_region
 from fastft.graph.report import Rewrite
 from fastft.graph.verify import present_shape
