@@ -15,6 +15,7 @@ class ModelState:
 
     `quant` is None, "nf4" or "int8"; `notes` are plain sentences about what loading put right.
     `revision` is the hub revision asked for; `added_tokens` are the ids whose rows `add_tokens` made.
+    `loftq`: the adapter started at what quantisation took away, so it fits the dequantised base alone.
     `plan` is the memory plan that `fastft.compile(plan="auto")` takes.
     `compiled` is the `fastft.graph.compile.Compiled` record once `fastft.compile` has run.
     """
@@ -28,6 +29,7 @@ class ModelState:
     notes: tuple[str, ...] = ()
     revision: str | None = None
     added_tokens: tuple[int, ...] = ()
+    loftq: bool = False
     plan: str = "auto"
     compiled: Any = None
 

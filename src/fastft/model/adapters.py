@@ -118,6 +118,7 @@ def add_lora(
             except UsageError:
                 adapted.unload()  # the model is as it was
                 raise
+            update_state(adapted, loftq=True)
             notes.append(f"LoftQ: {count} layers start at what NF4 took away; load this adapter with quant='nf4'")
     adapted.train(model.training)
     if tokens:
