@@ -93,7 +93,7 @@ def spec_to_text(spec: ModelSpec, kind: Literal["toml", "json"] = "toml") -> str
 @cache
 def _converter() -> Converter:
     converter = Converter(forbid_extra_keys=True, detailed_validation=True)
-    for kind, expected in ((str, "a string"), (bool, "true or false")):
+    for kind, expected in ((str, "a string"), (bool, "true or false"), (int, "a whole number")):
         converter.register_structure_hook(kind, _strict(kind, expected))
     converter.register_structure_hook(float, _number)
     converter.register_structure_hook_func(lambda kind: get_origin(kind) is Literal, _choice)

@@ -15,25 +15,25 @@ def packaged_specs() -> tuple[ModelSpec, ...]:
     """Return the specs that come with fastft, by name; equal to what `load_spec_file` makes of the same files."""
     paths = sorted((Path(__file__).parent / "specs").glob("*.toml"))
     return tuple(
-        attrs.evolve(_build(ModelSpec, tomllib.loads(path.read_text("utf-8"))), source=str(path)) for path in paths
+        attrs.evolve(build(ModelSpec, tomllib.loads(path.read_text("utf-8"))), source=str(path)) for path in paths
     )
 
 
-def _build(kind: Any, value: Any) -> Any:
+def build(kind: Any, value: Any) -> Any:
     """Make a value of a field's type from data that is known to be right."""
     if attrs.has(kind):
         if kind is Capability and isinstance(value, str):
             return Capability(value)
         types = _field_types(kind)
-        return kind(**{name: _build(types[name], item) for name, item in value.items()})
+        return kind(**{name: build(types[name], item) for name, item in value.items()})
     if get_origin(kind) is tuple:
-        return tuple(_build(get_args(kind)[0], item) for item in value)
+        return tuple(build(get_args(kind)[0], item) for item in value)
     if get_origin(kind) is Mapping:
-        return {name: _build(get_args(kind)[1], item) for name, item in value.items()}
+        return {name: build(get_args(kind)[1], item) for name, item in value.items()}
     if kind is float:
         return float(value)
     if type(None) in get_args(kind):
-        return None if value == "" else _build(get_args(kind)[0], value)
+        return None if value == "" else build(get_args(kind)[0], value)
     return value
 
 

@@ -16,6 +16,15 @@ RopeTable = Literal["halves", "pairs"]
 RopePrecision = Literal["input", "float32"]
 QkNorm = Literal["head", "projection"]
 Status = Literal["supported", "unsupported", "experimental"]
+GgufKey = Literal[
+    "attention_scale",
+    "embedding_scale",
+    "residual_scale",
+    "logit_scale",
+    "attention_softcap",
+    "final_softcap",
+    "sliding_window",
+]
 CapabilityName = Literal["full", "lora", "qlora", "int8", "packing", "gguf"]
 
 
@@ -110,6 +119,26 @@ class HeadPoint:
 
 
 @frozen
+class GgufPoint:
+    """What llama.cpp makes of a GGUF file of the architecture, where that has to be told or allowed for.
+
+    `rope` says which features llama.cpp rotates as a pair; projections of models that pair them otherwise are reordered.
+    `keys` names the model's constants that the file states; llama.cpp knows the others by the architecture alone.
+    `window_every` n: every n-th layer sees all, the others a sliding window, unless the file lists them; `None`:
+    llama.cpp computes this architecture without windows. `rope_every` n: every n-th layer is not rotated, whatever the
+    config says. `biases` are the projections whose bias is read. A model of `hidden_scale_layers` layers has its scores
+    multiplied by `(hidden_size / heads) ** -0.5` where others have `head_dim ** -0.5`.
+    """
+
+    rope: RopeLayout = "half"
+    keys: tuple[GgufKey, ...] = ()
+    window_every: int | None = None
+    rope_every: int | None = None
+    biases: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
+    hidden_scale_layers: int | None = None
+
+
+@frozen
 class Capability:
     """Whether something can be done with a family, and why not, or with what care."""
 
@@ -184,6 +213,7 @@ class ModelSpec:
     chat_format: str | None = None
     ollama_template: str | None = None
     gguf_architecture: str | None = None
+    gguf: GgufPoint = GgufPoint()
     trainer: str = "sft"
     exporter: str = "standard"
     capabilities: Mapping[str, Capability] = field(factory=Capabilities, converter=Capabilities.of)
