@@ -22,6 +22,8 @@ _EXPORTS = {
     "verify": "fastft.train.verify",
     "chat_dataset": "fastft.data.chat",
     "sft": "fastft.train.sft",
+    "merge": "fastft.export.merge",
+    "save_adapter": "fastft.export.merge",
     "SFTTrainer": "fastft.train.sft",
     "SFTConfig": "fastft.train.sft",
     "FastLanguageModel": "fastft.facade",

@@ -108,7 +108,7 @@ def _of_model(model: nn.Module, base: str) -> WeightSource:
     found = {n: w if w.dtype else evolve(w, dtype=inner.dtype) for n, w in _walk(inner, "", original)}
     weights = _untied(found, inner, notes)
     weights = _as_checkpoint(inner, weights)
-    config = _plain_config(inner.config)
+    config = _plain_config(inner)
     if notes:
         config.get_text_config().tie_word_embeddings = config.tie_word_embeddings = False
     folder = Path(state.source) if state.source and Path(state.source).is_dir() else None
@@ -134,9 +134,10 @@ def _check_peft(model: Any) -> None:
             )
 
 
-def _plain_config(config: Any) -> Any:
-    """Return a copy of a config that says nothing of quantisation."""
-    copy = deepcopy(config)
+def _plain_config(model: Any) -> Any:
+    """Return a copy of the model's config that names its class and says nothing of quantisation."""
+    copy = deepcopy(model.config)
+    copy.architectures = [type(model).__name__]
     for name in ("quantization_config", "_pre_quantization_dtype"):
         if name in copy.__dict__:
             delattr(copy, name)
@@ -347,7 +348,7 @@ def _of_folder(folder: Path, base: str) -> WeightSource:
     weights = {name: _of_file(weight, stored[name]) for name, weight in names.items()}
     tokenizer = load_tokenizer(found.folder) if files.has_tokenizer(found.folder) else None
     state = ModelState(source=str(found.folder), tokenizer=tokenizer)
-    config = _plain_config(skeleton.config)
+    config = _plain_config(skeleton)
     return WeightSource(weights, config, generation, tokenizer, found.folder, state, base, found.notes)
 
 
