@@ -4,72 +4,75 @@ What the model would write itself is learnt, the stop token included; what it is
 cut without being asked for: a row that cannot be used is an error that names it.
 """
 
-import re
-from collections.abc import Iterable, Mapping, Sequence
+import pickle
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
-from fastft.data.check import check_tokenised, named, refuse, refuse_empty, row_problem
+import numpy as np
+
+from fastft.data import pipeline
+from fastft.data.check import check_tokenised, named, refuse, refuse_empty
+from fastft.data.columns import trained_ids
+from fastft.data.rendering import templates_of
+from fastft.data.tokenise import Encoder, Unlearnable
 from fastft.errors import DataError, Problem, UsageError, did_you_mean
 
-TRAIN_ON = ("assistant", "completion", "all")
-KINDS = {"messages": ("messages",), "prompt and completion": ("prompt", "completion"), "text": ("text",)}
-GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-IGNORE = -100
-Encoded = tuple[list[int], list[int]]
-Span = tuple[int, int]
+TrainOn = Literal["assistant", "last", "completion", "all"]
+TRAIN_ON = ("assistant", "last", "completion", "all")
+STREAMED = 100  # rows of a stream that are tokenised together
 
 
 def chat_dataset(
-    rows: Iterable[Mapping[str, Any]],
+    rows: Any,
     tokenizer: Any,
-    train_on: Literal["assistant", "completion", "all"] = "assistant",
+    train_on: TrainOn = "assistant",
     *,
     max_length: int | None = None,
     overlong: Literal["refuse", "truncate"] = "refuse",
+    max_unlearnable: float = 0.0,
+    num_proc: int | None = None,
+    progress: bool = True,
 ) -> Any:
     """Render, tokenise and mask `rows`; return a `datasets.Dataset` with `input_ids` and `labels` (-100: not learnt).
 
-    A row holds `messages` (a list of `{"role", "content"}`, with `tools` if there are any), or `prompt` and
-    `completion` (two texts, or two lists of messages), or `text`. `train_on`:
+    `rows` is a list or another iterable of rows, a `datasets.Dataset`, or the path or name of one. A row holds
+    `messages` (a list of `{"role", "content"}`, with `tools` if there are any), or `prompt` and `completion` (two
+    texts, or two lists of messages), or `text`. `train_on`:
 
     * "assistant": every assistant turn with its stop token, by the template's `{% generation %}` markers; of a prompt
       with completion, the completion.
+    * "last": the last assistant turn alone.
     * "completion": the completion; of messages, the last assistant turn.
     * "all": every token.
 
     Plain texts and completions end with the tokenizer's EOS token, added where it is missing. Where a template's
-    markers end just before the turn's stop token, that token is learnt all the same. `max_length` is a number of
-    tokens; a longer row is refused, or cut at its end with `overlong="truncate"`.
+    markers end just before the turn's stop token, that token is learnt all the same; what they hold behind it is not.
+    A template without markers that renders like a format fastft knows is masked by that format's. `max_length` is a
+    number of tokens; a longer row is refused, or cut at its end with `overlong="truncate"`. Of the cut rows a share of
+    `max_unlearnable` may be left without anything to learn; they are then left out, which is said.
+
+    Large sets are tokenised over `num_proc` processes (default: all that this one may use) with a `progress` bar and
+    kept on disk by content, so that the same set is not tokenised twice. A `datasets.IterableDataset` becomes another
+    one that tokenises as it is read.
 
     Raises `UsageError` for wrong arguments, and `DataError` naming row, field, value and remedy for rows of a wrong
-    type, without text, or with nothing to learn, and for a template without markers where they are needed.
+    type, without text, or with nothing to learn, for a template without markers where they are needed, and for a set
+    in which no stop token is learnt.
     """
-    from datasets import Dataset
-
-    _check_arguments(train_on, max_length, overlong)
+    _check_arguments(train_on, max_length, overlong, max_unlearnable)
+    rows = _load(rows)
     _need_rows(rows)
-    rows = list(rows)
-    refuse_empty(rows)
-    problems: list[Problem | str] = []
-    columns: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
-    for index, row in enumerate(rows):
-        where = f"row {index}"
-        try:
-            ids, labels = _encode(where, row, tokenizer, train_on)
-        except DataError as error:
-            if any(str(problem).startswith("tokenizer.") for problem in error.problems):
-                raise  # it would be the same for every row
-            problems.extend(error.problems)
-            continue
-        problem = _length_problem(where, ids, max_length, overlong)
-        ids, labels = ids[:max_length], labels[:max_length]
-        problem = problem or row_problem(where, ids, labels)
-        if problem:
-            problems.append(problem)
-        columns["input_ids"].append(ids)
-        columns["labels"].append(labels)
-    refuse(problems)
-    return Dataset.from_dict(columns)
+    if hasattr(rows, "__len__"):
+        refuse_empty(rows)
+    templates, scaffold = templates_of(tokenizer, train_on)
+    encoder = Encoder(tokenizer, train_on, templates, scaffold, max_length, overlong == "truncate")
+    if _is_stream(rows):
+        return _streamed(rows, encoder)
+    found = pipeline.encoded(rows, encoder, num_proc, progress)
+    refuse_empty(found)
+    found = _sound_rows(found, max_length, max_unlearnable)
+    _need_stops(found, encoder)
+    return found.select_columns(["input_ids", "labels"])
 
 
 def tokenised(data: Any, tokenizer: Any, train_on: str, name: str) -> Any:
@@ -90,6 +93,101 @@ def tokenised(data: Any, tokenizer: Any, train_on: str, name: str) -> Any:
         raise DataError(*(named(problem, name) for problem in error.problems)) from error
 
 
+def _load(rows: Any) -> Any:
+    """Return rows of the canonical kinds from whatever users have."""
+    return rows
+
+
+def _is_stream(rows: Any) -> bool:
+    from datasets import IterableDataset
+
+    return isinstance(rows, IterableDataset)
+
+
+def _streamed(rows: Any, encoder: Encoder) -> Any:
+    """Return an `IterableDataset` that encodes as it is read, and raises at the first batch with a row it cannot."""
+    first = next(iter(rows), None)
+    if first is None:
+        refuse_empty(())
+    columns = tuple(rows.column_names or first)
+
+    def encode(batch: Mapping[str, Any], indices: list[int]) -> dict[str, Any]:
+        made = encoder.encode(pipeline.rows_of(batch, columns), indices)
+        refuse([getattr(problem, "problem", problem) for row in made for problem in row.problems])
+        labels = [np.full(len(row.ids), -100) for row in made]
+        for row, own in zip(made, labels, strict=True):
+            for start, end in row.spans:
+                own[start:end] = row.ids[start:end]
+        return {"input_ids": [row.ids for row in made], "labels": [own.tolist() for own in labels]}
+
+    features = pipeline.features()
+    return rows.map(
+        encode,
+        with_indices=True,
+        batched=True,
+        batch_size=STREAMED,
+        remove_columns=list(columns),
+        features=type(features)({name: features[name] for name in ("input_ids", "labels")}),
+    )
+
+
+def _sound_rows(found: Any, max_length: int | None, allowed: float) -> Any:
+    """Return the encoded rows without those that may be left out. Raises `DataError` for all others with problems."""
+    column = found.with_format("arrow").select_columns(["problems"])
+    problems: list[Problem | str] = []
+    cut: dict[int, Problem] = {}
+    first = 0
+    for table in column.iter(10_000):
+        marks = table["problems"]
+        if marks.null_count < len(marks):
+            for number, data in enumerate(marks.to_pylist()):
+                for problem in pickle.loads(data) if data else ():
+                    if isinstance(problem, Unlearnable):
+                        cut[first + number] = problem.problem
+                    else:
+                        problems.append(problem)
+        first += len(marks)
+    general = [problem for problem in problems if str(problem).startswith("tokenizer.")]
+    if general:
+        raise DataError(*{str(problem): problem for problem in general}.values())
+    if problems or len(cut) > allowed * len(found):
+        refuse([*problems, *cut.values(), *_told_cut(len(cut), len(found), max_length, allowed)])
+    if not cut:
+        return found
+    print(
+        f"fastft: {len(cut)} of {len(found)} rows have nothing left to learn within max_length={max_length}: left out."
+    )
+    return found.select([index for index in range(len(found)) if index not in cut])
+
+
+def _told_cut(count: int, total: int, max_length: int | None, allowed: float) -> list[str]:
+    if count <= allowed * total:
+        return []
+    share = count / total
+    return [
+        f"{count} of {total} rows ({share:.2%}) have nothing left to learn within max_length={max_length}; allowed are "
+        f"{allowed:.2%}. Raise max_length, or leave them out with max_unlearnable={min(1.0, share + 0.005):.2f}."
+    ]
+
+
+def _need_stops(found: Any, encoder: Encoder) -> None:
+    """Raise `DataError` if there are turns in the set, and in none of them a stop token is learnt."""
+    import pyarrow.compute
+
+    if not any(
+        pyarrow.compute.any(table["turns"]).as_py()
+        for table in found.with_format("arrow").select_columns(["turns"]).iter(100_000)
+    ):
+        return
+    stops = encoder.scaffold.stops
+    if stops and not trained_ids(found, stops):
+        names = sorted(encoder.tokenizer.convert_ids_to_tokens(sorted(stops)))
+        cut = "Raise max_length: every turn is cut before it. " if encoder.max_length else ""
+        remedy = f"{cut}A model that never learns to stop goes on until it is stopped."
+        where = f"stop token, learnt in {len(found)} rows"
+        raise DataError(Problem(where, "0 times", f"at least once one of {names}", remedy))
+
+
 def _need_rows(rows: Any) -> None:
     """Raise `DataError` for what is no list of rows: a path, one row, several splits."""
     if isinstance(rows, str):
@@ -105,7 +203,7 @@ def _need_rows(rows: Any) -> None:
     raise DataError(Problem("rows", value, "a list of rows, each a dict, or a datasets.Dataset", remedy))
 
 
-def _check_arguments(train_on: str, max_length: int | None, overlong: str) -> None:
+def _check_arguments(train_on: str, max_length: int | None, overlong: str, max_unlearnable: float) -> None:
     problems = []
     if train_on not in TRAIN_ON:
         problems.append(Problem("train_on", train_on, f"one of {TRAIN_ON}", did_you_mean(train_on, TRAIN_ON)))
@@ -113,204 +211,7 @@ def _check_arguments(train_on: str, max_length: int | None, overlong: str) -> No
         problems.append(Problem("overlong", overlong, "'refuse' or 'truncate'"))
     if max_length is not None and max_length < 2:
         problems.append(Problem("max_length", max_length, "at least 2: the first token is never predicted"))
+    if not 0 <= max_unlearnable <= 1:
+        problems.append(Problem("max_unlearnable", max_unlearnable, "a share from 0 to 1"))
     if problems:
         raise UsageError(*problems)
-
-
-def _length_problem(where: str, ids: Sequence[int], max_length: int | None, overlong: str) -> Problem | None:
-    if max_length is None or len(ids) <= max_length or overlong == "truncate":
-        return None
-    remedy = "Raise max_length, or cut such rows with overlong='truncate'."
-    return Problem(where, f"{len(ids)} tokens", f"at most max_length={max_length}", remedy)
-
-
-def _encode(where: str, row: Any, tokenizer: Any, train_on: str) -> Encoded:
-    """Return token ids and labels of one row. Raises `DataError`."""
-    if not isinstance(row, Mapping):
-        raise DataError(
-            Problem(where, row, "a dict", "A row is {'messages': [...]}, {'prompt', 'completion'} or {'text'}.")
-        )
-    kind = next((kind for kind, fields in KINDS.items() if all(field in row for field in fields)), None)
-    if kind is None:
-        expected = "'messages', or 'prompt' and 'completion', or 'text'"
-        raise DataError(Problem(f"{where}, fields", sorted(map(str, row)), expected, _field_remedy(row)))
-    if kind == "messages":
-        return _encode_messages(where, row, tokenizer, train_on)
-    if kind == "text":
-        return _encode_text(where, row["text"], tokenizer, train_on)
-    return _encode_pair(where, row, tokenizer, train_on)
-
-
-def _field_remedy(row: Mapping[str, Any]) -> str:
-    """Return what to do about a row whose fields are no kind that can be rendered."""
-    if {"chosen", "rejected"} <= set(row):
-        return "Rows with 'chosen' and 'rejected' are preferences; fine-tune on the chosen answers as 'messages'."
-    if "input_ids" in row:
-        return "Token ids need no rendering: pass them to sft or the trainer as a datasets.Dataset."
-    known = [name for fields in KINDS.values() for name in fields]
-    halves = [fields for fields in KINDS.values() if set(fields) & set(row)]
-    missing = next((name for fields in halves for name in fields if name not in row), "")
-    near = next((hint for name in row if name not in known for hint in [did_you_mean(str(name), known)] if hint), "")
-    return near or (f"It has no {missing!r}." if missing else "")
-
-
-def _encode_text(where: str, text: Any, tokenizer: Any, train_on: str) -> Encoded:
-    _need_text(f"{where}, text", text)
-    if train_on != "all":
-        remedy = "A plain text has no turns: train on all of it with train_on='all'."
-        raise DataError(Problem(f"{where}, text", _short(text), f"a row with turns for train_on={train_on!r}", remedy))
-    ids = _with_eos(_tokens(tokenizer, text, start=True), tokenizer, where)
-    return ids, list(ids)
-
-
-def _encode_pair(where: str, row: Mapping[str, Any], tokenizer: Any, train_on: str) -> Encoded:
-    prompt, completion = row["prompt"], row["completion"]
-    if isinstance(prompt, str) and isinstance(completion, str):
-        _need_text(f"{where}, prompt", prompt)
-        _need_text(f"{where}, completion", completion)
-        given = _tokens(tokenizer, prompt, start=True)
-        learnt = _with_eos(_tokens(tokenizer, completion, start=False), tokenizer, where)
-        ids = given + learnt
-        return ids, list(ids) if train_on == "all" else [IGNORE] * len(given) + learnt
-    _need_messages(f"{where}, prompt", prompt)
-    _need_messages(f"{where}, completion", completion)
-    given = _render(where, prompt, row, tokenizer, add_generation_prompt=True)["input_ids"]
-    ids = _render(where, [*prompt, *completion], row, tokenizer)["input_ids"]
-    if ids[: len(given)] != given:
-        remedy = "The template renders the prompt otherwise alone than in the whole; use 'messages' rows instead."
-        raise DataError(
-            Problem(f"{where}, prompt", _short(prompt), "a prompt that the whole conversation starts with", remedy)
-        )
-    _need_stop(where, ids, [(len(given), len(ids))], tokenizer)
-    return ids, list(ids) if train_on == "all" else [IGNORE] * len(given) + ids[len(given) :]
-
-
-def _encode_messages(where: str, row: Mapping[str, Any], tokenizer: Any, train_on: str) -> Encoded:
-    messages = row["messages"]
-    _need_messages(f"{where}, messages", messages)
-    if train_on == "all":
-        ids = _render(where, messages, row, tokenizer)["input_ids"]
-        return ids, list(ids)
-    if not any(message["role"] == "assistant" for message in messages):
-        roles = [message["role"] for message in messages]
-        raise DataError(Problem(f"{where}, messages", roles, "an assistant turn to learn", "Or train_on='all'."))
-    if not GENERATION.search(_template(tokenizer, where)):
-        remedy = (
-            "Give tokenizer.chat_template a version with {% generation %} ... {% endgeneration %} around assistant "
-            "turns (trl.chat_template_utils.get_training_chat_template has some), or use train_on='all'."
-        )
-        raise DataError(Problem("tokenizer.chat_template", "no {% generation %} markers", "markers", remedy))
-    rendered = _render(where, messages, row, tokenizer, return_assistant_tokens_mask=True)
-    ids, spans = rendered["input_ids"], _spans(rendered["assistant_masks"])
-    if not spans:
-        remedy = "The template's {% generation %} block renders nothing for it."
-        raise DataError(Problem(f"{where}, messages", _short(messages), "an assistant turn that leaves tokens", remedy))
-    spans = _need_stop(where, ids, spans if train_on == "assistant" else spans[-1:], tokenizer)
-    labels = [IGNORE] * len(ids)
-    for start, end in spans:
-        labels[start:end] = ids[start:end]
-    return ids, labels
-
-
-def _need_stop(
-    where: str, ids: Sequence[int], spans: Sequence[tuple[int, int]], tokenizer: Any
-) -> list[tuple[int, int]]:
-    """Return the spans with the stop token that ends each turn in them. Raises `DataError` where a turn has none."""
-    special = set(tokenizer.all_special_ids) | set(getattr(tokenizer, "added_tokens_decoder", {}))
-    whole = []
-    for number, (start, end) in enumerate(spans):
-        if special.intersection(ids[max(start, end - 2) : end]):
-            whole.append((start, end))
-        elif end < len(ids) and ids[end] in special:
-            whole.append((start, end + 1))
-        else:
-            remedy = "End the turn with the EOS token in the chat template, or the model never learns to stop."
-            tail = tokenizer.decode(ids[max(start, end - 8) : end + 1])
-            raise DataError(Problem(f"{where}, assistant turn {number}", tail, "a stop token at its end", remedy))
-    return whole
-
-
-def _spans(mask: Sequence[int]) -> list[Span]:
-    """Return (start, end) of every run of ones."""
-    padded = [0, *mask, 0]
-    edges = [index for index in range(len(mask) + 1) if padded[index] != padded[index + 1]]
-    return list(zip(edges[::2], edges[1::2], strict=True))
-
-
-def _render(where: str, messages: Any, row: Mapping[str, Any], tokenizer: Any, **options: Any) -> Mapping[str, Any]:
-    from jinja2.exceptions import TemplateError
-
-    _template(tokenizer, where)
-    extra = row.get("chat_template_kwargs") or {}
-    try:
-        return tokenizer.apply_chat_template(
-            list(messages),
-            tools=row.get("tools"),
-            tokenize=True,
-            return_dict=True,
-            tokenizer_kwargs={"verbose": False},  # how long rows may be is our question, see max_length
-            **options,
-            **extra,
-        )
-    except TemplateError as error:
-        remedy = f"The chat template says: {error}"
-        raise DataError(
-            Problem(f"{where}, messages", _short(messages), "messages that the template takes", remedy)
-        ) from error
-
-
-def _template(tokenizer: Any, where: str) -> str:
-    template = getattr(tokenizer, "chat_template", None)
-    if not template:
-        remedy = "Set tokenizer.chat_template, or give rows with 'prompt' and 'completion' or 'text'."
-        raise DataError(Problem("tokenizer.chat_template", template, f"a chat template to render {where} with", remedy))
-    return template if isinstance(template, str) else str(template)
-
-
-def _tokens(tokenizer: Any, text: str, *, start: bool) -> list[int]:
-    """Return the token ids of `text`; the tokenizer's own start tokens are added once, at a row's start."""
-    bos = getattr(tokenizer, "bos_token", None)
-    doubled = start and bos is not None and text.startswith(bos)
-    return list(tokenizer(text, add_special_tokens=start and not doubled, verbose=False)["input_ids"])
-
-
-def _with_eos(ids: list[int], tokenizer: Any, where: str) -> list[int]:
-    if tokenizer.eos_token_id is None:
-        raise DataError(
-            Problem("tokenizer.eos_token", None, f"an EOS token to end {where} with", "Set tokenizer.eos_token.")
-        )
-    return ids if ids and ids[-1] == tokenizer.eos_token_id else [*ids, tokenizer.eos_token_id]
-
-
-def _need_text(where: str, text: Any) -> None:
-    if not isinstance(text, str):
-        raise DataError(Problem(where, text, "a text (str)"))
-    if not text.strip():
-        raise DataError(Problem(where, text, "a text that is not empty", "Remove the row or give it text."))
-
-
-def _need_messages(where: str, messages: Any) -> None:
-    """Raise `DataError` with every mistake of a list of messages."""
-    if not isinstance(messages, Sequence) or isinstance(messages, str):
-        raise DataError(Problem(where, messages, "a list of {'role', 'content'}"))
-    problems = [] if messages else [Problem(where, messages, "at least one message", "Remove the row.")]
-    for number, message in enumerate(messages):
-        place = f"{where}[{number}]"
-        if not isinstance(message, Mapping):
-            problems.append(Problem(place, message, "a dict with 'role' and 'content'"))
-            continue
-        if not isinstance(message.get("role"), str):
-            problems.append(Problem(f"{place}.role", message.get("role"), "a text such as 'user' or 'assistant'"))
-        calls = message.get("tool_calls")
-        content = message.get("content")
-        if not isinstance(content, str) and not (content is None and calls) and not isinstance(content, list):
-            problems.append(Problem(f"{place}.content", content, "a text (str)"))
-        elif message.get("role") == "assistant" and content == "" and not calls:
-            problems.append(Problem(f"{place}.content", content, "an answer that is not empty", "Remove the turn."))
-    if problems:
-        raise DataError(*problems)
-
-
-def _short(value: Any) -> str:
-    text = value if isinstance(value, str) else repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,124 @@
+"""Which tokens bear loss: exactly those that the model would have to sample, the stop token of its turn included.
+
+Not among them: what the model is given (other turns, tool results, the generation prompt that opens its own turn) and
+the scaffold after the stop token, which nobody samples. Spans are in characters of the rendered text; a token bears
+loss if it holds a character of a span, so one that a tokenizer merges across a span's start counts as sampled.
+"""
+
+import re
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
+from typing import Any
+
+from attrs import frozen
+
+IGNORE = -100
+GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+Span = tuple[int, int]
+
+
+@frozen
+class Scaffold:
+    """What a chat template puts around the assistant's words.
+
+    `prompt` is the text that opens the assistant's turn, `stops` the ids of tokens that end it, `special` the ids of
+    all special and added tokens.
+    """
+
+    prompt: str
+    stops: frozenset[int]
+    special: frozenset[int]
+
+
+def special_ids(tokenizer: Any) -> frozenset[int]:
+    """Return the ids of the tokenizer's special and added tokens."""
+    return frozenset(tokenizer.all_special_ids) | frozenset(getattr(tokenizer, "added_tokens_decoder", None) or {})
+
+
+def find_scaffold(
+    tokenizer: Any, render: Callable[..., str | None] | None = None, stop_tokens: Iterable[str] = ()
+) -> Scaffold:
+    """Ask the tokenizer's template, by a conversation rendered for the purpose, how it opens and ends a turn.
+
+    `render(messages, add_generation_prompt)` returns the text, or None where the template refuses the conversation.
+    `stop_tokens` are those of the known format, if there is one.
+    """
+    special = special_ids(tokenizer)
+    stops = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
+    known = tokenizer.convert_tokens_to_ids(list(stop_tokens)) if stop_tokens else []
+    stops |= {token for token in known if token is not None and token != tokenizer.unk_token_id}
+    prompt = ""
+    if render is not None:
+        asked = [{"role": "user", "content": "question"}]
+        answered = [*asked, {"role": "assistant", "content": "answer"}]
+        text, before, opened = render(answered, False), render(asked, False), render(asked, True)
+        if before is not None and opened is not None and opened.startswith(before):
+            prompt = opened[len(before) :]
+        if text is not None and "answer" in text:
+            tail = text[text.rindex("answer") + len("answer") :]
+            ids = tokenizer(tail.strip(), add_special_tokens=False)["input_ids"] if tail.strip() else []
+            stops |= {token for token in ids[:1] if token in special}
+    return Scaffold(prompt, frozenset(stops), special)
+
+
+def merged(spans: Iterable[Span]) -> list[Span]:
+    """Return the spans in order, those that touch as one, empty ones left out."""
+    whole: list[Span] = []
+    for start, end in sorted(span for span in spans if span[0] < span[1]):
+        if whole and start <= whole[-1][1]:
+            whole[-1] = (whole[-1][0], max(end, whole[-1][1]))
+        else:
+            whole.append((start, end))
+    return whole
+
+
+def token_range(offsets: Sequence[Span], start: int, end: int) -> Span:
+    """Return the (first, last + 1) tokens that hold a character of `start` to `end`; `offsets` are in order."""
+    high = bisect_left(offsets, (end,))
+    low = bisect_left(offsets, (start,), hi=high)
+    while low > 0 and offsets[low - 1][1] > start:
+        low -= 1
+    return low, high
+
+
+def turn_range(text: str, span: Span, ids: Sequence[int], offsets: Sequence[Span], scaffold: Scaffold) -> Span | None:
+    """Return the tokens of one assistant turn from its first sampled token to its stop token.
+
+    A span that begins with the generation prompt is entered behind it; one that goes on with blanks behind the stop
+    token ends at it; one that ends just before the stop token is given it. None: the turn has no stop token.
+    """
+    start, end = span
+    if scaffold.prompt and text.startswith(scaffold.prompt, start) and start + len(scaffold.prompt) < end:
+        start += len(scaffold.prompt)
+    low, high = token_range(offsets, start, end)
+    last = high - 1
+    while last >= low and ids[last] not in scaffold.special and not text[offsets[last][0] : offsets[last][1]].strip():
+        last -= 1
+    if last >= low and ids[last] in scaffold.stops:
+        return low, last + 1
+    if high < len(ids) and ids[high] in scaffold.stops:
+        return low, high + 1
+    if last >= low and ids[last] in scaffold.special:
+        return low, last + 1
+    return None
+
+
+def prefix_offsets(
+    text: str, ids: Sequence[int], encode: Callable[[str], list[int]], cuts: Iterable[int]
+) -> list[Span]:
+    """Return offsets for a tokenizer that tells none: exact at `cuts` (in characters), and the same in between.
+
+    The number of tokens before a cut is the length of what the text's ids and those of the text up to it share.
+    """
+    bounds = [(0, 0)]
+    for cut in sorted(set(cuts)):
+        part, count = encode(text[:cut]), 0
+        while count < min(len(part), len(ids)) and part[count] == ids[count]:
+            count += 1
+        bounds.append((cut, max(count, bounds[-1][1])))
+    bounds.append((len(text), len(ids)))
+    offsets: list[Span] = []
+    for (begin, first), (end, last) in pairwise(bounds):
+        offsets.extend([(begin, end)] * (last - first))
+    return offsets

@@ -1,0 +1,117 @@
+"""Chat templates: which one to render with, so that what the assistant says is marked, and the rendering itself."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from attrs import frozen
+
+from fastft.data.mask import GENERATION, Scaffold, Span, find_scaffold
+from fastft.errors import Problem
+
+NO_TEMPLATE = "Set tokenizer.chat_template, or give rows with 'prompt' and 'completion' or 'text'."
+NO_MARKERS = (
+    "Give tokenizer.chat_template a version with {% generation %} ... {% endgeneration %} around assistant turns "
+    "(fastft.chat_templates.get_chat_template(tokenizer, name) has one for every known format), or use train_on='all'."
+)
+
+
+@frozen
+class Templates:
+    """The chat templates to render with, for rows without and with tools.
+
+    Where `compare` is set, `plain` and `tools` are those of a known format, marked with `{% generation %}`, and a row
+    is only used if the tokenizer's own template in `compare` renders the same text. `problem` says why messages cannot
+    be rendered, or (`unmarked`) why their assistant turns cannot be told from the rest.
+    """
+
+    plain: str = ""
+    tools: str = ""
+    compare: tuple[str, str] | None = None
+    problem: Problem | None = None
+    unmarked: Problem | None = None
+
+
+def render(
+    tokenizer: Any,
+    template: str,
+    conversations: Sequence[Any],
+    opened: bool,
+    tools: Any = None,
+    extra: Mapping[str, Any] | None = None,
+    marked: bool = False,
+) -> list[tuple[str, list[Span]]]:
+    """Render conversations with a template; return each one's text and the character spans of its generation blocks.
+
+    `opened` adds the generation prompt. Raises what Jinja raises.
+    """
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    settings = {**tokenizer.special_tokens_map, **(extra or {})}
+    texts, spans = render_jinja_template(
+        conversations=[list(messages) for messages in conversations],
+        tools=tools,
+        chat_template=template,
+        return_assistant_tokens_mask=marked,
+        add_generation_prompt=opened,
+        **settings,
+    )
+    return list(zip(texts, spans if marked else [[] for _ in texts], strict=True))
+
+
+def own_templates(tokenizer: Any) -> tuple[str, str]:
+    """Return the tokenizer's templates for conversations without and with tools; empty where it has none."""
+    template = getattr(tokenizer, "chat_template", None)
+    if not template:
+        return "", ""
+    if isinstance(template, str):
+        return template, template
+    plain = template.get("default") or next(iter(template.values()))
+    return plain, template.get("tool_use") or plain
+
+
+def templates_of(tokenizer: Any, train_on: str) -> tuple[Templates, Scaffold]:
+    """Return what to render a tokenizer's conversations with, and what its template puts around an answer.
+
+    A template without `{% generation %}` that renders like a known format is exchanged for that format's, which has
+    the same text and the markers. With `train_on="all"` no markers are needed.
+    """
+    plain, tools = own_templates(tokenizer)
+    if not plain:
+        problem = Problem(
+            "tokenizer.chat_template",
+            getattr(tokenizer, "chat_template", None),
+            "a chat template to render messages with",
+            NO_TEMPLATE,
+        )
+        return Templates(problem=problem), find_scaffold(tokenizer)
+    marked = all(GENERATION.search(template) for template in (plain, tools))
+    known = None if marked else _known_format(tokenizer)
+
+    def probe(messages: Sequence[Any], opened: bool) -> str | None:
+        try:
+            return render(tokenizer, plain, [messages], opened)[0][0]
+        except render_errors():
+            return None
+
+    scaffold = find_scaffold(tokenizer, probe, known.stop_tokens if known else ())
+    if marked or train_on == "all":
+        return Templates(plain, tools), scaffold
+    if known is not None:
+        return Templates(known.jinja, known.jinja, compare=(plain, tools)), scaffold
+    unmarked = Problem("tokenizer.chat_template", "no {% generation %} markers", "markers", NO_MARKERS)
+    return Templates(plain, tools, unmarked=unmarked), scaffold
+
+
+def _known_format(tokenizer: Any) -> Any:
+    try:
+        from fastft.data.template import recognise_format
+    except ModuleNotFoundError:
+        return None
+    return recognise_format(tokenizer)
+
+
+def render_errors() -> tuple[type[Exception], ...]:
+    """Return what a template may raise for messages that it does not take."""
+    from jinja2.exceptions import TemplateError
+
+    return (TemplateError, TypeError, ValueError, KeyError, AttributeError)

@@ -1,0 +1,69 @@
+"""What a row is, and what its fields must hold before anything is rendered."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastft.errors import DataError, Problem, did_you_mean
+
+KINDS = {"messages": ("messages",), "prompt and completion": ("prompt", "completion"), "text": ("text",)}
+ROW_IS = "A row is {'messages': [...]}, {'prompt', 'completion'} or {'text'}."
+
+
+def kind_of(where: str, row: Any) -> str:
+    """Return which of `KINDS` a row is. Raises `DataError`."""
+    if not isinstance(row, Mapping):
+        raise DataError(Problem(where, row, "a dict", ROW_IS))
+    for kind, fields in KINDS.items():
+        if all(name in row for name in fields):
+            return kind
+    expected = "'messages', or 'prompt' and 'completion', or 'text'"
+    raise DataError(Problem(f"{where}, fields", sorted(map(str, row)), expected, _field_remedy(row)))
+
+
+def _field_remedy(row: Mapping[str, Any]) -> str:
+    """Return what to do about a row whose fields are no kind that can be rendered."""
+    if {"chosen", "rejected"} <= set(row):
+        return "Rows with 'chosen' and 'rejected' are preferences; fine-tune on the chosen answers as 'messages'."
+    if "input_ids" in row:
+        return "Token ids need no rendering: pass them to sft or the trainer as a datasets.Dataset."
+    known = [name for fields in KINDS.values() for name in fields]
+    halves = [fields for fields in KINDS.values() if set(fields) & set(row)]
+    missing = next((name for fields in halves for name in fields if name not in row), "")
+    near = next((hint for name in row if name not in known for hint in [did_you_mean(str(name), known)] if hint), "")
+    return near or (f"It has no {missing!r}." if missing else "")
+
+
+def need_text(where: str, text: Any) -> None:
+    """Raise `DataError` for what is no text, or an empty one."""
+    if not isinstance(text, str):
+        raise DataError(Problem(where, text, "a text (str)"))
+    if not text.strip():
+        raise DataError(Problem(where, text, "a text that is not empty", "Remove the row or give it text."))
+
+
+def need_messages(where: str, messages: Any) -> None:
+    """Raise `DataError` with every mistake of a list of messages."""
+    if not isinstance(messages, Sequence) or isinstance(messages, str):
+        raise DataError(Problem(where, messages, "a list of {'role', 'content'}"))
+    problems = [] if messages else [Problem(where, messages, "at least one message", "Remove the row.")]
+    for number, message in enumerate(messages):
+        place = f"{where}[{number}]"
+        if not isinstance(message, Mapping):
+            problems.append(Problem(place, message, "a dict with 'role' and 'content'"))
+            continue
+        if not isinstance(message.get("role"), str):
+            problems.append(Problem(f"{place}.role", message.get("role"), "a text such as 'user' or 'assistant'"))
+        calls = message.get("tool_calls")
+        content = message.get("content")
+        if not isinstance(content, str) and not (content is None and calls) and not isinstance(content, list):
+            problems.append(Problem(f"{place}.content", content, "a text (str)"))
+        elif message.get("role") == "assistant" and content == "" and not calls:
+            problems.append(Problem(f"{place}.content", content, "an answer that is not empty", "Remove the turn."))
+    if problems:
+        raise DataError(*problems)
+
+
+def short(value: Any) -> str:
+    """Return a value as text of at most 80 characters."""
+    text = value if isinstance(value, str) else repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

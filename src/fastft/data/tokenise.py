@@ -1,0 +1,362 @@
+"""Batches of rows to token ids and labels: rendered together, tokenised in one call, masked by character spans."""
+
+import pickle
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
+from typing import Any
+
+import numpy as np
+from attrs import define, evolve, field, frozen
+
+from fastft.data import mask
+from fastft.data.check import row_problem
+from fastft.data.mask import IGNORE, Scaffold, Span
+from fastft.data.rendering import Templates, render, render_errors
+from fastft.data.rows import kind_of, need_messages, need_text, short
+from fastft.errors import DataError, Problem
+
+
+@frozen
+class Encoder:
+    """Turns rows into token ids and labels; a picklable value, so that other processes can do it.
+
+    `max_length` is in tokens; longer rows are problems, or are cut at their end if `truncate`.
+    """
+
+    tokenizer: Any
+    train_on: str
+    templates: Templates
+    scaffold: Scaffold
+    max_length: int | None = None
+    truncate: bool = False
+
+    def encode(self, rows: Sequence[Any], indices: Sequence[int]) -> list["Row"]:
+        """Return one `Row` for each of `rows`, whose numbers in the whole set are `indices`."""
+        made = [Row(f"row {index}") for index in indices]
+        texts: list[Text] = []
+        for row, content in zip(made, rows, strict=True):
+            try:
+                texts.extend(self._texts(row, content))
+            except DataError as error:
+                row.problems.extend(error.problems)
+        self._render([text for text in texts if text.messages is not None])
+        self._tokenise([text for text in texts if not text.row.problems])
+        for text in texts:
+            if not text.row.problems:
+                try:
+                    text.finish(self, text)
+                except DataError as error:
+                    text.row.problems.extend(error.problems)
+        for row in made:
+            if not row.problems:
+                self._judge(row)
+        return made
+
+    def table(self, rows: Sequence[Any], indices: Sequence[int]) -> Any:
+        """Return `encode`'s rows as the `pyarrow.Table` that `to_table` makes."""
+        return to_table(self.encode(rows, indices))
+
+    def _texts(self, row: "Row", content: Any) -> list["Text"]:
+        """Return what is to be rendered and tokenised for a row, in order. Raises `DataError`."""
+        kind = kind_of(row.where, content)
+        row.turns = kind != "text"
+        if kind == "messages":
+            need_messages(f"{row.where}, messages", content["messages"])
+            self._refuse_templates(row.where, content["messages"], self.train_on != "all")
+            return [Text(row, _finish_messages, content["messages"], content)]
+        if kind == "text":
+            return [self._plain_text(row, content["text"])]
+        prompt, completion = content["prompt"], content["completion"]
+        if isinstance(prompt, str) and isinstance(completion, str):
+            need_text(f"{row.where}, prompt", prompt)
+            need_text(f"{row.where}, completion", completion)
+            return [
+                Text(row, _finish_prompt, text=prompt, start=starts_anew(self.tokenizer, prompt)),
+                Text(row, _finish_completion, text=completion),
+            ]
+        need_messages(f"{row.where}, prompt", prompt)
+        need_messages(f"{row.where}, completion", completion)
+        several = len(completion) > 1 and self.train_on != "all"
+        self._refuse_templates(row.where, [*prompt, *completion], several)
+        given = Text(row, _finish_nothing, prompt, content, opened=True)
+        return [given, Text(row, _finish_turns, [*prompt, *completion], content, given=given)]
+
+    def _plain_text(self, row: "Row", text: Any) -> "Text":
+        where = f"{row.where}, text"
+        need_text(where, text)
+        if self.train_on != "all":
+            remedy = "A plain text has no turns: train on all of it with train_on='all'."
+            expected = f"a row with turns for train_on={self.train_on!r}"
+            raise DataError(Problem(where, short(text), expected, remedy))
+        return Text(row, _finish_text, text=text, start=starts_anew(self.tokenizer, text))
+
+    def _refuse_templates(self, where: str, messages: Sequence[Mapping[str, Any]], marked: bool) -> None:
+        if self.templates.problem is not None:
+            raise DataError(self.templates.problem)
+        if not marked:
+            return
+        if not any(message["role"] == "assistant" for message in messages):
+            roles = [message["role"] for message in messages]
+            raise DataError(Problem(f"{where}, messages", roles, "an assistant turn to learn", "Or train_on='all'."))
+        if self.templates.unmarked is not None:
+            raise DataError(self.templates.unmarked)
+
+    def _render(self, texts: Sequence["Text"]) -> None:
+        """Render the messages of all texts, those without settings of their own in one go."""
+        alike: dict[bool, list[Text]] = {False: [], True: []}
+        for text in texts:
+            if text.row.problems:
+                continue
+            if text.content.get("tools") or text.content.get("chat_template_kwargs"):
+                self._render_alone(text)
+            else:
+                alike[text.opened].append(text)
+        for opened, group in alike.items():
+            if not group:
+                continue
+            try:
+                found = self._rendered([text.messages for text in group], opened)
+            except render_errors():
+                for text in group:
+                    self._render_alone(text)
+                continue
+            for text, (rendered, spans) in zip(group, found, strict=True):
+                text.text, text.spans = rendered, spans
+
+    def _render_alone(self, text: "Text") -> None:
+        extra, tools = text.content.get("chat_template_kwargs") or {}, text.content.get("tools") or None
+        try:
+            ((text.text, text.spans),) = self._rendered([text.messages], text.opened, tools, extra)
+        except DataError as error:
+            text.row.problems.extend(evolve(problem, where=f"{text.row.where}, messages") for problem in error.problems)
+        except render_errors() as error:
+            remedy = f"The chat template says: {error}"
+            text.row.problems.append(
+                Problem(f"{text.row.where}, messages", short(text.messages), "messages that the template takes", remedy)
+            )
+
+    def _rendered(
+        self,
+        conversations: Sequence[Any],
+        opened: bool,
+        tools: Any = None,
+        extra: Mapping[str, Any] | None = None,
+    ) -> list[tuple[str, list[Span]]]:
+        """Return text and generation spans of every conversation; with `compare`, raise where the texts differ."""
+        template = self.templates.tools if tools else self.templates.plain
+        marked = mask.GENERATION.search(template) is not None
+        found = render(self.tokenizer, template, conversations, opened, tools, extra or {}, marked)
+        if self.templates.compare is not None:
+            own = self.templates.compare[1 if tools else 0]
+            pairs = render(self.tokenizer, own, conversations, opened, tools, extra or {}, False)
+            for (text, _), (wanted, _), messages in zip(found, pairs, conversations, strict=True):
+                if text == wanted:
+                    continue
+                remedy = (
+                    "The tokenizer's template has no {% generation %} markers and renders this row otherwise than the "
+                    "known format it resembles; put the markers into tokenizer.chat_template, or "
+                    "fastft.chat_templates.get_chat_template(tokenizer, name)."
+                )
+                raise DataError(Problem("messages", short(messages), "the rendering of the known format", remedy))
+        return found
+
+    def _tokenise(self, texts: Sequence["Text"]) -> None:
+        """Tokenise all texts: one call for those with the tokenizer's start tokens and one for those without."""
+        for start in (False, True):
+            group = [text for text in texts if text.start is start]
+            if not group:
+                continue
+            contents = [text.text for text in group]
+            backend = plain_backend(self.tokenizer)
+            if backend is not None:
+                encodings = backend.encode_batch(contents, add_special_tokens=start)
+                for text, encoding in zip(group, encodings, strict=True):
+                    text.ids, text.encoding = encoding.ids, encoding
+                continue
+            encoded = self.tokenizer(contents, add_special_tokens=start, return_attention_mask=False, verbose=False)
+            encodings = encoded.encodings or [None] * len(group)
+            for text, ids, encoding in zip(group, encoded["input_ids"], encodings, strict=True):
+                text.ids, text.encoding = ids, encoding
+
+    def offsets(self, text: "Text") -> Sequence[Span]:
+        """Return the (start, end) characters of every token of a text."""
+        if text.encoding is not None:
+            return text.encoding.offsets
+        cuts = [*chain(*text.spans), *([len(text.given.text)] if text.given else [])]
+        return mask.prefix_offsets(text.text, text.ids, self._plain_ids, cuts)
+
+    def turns(self, text: "Text", spans: Sequence[tuple[int, Span]]) -> list[Span]:
+        """Return the token ranges of numbered spans, each with its stop token. Raises `DataError` without one."""
+        ranges, problems, offsets = [], [], self.offsets(text)
+        for number, span in spans:
+            found = mask.turn_range(text.text, span, text.ids, offsets, self.scaffold)
+            if found is None:
+                remedy = "End the turn with the EOS token in the chat template, or the model never learns to stop."
+                where = f"{text.row.where}, assistant turn {number}"
+                problems.append(
+                    Problem(where, text.text[span[0] : span[1] + 20][-40:], "a stop token at its end", remedy)
+                )
+            else:
+                ranges.append(found)
+        if problems:
+            raise DataError(*problems)
+        return ranges
+
+    def with_eos(self, where: str, ids: list[int]) -> list[int]:
+        """Return `ids` with the EOS token at the end. Raises `DataError` where the tokenizer has none."""
+        eos = self.tokenizer.eos_token_id
+        if eos is None:
+            remedy = "Set tokenizer.eos_token."
+            raise DataError(Problem("tokenizer.eos_token", None, f"an EOS token to end {where} with", remedy))
+        return ids if ids and ids[-1] == eos else [*ids, eos]
+
+    def _plain_ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    def _judge(self, row: "Row") -> None:
+        """Cut a row to length, and note what is wrong with it."""
+        size = len(row.ids)
+        if self.max_length is not None and size > self.max_length:
+            if not self.truncate:
+                remedy = "Raise max_length, or cut such rows with overlong='truncate'."
+                row.problems.append(
+                    Problem(row.where, f"{size} tokens", f"at most max_length={self.max_length}", remedy)
+                )
+                return
+            row.ids = row.ids[: self.max_length]
+            row.spans = [(start, min(end, self.max_length)) for start, end in row.spans if start < self.max_length]
+        if not row.ids or not any(end > max(start, 1) for start, end in row.spans):
+            problem = row_problem(row.where, row.ids, [IGNORE] * len(row.ids))
+            cut = size > len(row.ids) > 0
+            row.problems.append(Unlearnable(problem) if cut else problem)
+
+
+@frozen
+class Unlearnable:
+    """The problem of a row that has nothing to learn since it was cut to `max_length`."""
+
+    problem: Problem
+
+
+@define
+class Row:
+    """A row on its way: its ids and the token ranges that bear loss, or its problems."""
+
+    where: str
+    ids: list[int] = field(factory=list)
+    spans: list[Span] = field(factory=list)
+    problems: list[Problem | str | Unlearnable] = field(factory=list)
+    turns: bool = True  # whether the model is to learn when to stop: not asked of plain text
+
+
+@define
+class Text:
+    """A text of a row on its way: rendered from `messages` or given as it is, then tokenised, then masked."""
+
+    row: Row
+    finish: Callable[[Encoder, "Text"], None]
+    messages: Sequence[Any] | None = None
+    content: Mapping[str, Any] = field(factory=dict)
+    text: str = ""
+    start: bool = False  # with the tokenizer's own start tokens
+    opened: bool = False  # with the generation prompt
+    given: "Text | None" = None  # the prompt of a prompt with completion
+    spans: list[Span] = field(factory=list)
+    ids: list[int] = field(factory=list)
+    encoding: Any = None  # what a tokenizer that tells offsets made of it
+
+
+def _finish_nothing(encoder: Encoder, text: Text) -> None:
+    """Leave a prompt that is only rendered to see where the completion starts."""
+
+
+def _finish_text(encoder: Encoder, text: Text) -> None:
+    text.row.ids = encoder.with_eos(text.row.where, list(text.ids))
+    text.row.spans = [(0, len(text.row.ids))]
+
+
+def _finish_prompt(encoder: Encoder, text: Text) -> None:
+    text.row.ids = list(text.ids)
+
+
+def _finish_completion(encoder: Encoder, text: Text) -> None:
+    given = len(text.row.ids)
+    text.row.ids = text.row.ids + encoder.with_eos(text.row.where, list(text.ids))
+    text.row.spans = [(0 if encoder.train_on == "all" else given, len(text.row.ids))]
+
+
+def _finish_messages(encoder: Encoder, text: Text) -> None:
+    text.row.ids = text.ids
+    if encoder.train_on == "all":
+        text.row.spans = [(0, len(text.ids))]
+        return
+    spans = mask.merged(text.spans)
+    if not spans:
+        remedy = "The template's {% generation %} block renders nothing for it."
+        expected = "an assistant turn that leaves tokens"
+        raise DataError(Problem(f"{text.row.where}, messages", short(text.messages), expected, remedy))
+    first = 0 if encoder.train_on == "assistant" else len(spans) - 1
+    text.row.spans = encoder.turns(text, list(enumerate(spans))[first:])
+
+
+def _finish_turns(encoder: Encoder, text: Text) -> None:
+    """Mask a conversation that was given as the messages of a prompt and those of a completion."""
+    where, given = text.row.where, text.given.text
+    if not text.text.startswith(given):
+        remedy = "The template renders the prompt otherwise alone than in the whole; use 'messages' rows instead."
+        expected = "a prompt that the whole conversation starts with"
+        raise DataError(Problem(f"{where}, prompt", short(text.given.messages), expected, remedy))
+    spans = [(max(start, len(given)), end) for start, end in mask.merged(text.spans) if end > len(given)]
+    spans = spans or [(len(given), len(text.text))]
+    whole = encoder.turns(text, list(enumerate(spans))[-1 if encoder.train_on == "last" else 0 :])
+    text.row.ids = text.ids
+    text.row.spans = [(0, len(text.ids))] if encoder.train_on == "all" else whole
+
+
+def plain_backend(tokenizer: Any) -> Any:
+    """Return the `tokenizers.Tokenizer` to call directly, or None where the tokenizer itself does more than call it.
+
+    The tokenizer's own call turns every encoding into lists that nobody needs here, a fifth of the time.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    own = ("__call__", "_encode_plus", "_batch_encode_plus", "encode", "_call_one")
+    changed = any(
+        getattr(type(tokenizer), name, None) is not getattr(PreTrainedTokenizerFast, name, None) for name in own
+    )
+    if backend is None or changed or getattr(tokenizer, "split_special_tokens", False):
+        return None
+    settled = backend.truncation is None and backend.padding is None and not backend.encode_special_tokens
+    return backend if settled else None
+
+
+def starts_anew(tokenizer: Any, text: str) -> bool:
+    """Return whether the tokenizer's own start tokens are to be added: not where the text has BOS already."""
+    bos = getattr(tokenizer, "bos_token", None)
+    return bos is None or not text.startswith(bos)
+
+
+def to_table(rows: Sequence[Row]) -> Any:
+    """Return a `pyarrow.Table` with `input_ids` and `labels` (lists of int32), `problems` and `turns` (bool).
+
+    `problems` is null, or a pickled list of what is wrong with the row; such a row has no ids.
+    """
+    import pyarrow
+
+    sound = [() if row.problems else row.ids for row in rows]
+    ends = np.cumsum([0, *map(len, sound)], dtype=np.int32)
+    ids = np.fromiter(chain.from_iterable(sound), dtype=np.int32, count=int(ends[-1]))
+    labels = np.full_like(ids, IGNORE)
+    for row, begin in zip(rows, ends[:-1].tolist(), strict=True):
+        if not row.problems:
+            for start, end in row.spans:
+                labels[begin + start : begin + end] = ids[begin + start : begin + end]
+    problems = [pickle.dumps(row.problems) if row.problems else None for row in rows]
+    columns = {
+        "input_ids": pyarrow.ListArray.from_arrays(ends, ids),
+        "labels": pyarrow.ListArray.from_arrays(ends, labels),
+        "problems": pyarrow.array(problems, pyarrow.binary()),
+        "turns": pyarrow.array([row.turns for row in rows], pyarrow.bool_()),
+    }
+    return pyarrow.table(columns)
