@@ -1,4 +1,4 @@
-"""Is there something to learn in every row? Asked before training, answered with row numbers."""
+"""Is every row whole, and is there something to learn in it? Asked before training, answered with row numbers."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -8,6 +8,8 @@ from attrs import evolve
 from fastft.errors import DataError, Problem
 
 SHOWN = 10
+LONGEST = 4_000_000  # characters of one text: a million tokens or so, more than a model can take
+_EMPTY = "Remove the row or give it text."
 
 
 def check_tokenised(dataset: Any, name: str = "train") -> None:
@@ -55,11 +57,162 @@ def row_problem(where: str, ids: Sequence[int], labels: Sequence[int]) -> Proble
 
 def refuse(problems: Iterable[Problem | str]) -> None:
     """Raise `DataError` with the first problems and the number of the others, if there are any."""
-    problems = list(problems)
-    if len(problems) > SHOWN:
-        problems = [*problems[:SHOWN], f"and {len(problems) - SHOWN} more rows"]
-    if problems:
-        raise DataError(*problems)
+    mistakes = Mistakes()
+    for problem in problems:
+        mistakes.add([problem])
+    mistakes.refuse()
+
+
+class Mistakes:
+    """The mistakes of a whole set: all are counted, and the first `SHOWN` are kept, however many rows there are."""
+
+    def __init__(self) -> None:
+        self.kept: list[Problem | str] = []
+        self.rows = 0
+        self.count = 0
+        self._unseen = 0
+
+    def add(self, problems: Sequence[Problem | str]) -> None:
+        """Count the mistakes of one row; a row without mistakes does not count."""
+        if not problems:
+            return
+        self.rows += 1
+        self.count += len(problems)
+        self._unseen += len(self.kept) >= SHOWN
+        self.kept.extend(problems[: SHOWN - len(self.kept)])
+
+    def refuse(self, total: int | None = None) -> None:
+        """Raise `DataError` with the first mistakes and the number of all, if there are any; `total` rows were seen."""
+        if not self.count:
+            return
+        hidden = self.count - len(self.kept)
+        more = [f"and {self._unseen} more rows"] if self._unseen else []
+        if hidden and not self._unseen:
+            more = [f"and {hidden} more mistakes in these rows"]
+        if more and total is not None:
+            more = [f"{more[0]}: {self.rows:,} of {total:,} rows cannot be used ({self.count:,} mistakes)"]
+        raise DataError(*self.kept, *more)
+
+
+def short(value: Any, limit: int = 80) -> Any:
+    """Return `value`, or the start of its text and its size where it is longer than `limit` characters."""
+    if isinstance(value, str):
+        return value if len(value) <= limit else f"{value[: limit - 3]}... ({len(value):,} characters)"
+    if isinstance(value, bytes):
+        return value if len(value) <= limit else f"{value[: limit // 4]!r}... ({len(value):,} bytes)"
+    # An outline before the whole: the repr of a row may be as long as the row.
+    if isinstance(value, Mapping):
+        outline: Any = {key: short(part, limit // 2) for key, part in list(value.items())[:SHOWN]}
+    elif isinstance(value, list | tuple):
+        outline = [short(part, limit // 2) for part in value[:SHOWN]]
+    else:
+        outline = value
+    text = repr(outline)
+    whole = not isinstance(value, Mapping | list | tuple) or len(value) <= SHOWN
+    return outline if whole and len(text) <= limit else text[: limit - 3] + "..."
+
+
+def text_problem(where: str, text: Any, *, may_be_empty: bool = False) -> Problem | None:
+    """Return what is wrong with a text: its type, nothing in it, too long, or characters that UTF-8 has not."""
+    if not isinstance(text, str):
+        return Problem(where, short(text), "a text (str)", _remedy_for(text))
+    if not may_be_empty and (not text or text.isspace()):
+        return Problem(where, short(text), "a text that is not empty", _EMPTY)
+    if len(text) > LONGEST:
+        remedy = "Cut it into parts; fastft.text_dataset cuts documents into chunks."
+        return Problem(where, short(text), f"at most {LONGEST:,} characters", remedy)
+    if not text.isascii():
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            found = short(text[max(0, error.start - 10) : error.end + 10])
+            remedy = f"Character {error.start} is half of a surrogate pair: the text was cut or decoded wrongly."
+            return Problem(where, found, "characters that UTF-8 has", remedy)
+    return None
+
+
+def _remedy_for(value: Any) -> str:
+    """Return what to do about a value that is no text."""
+    if value is None:
+        return _EMPTY
+    if isinstance(value, float) and value != value:
+        return "NaN is an empty cell of a table: remove the row, or fill it (fillna('') in pandas)."
+    if isinstance(value, bytes):
+        return "Decode it: value.decode('utf-8')."
+    return "Convert it to text." if isinstance(value, int | float) else ""
+
+
+def message_problems(where: str, messages: Any, keys: tuple[str, str] = ("role", "content")) -> list[Problem]:
+    """Return every mistake of a list of messages, whose role and content are under `keys`.
+
+    Content is a text or a list of parts (`{"type": ...}`). It may be missing where a message has `tool_calls` or
+    thinking, and empty in a system message or a tool's result.
+    """
+    if isinstance(messages, str) or not isinstance(messages, Sequence):
+        expected = f"a list of {{{keys[0]!r}, {keys[1]!r}}}"
+        return [Problem(where, short(messages), expected, _EMPTY if messages is None else "")]
+    if not messages:
+        return [Problem(where, [], "at least one message", "Remove the row.")]
+    problems = []
+    for number, message in enumerate(messages):
+        if not isinstance(message, Mapping):
+            expected = f"a dict with {keys[0]!r} and {keys[1]!r}"
+            problems.append(Problem(f"{where}[{number}]", short(message), expected))
+            continue
+        role, content = message.get(keys[0]), message.get(keys[1])
+        if type(role) is not str or not role:
+            problems.append(_role_problem(f"{where}[{number}]", message, keys))
+        # the plain case first: this runs for every message of a set
+        plain = type(content) is str and content.isascii() and len(content) <= LONGEST
+        if not plain or not content or content.isspace():
+            problem = _content_problem(f"{where}[{number}].{keys[1]}", message, role, content)
+            if problem:
+                problems.append(problem)
+    return problems
+
+
+def repeated_answers(where: str, messages: Sequence[Mapping[str, Any]], role_key: str = "role") -> list[Problem]:
+    """Return a problem for every assistant turn that follows on another one; `messages` have standard roles."""
+    remedy = "Join the two turns into one, or put the user's turn between them."
+    return [
+        Problem(f"{where}[{number}].{role_key}", "assistant", f"another role than in [{number - 1}]", remedy)
+        for number in range(1, len(messages))
+        if messages[number]["role"] == "assistant" == messages[number - 1]["role"]
+    ]
+
+
+def _role_problem(where: str, message: Mapping[str, Any], keys: tuple[str, str]) -> Problem:
+    role = message.get(keys[0])
+    remedy = "" if keys[0] in message else f"The message has the fields {short(sorted(map(str, message)))}."
+    return Problem(f"{where}.{keys[0]}", short(role), "a text such as 'user' or 'assistant'", remedy)
+
+
+def _content_problem(where: str, message: Mapping[str, Any], role: Any, content: Any) -> Problem | None:
+    """Return what is wrong with the content of one message."""
+    said = any(message.get(name) for name in ("tool_calls", "reasoning_content", "thinking"))
+    if content is None and said:
+        return None
+    if isinstance(content, list | tuple):
+        return _parts_problem(where, content)
+    problem = text_problem(where, content, may_be_empty=said or role in ("system", "developer", "tool"))
+    if problem and isinstance(content, str) and role == "assistant" and not content.strip():
+        return evolve(problem, expected="an answer that is not empty", remedy="Remove the turn, or the row.")
+    return problem
+
+
+def _parts_problem(where: str, parts: Sequence[Any]) -> Problem | None:
+    """Return what is wrong with a content list: each part is a dict with a type, a text part has text."""
+    if not parts:
+        return Problem(where, [], "at least one part", _EMPTY)
+    for number, part in enumerate(parts):
+        if not isinstance(part, Mapping) or not isinstance(part.get("type"), str):
+            remedy = "Such as {'type': 'text', 'text': ...}."
+            return Problem(f"{where}[{number}]", short(part), "a dict with a 'type'", remedy)
+        if part["type"] == "text":
+            problem = text_problem(f"{where}[{number}].text", part.get("text"))
+            if problem:
+                return problem
+    return None
 
 
 def named(problem: Problem | str, name: str) -> Problem | str:

@@ -1,0 +1,327 @@
+"""What rows are, said in one line, and their canonical form: nothing is guessed, nothing dropped."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from itertools import islice
+from typing import Any
+
+from fastft.data.check import Mistakes, refuse_empty, short
+from fastft.data.convert import CHAT_KEYS, convert_row, present
+from fastft.data.kinds import (
+    CONTENT_KEYS,
+    CONVERSATIONS,
+    EXACT,
+    KNOWN,
+    LOOSE,
+    ROLE_KEYS,
+    ROLE_OF,
+    ROLES,
+    SYSTEM_COLUMNS,
+    Kind,
+    Recognised,
+)
+from fastft.errors import DataError, Problem, did_you_mean
+
+SAMPLE = 100  # rows looked at; canonical looks at all of them
+_REVISION = 1  # of the canonical form, part of its fingerprint in the cache
+_PROBLEMS = "__problems__"
+Fields = dict[str, str]
+
+
+def recognise(rows_or_columns: Any) -> Recognised:
+    """Return what rows are, by their columns and the first `SAMPLE` of them.
+
+    Takes a list of dicts, a `datasets.Dataset` or `IterableDataset`, or a list of column names. Names that are used for
+    other things too (question and answer, say) count only where none of the usual ones is there.
+
+    Raises `DataError` naming the columns where nothing is recognised or more than one kind is.
+    """
+    columns, sample, size = _look(rows_or_columns)
+    found = _candidates(columns, sample)
+    if not found:
+        known = [name for kind in EXACT.values() for fields in kind for name in fields.values()] + list(CONVERSATIONS)
+        hint = next((hint for name in columns for hint in [did_you_mean(name, known)] if hint), "")
+        remedy = hint or "Rename the columns, or merge them: fastft.to_sharegpt(rows, merged_prompt='{a} {b}', ...)."
+        raise DataError(Problem("columns", short(sorted(columns), 200), f"columns that are known: {KNOWN}", remedy))
+    if len(found) > 1:
+        kinds = "; ".join(_statement(kind, fields, _keys(kind, fields, sample), None) for kind, fields in found)
+        remedy = f"Keep the columns of one: fastft.load_rows(rows, columns={list(found[0][1].values())})."
+        raise DataError(
+            Problem("columns", short(sorted(columns), 200), f"columns of one kind; these could be {kinds}", remedy)
+        )
+    kind, fields = found[0]
+    _refuse_unpaired(kind, columns, sample)
+    keys = _keys(kind, fields, sample)
+    if kind == "messages" and _roles_renamed(fields["messages"], keys or CHAT_KEYS, sample):
+        kind = "sharegpt"
+    return Recognised(kind, fields, _statement(kind, fields, keys, size), None if size < 0 else size, keys)
+
+
+def canonical(rows: Any, recognised: Recognised, *, alternate: bool = True, num_proc: int | None = None) -> Any:
+    """Return rows in their canonical form: `messages` (with `tools`), `prompt` and `completion`, `text`, whole
+    conversations under `chosen` and `rejected`, or `input_ids`; other columns are kept.
+
+    * A list gives a list; messages that are canonical already are the same objects.
+    * A `Dataset` gives a mapped one, cached like any other; messages are kept as JSON, so that a message has the keys
+      it was written with and none that Arrow filled in. Messages that hold images or sound keep their type.
+    * An `IterableDataset` gives one that converts as it is read.
+
+    `alternate` refuses two assistant turns in a row. Raises `DataError` with the first `check.SHOWN` mistakes and the
+    number of all rows that cannot be used; of a stream, when the row is reached.
+    """
+    if hasattr(rows, "column_names") and hasattr(rows, "__len__"):
+        return _canonical_dataset(rows, recognised, alternate, num_proc)
+    if hasattr(rows, "column_names"):
+        gone = [column for column in recognised.fields.values() if column not in _written(recognised)]
+        convert = partial(_stream_row, recognised=recognised, features=rows.features, alternate=alternate)
+        return rows.map(convert, with_indices=True, remove_columns=gone)
+    mistakes, made = Mistakes(), []
+    for index, row in enumerate(rows):
+        row, problems = convert_row(f"row {index}", row, recognised, None, alternate)
+        mistakes.add(problems)
+        made.append(row)
+    mistakes.refuse(len(made))
+    return made
+
+
+def _stream_row(row: Any, index: int, recognised: Recognised, features: Any, alternate: bool) -> Any:
+    made, problems = convert_row(f"row {index}", row, recognised, features, alternate)
+    if problems:
+        raise DataError(*problems)
+    return made
+
+
+def _written(recognised: Recognised) -> tuple[str, ...]:
+    """Return the columns that the canonical form consists of."""
+    if recognised.kind in ("messages", "sharegpt", "instruction"):
+        return ("messages",)
+    if recognised.kind == "preference":
+        return ("chosen", "rejected")
+    return tuple(EXACT[recognised.kind][0])
+
+
+def _canonical_dataset(rows: Any, recognised: Recognised, alternate: bool, num_proc: int | None) -> Any:
+    from datasets import Features, Json, List, Value
+
+    rows = rows.with_format(None)
+    written = _written(recognised)
+    if recognised.kind == "input_ids":
+        return rows
+    features = Features({name: rows.features[name] for name in rows.column_names if name not in _used(recognised)})
+    for column in written:
+        kept = rows.features.get(column)
+        if recognised.kind == "text" or (recognised.kind == "prompt_completion" and recognised.keys is None):
+            features[column] = Value("string")
+        else:
+            features[column] = kept if kept is not None and _holds_media(kept) else List(Json())
+    if "tools" in rows.column_names:
+        features["tools"] = Json()
+    features[_PROBLEMS] = Value("string")
+    settings = {"recognised": recognised, "given": rows.features, "columns": list(features), "alternate": alternate}
+    made = rows.map(
+        partial(_map_batch, **settings),
+        batched=True,
+        with_indices=True,
+        remove_columns=rows.column_names,
+        features=features,
+        num_proc=num_proc,
+        fn_kwargs={"revision": _REVISION},
+        desc="checking rows",
+    )
+    _refuse_marked(made)
+    return made.remove_columns(_PROBLEMS)
+
+
+def _used(recognised: Recognised) -> set[str]:
+    return {*recognised.fields.values(), *_written(recognised), "tools"}
+
+
+def _map_batch(
+    batch: Mapping[str, list[Any]],
+    indices: list[int],
+    recognised: Recognised,
+    given: Any,
+    columns: list[str],
+    alternate: bool,
+    revision: int,
+) -> dict[str, list[Any]]:
+    """Convert a batch of columns; the mistakes of a row go into a column of their own, to be told together."""
+    made: dict[str, list[Any]] = {column: [] for column in columns}
+    for offset, index in enumerate(indices):
+        row = {column: values[offset] for column, values in batch.items()}
+        row, problems = convert_row(f"row {index}", row, recognised, given, alternate)
+        told = [(problem.where, problem.value, problem.expected, problem.remedy) for problem in problems]
+        for column in columns:
+            made[column].append(None if problems else row.get(column))
+        made[_PROBLEMS][-1] = json.dumps(told, default=repr) if told else None
+    return made
+
+
+def _refuse_marked(made: Any) -> None:
+    """Raise `DataError` for the mistakes in the column of mistakes."""
+    mistakes = Mistakes()
+    column = made.data.column(_PROBLEMS)
+    for told in column.drop_null() if column.null_count < len(column) else ():
+        mistakes.add([Problem(*problem) for problem in json.loads(told.as_py())])
+    mistakes.refuse(len(made))
+
+
+def _holds_media(feature: Any) -> bool:
+    """Return whether a feature holds what JSON does not: images, sound, bytes ..."""
+    if isinstance(feature, dict):
+        return any(_holds_media(part) for part in feature.values())
+    inner = feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
+    if inner is not None:
+        return _holds_media(inner)
+    kind = type(feature).__name__
+    return kind not in ("Value", "Json", "ClassLabel") or "binary" in str(getattr(feature, "dtype", ""))
+
+
+def _look(rows: Any) -> tuple[list[str], list[Mapping[str, Any]], int]:
+    """Return columns, the first rows, and the number of rows (-1: a stream, -2: column names alone)."""
+    if hasattr(rows, "column_names") and not isinstance(rows, Mapping):
+        size = len(rows) if hasattr(rows, "__len__") else -1
+        if size >= 0:
+            refuse_empty(rows)
+        features = rows.features
+        plain = rows.with_format(None) if size >= 0 else rows
+        sample = [dict(row) for row in islice(iter(plain), SAMPLE)]
+        if features is not None:
+            sample = [{name: present(value, features.get(name)) for name, value in row.items()} for row in sample]
+        return list(rows.column_names or dict.fromkeys(name for row in sample for name in row)), sample, size
+    if isinstance(rows, Mapping | str | bytes) or not isinstance(rows, Sequence):
+        remedy = "fastft.load_rows(source) reads files, names and generators."
+        raise DataError(Problem("rows", short(type(rows).__name__), "a list of rows, or a datasets.Dataset", remedy))
+    refuse_empty(rows)
+    if all(isinstance(name, str) for name in rows):
+        return list(rows), [], -2
+    sample = [row for row in rows[:SAMPLE] if isinstance(row, Mapping)]
+    if not sample:
+        raise DataError(Problem("row 0", short(rows[0]), "a dict", f"A row has {KNOWN}."))
+    # the first row that is of a kind decides; rows that are of another are told by canonical
+    decides = next((row for row in sample if _candidates(list(row), [row])), None)
+    if decides is None:
+        return list(dict.fromkeys(str(name) for row in sample for name in row)), sample, len(rows)
+    return [str(name) for name in decides], sample, len(rows)
+
+
+def _candidates(columns: Sequence[str], sample: Sequence[Mapping[str, Any]]) -> list[tuple[Kind, Fields]]:
+    """Return every kind that the columns could be, with its fields."""
+    found: list[tuple[Kind, Fields]] = []
+    for column in CONVERSATIONS:
+        if column in columns and _is_conversation(column, sample):
+            found.append(("messages", _beside({"messages": column}, columns)))
+    found.extend(_matches(EXACT, columns))
+    return found or _matches(LOOSE, columns)
+
+
+def _matches(table: Mapping[Kind, tuple[Fields, ...]], columns: Sequence[str]) -> list[tuple[Kind, Fields]]:
+    found: dict[tuple[Kind, frozenset[str]], Fields] = {}
+    for kind, alternatives in table.items():
+        for wanted in alternatives:
+            needed = frozenset(column for part, column in wanted.items() if not part.endswith("?"))
+            if needed <= set(columns):
+                fields = {part.rstrip("?"): column for part, column in wanted.items() if column in columns}
+                fields = _beside(fields, columns) if kind == "instruction" else fields
+                if len(fields) > len(found.get((kind, needed), {})):
+                    found[kind, needed] = fields
+    return [(kind, fields) for (kind, _), fields in found.items()]
+
+
+def _beside(fields: Fields, columns: Sequence[str]) -> Fields:
+    """Return the fields with the columns of a system message and of earlier turns that stand beside them."""
+    system = next((column for column in SYSTEM_COLUMNS if column in columns), None)
+    made = {**fields, **({"system": system} if system else {})}
+    return {**made, "history": "history"} if "instruction" in fields and "history" in columns else made
+
+
+def _is_conversation(column: str, sample: Sequence[Mapping[str, Any]]) -> bool:
+    """Return whether a column holds lists of turns, or could: it is empty or broken in all rows seen."""
+    values = [row[column] for row in sample if row.get(column) is not None]
+    if column == "messages" or not values:
+        return True
+    lists = [value for value in values if isinstance(value, list | tuple) or _json_list(value)]
+    return any(not value or _json_list(value) or isinstance(value[0], Mapping) for value in lists)
+
+
+def _json_list(value: Any) -> bool:
+    return isinstance(value, str) and value.lstrip().startswith("[")
+
+
+def _turns_of(column: str, sample: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return the turns in a column of the first rows, broken ones left out."""
+    turns = []
+    for row in sample:
+        value = row.get(column)
+        if _json_list(value):
+            try:
+                value = json.loads(value)
+            except ValueError:
+                continue
+        if isinstance(value, list | tuple):
+            turns.extend(turn for turn in value if isinstance(turn, Mapping))
+    return turns
+
+
+def _keys(kind: Kind, fields: Fields, sample: Sequence[Mapping[str, Any]]) -> tuple[str, str] | None:
+    """Return the names of role and content in turns; None where a kind's parts are texts."""
+    if kind in ("text", "input_ids", "instruction"):
+        return None
+    column = fields.get("messages") or fields.get("completion") or fields["chosen"]
+    turns = _turns_of(column, sample)
+    if not turns and kind != "messages":
+        return None
+    if not turns and column == "conversations" and not sample:
+        return ("from", "value")
+    for turn in turns:
+        role = next((key for key in ROLE_KEYS if isinstance(turn.get(key), str)), None)
+        content = next((key for key in CONTENT_KEYS if key in turn and key != role), None)
+        if role and content:
+            return role, content
+    return CHAT_KEYS
+
+
+def _roles_renamed(column: str, keys: tuple[str, str], sample: Sequence[Mapping[str, Any]]) -> bool:
+    """Return whether the turns must be renamed: other keys, or other names of the usual roles, all of them known."""
+    if keys != CHAT_KEYS:
+        return True
+    names = {turn["role"] for turn in _turns_of(column, sample) if isinstance(turn.get("role"), str)}
+    others = {ROLE_OF.get(name.lower(), "") for name in names - set(ROLES)}
+    return bool(others & {"user", "assistant", "system"}) and "" not in others
+
+
+def _refuse_unpaired(kind: Kind, columns: Sequence[str], sample: Sequence[Mapping[str, Any]]) -> None:
+    """Raise `DataError` for answers that carry a verdict: half of them are there to be avoided."""
+    judged = [row["label"] for row in sample if isinstance(row.get("label"), bool)]
+    if kind == "prompt_completion" and judged:
+        remedy = (
+            "Keep the good ones and drop the column: rows.filter(lambda row: row['label']).remove_columns('label')."
+        )
+        expected = "answers that are all to be learnt; with 'label' some are marked as bad"
+        raise DataError(Problem("columns", sorted(columns), expected, remedy))
+
+
+_NAMES = {
+    "messages": "conversations",
+    "sharegpt": "ShareGPT conversations",
+    "prompt_completion": "prompts with completions",
+    "instruction": "instructions with answers",
+    "preference": "preference pairs",
+    "text": "plain text",
+    "input_ids": "token ids",
+}
+
+
+def _statement(kind: Kind, fields: Fields, keys: tuple[str, str] | None, size: int | None) -> str:
+    """Return one line: what it is, in which columns, how many rows."""
+    names = [repr(column) for column in fields.values()]
+    listed = f"column {names[0]}" if len(names) == 1 else f"columns {', '.join(names[:-1])} and {names[-1]}"
+    if keys:
+        listed += f", {'/'.join(keys)}"
+    if kind == "instruction":
+        listed += ", a user's and an assistant's turn each"
+    text = f"{_NAMES[kind]} ({listed})"
+    if size is None or size == -2:
+        return text
+    return f"{text}, a stream" if size == -1 else f"{text}, {size:,} {'row' if size == 1 else 'rows'}"
