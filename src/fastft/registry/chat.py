@@ -48,8 +48,12 @@ def with_tokens(form: ChatFormat, *, bos: str | None = None, eos: str | None = N
     old = form.eos
     swap = {name: tuple(eos if token == old else token for token in getattr(form, name)) for name in _TOKEN_FIELDS}
     changed = evolve(form, bos=bos, eos=eos, **(swap if old and _ends_with_eos(form) else {}))
-    own = FOLDER / f"{form.name}.gotmpl"
-    return changed if own.is_file() else evolve(changed, ollama_template=ollama_template(changed))
+    return changed if has_own_template(form) else evolve(changed, ollama_template=ollama_template(changed))
+
+
+def has_own_template(form: ChatFormat) -> bool:
+    """Return whether a format's templates are files of their own and not made from its markers."""
+    return (FOLDER / f"{form.name}.jinja").is_file()
 
 
 _TOKEN_FIELDS = ("stop_tokens", "ollama_stops", "sampled")
@@ -69,25 +73,28 @@ def _folded(name: str) -> str:
 
 
 def _inherited(name: str, tables: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-    """Return a file's table over that of the format that it is `like`; aliases and notes are its own."""
+    """Return a file's table over that of the format that it is `like`, less what is in `without`."""
     table = dict(tables[name])
+    without = ("aliases", "notes", *table.pop("without", ()))
     parent = table.pop("like", None)
     if parent is None:
         return table
-    below = {key: value for key, value in _inherited(parent, tables).items() if key not in ("aliases", "notes")}
+    below = {key: value for key, value in _inherited(parent, tables).items() if key not in without}
     merged = {**below, **table}
     for key in ("system", "user", "assistant", "tools", "thinking"):
         if isinstance(below.get(key), dict) and isinstance(table.get(key), dict):
             merged[key] = {**below[key], **table[key]}
-    return {key: value for key, value in merged.items() if value != {}}
+    return merged
 
 
 def _made(name: str, table: Mapping[str, Any]) -> ChatFormat:
     form: ChatFormat = build(ChatFormat, {"name": name, **table})
-    eos = {"eos": form.eos, "bos": form.bos}
-    end = form.assistant.end.format(**eos)
+    end = form.assistant.end.replace("{eos}", form.eos)
     stops = form.stop_tokens or (end,)
-    own_jinja, own_go = FOLDER / f"{name}.jinja", FOLDER / f"{name}.gotmpl"
+    if has_own_template(form):
+        jinja, ollama = ((FOLDER / f"{name}.{kind}").read_text("utf-8").rstrip("\n") for kind in ("jinja", "gotmpl"))
+    else:
+        jinja, ollama = jinja_template(form), ollama_template(form)
     return evolve(
         form,
         stop_tokens=stops,
@@ -95,8 +102,8 @@ def _made(name: str, table: Mapping[str, Any]) -> ChatFormat:
         instruction_part=form.instruction_part or form.user.start,
         response_part=form.response_part or form.assistant.start,
         sampled=form.sampled or _sampled(form, end),
-        jinja=own_jinja.read_text("utf-8").rstrip("\n") if own_jinja.is_file() else jinja_template(form),
-        ollama_template=own_go.read_text("utf-8").rstrip("\n") if own_go.is_file() else ollama_template(form),
+        jinja=jinja,
+        ollama_template=ollama,
     )
 
 

@@ -120,7 +120,7 @@ class ChatFormat:
     title: str
     user: Turn
     assistant: AnswerTurn
-    system: Turn | None = None
+    system: Turn = Turn()
     aliases: tuple[str, ...] = ()
     bos: str = ""
     eos: str = ""
@@ -155,6 +155,14 @@ class ChatFormat:
         """The usual roles that make rendering an error."""
         usual: tuple[Role, ...] = ("system", "user", "assistant", "tool")
         return tuple(role for role in usual if role not in self.roles)
+
+    @property
+    def has_opening(self) -> bool:
+        """Whether a conversation's system turn may be more than its system message, or there without one."""
+        listed = self.tools is not None and self.tools.where == "system"
+        switched = self.thinking is not None and bool(self.thinking.on)
+        more = self.default_system is not None or bool(self.system_preface) or listed or switched
+        return more and self.system_rule == "turn"
 
     @property
     def stop_token(self) -> str:

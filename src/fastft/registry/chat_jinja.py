@@ -22,7 +22,7 @@ def jinja_template(form: ChatFormat) -> str:
     """Return the Jinja template of a format that is described by its markers alone."""
     lines = [
         *_text_macro(form),
-        *(_thinking_macros() if form.thinking else ()),
+        *(_thinking_macros(form.thinking) if form.thinking else ()),
         *(_tool_macros(form.tools) if form.tools else _refused_tools(form)),
         *([f"{{%- set date = date_string or {_quoted(form.date)} %}}"] if form.date else ()),
         *_put(("{bos}" if form.bos and "{bos}" not in form.user.start else "") + form.prefix),
@@ -34,9 +34,7 @@ def jinja_template(form: ChatFormat) -> str:
         *_indented([*_alternation(form), *_branches(form)]),
         "{%- endfor %}",
         *_unfolded(form),
-        "{%- if add_generation_prompt %}",
-        *_indented(_put_expression(_prompt(form))),
-        "{%- endif %}",
+        *_when("add_generation_prompt", _put_expression(_prompt(form))),
     ]
     return "\n".join(lines)
 
@@ -101,12 +99,15 @@ def _indented(lines: Iterable[str]) -> list[str]:
 
 
 def _when(condition: str, lines: Iterable[str]) -> list[str]:
+    lines = list(lines)
+    if not lines:
+        return []
     return [f"{{%- if {condition} %}}", *_indented(lines), "{%- endif %}"]
 
 
 def _refuse(form: ChatFormat, problem: str) -> str:
-    """Return a statement that raises; `problem` is a Jinja expression."""
-    return f"{{{{- raise_exception({_quoted(form.name + ': ')} ~ {problem}) }}}}"
+    """Return a statement that raises; `problem` is a Jinja expression that begins with a quoted text."""
+    return f"{{{{- raise_exception('{form.name}: {problem.removeprefix(chr(39))}) }}}}"
 
 
 # Contents -------------------------------------------------------------------------------------------------------------
@@ -140,13 +141,14 @@ def _content(form: ChatFormat, message: str = "message") -> str:
     return f"text({message})" + (" | trim" if form.trim else "")
 
 
-def _thinking_macros() -> list[str]:
+def _thinking_macros(thinking: Thinking) -> list[str]:
+    open_, close = _quoted(thinking.start.strip()), _quoted(thinking.end.strip())
     return [
         "{%- macro thought(message) %}",
         "    {%- if message['reasoning_content'] is string %}",
         "        {{- message['reasoning_content'].strip('\\n') }}",
-        "    {%- elif '</think>' in text(message) %}",
-        "        {{- text(message).split('</think>')[0].split('<think>')[-1].strip('\\n') }}",
+        f"    {{%- elif {close} in text(message) %}}",
+        f"        {{{{- text(message).split({close})[0].split({open_})[-1].strip('\\n') }}}}",
         "    {%- endif %}",
         "{%- endmacro %}",
     ]
@@ -159,7 +161,7 @@ def _opening(form: ChatFormat) -> list[str]:
     """Return the system turn that opens a conversation, where it is more than the first message."""
     tools = form.tools if form.tools and form.tools.where == "system" else None
     switched = form.thinking.on if form.thinking else ""
-    if not _has_opening(form):
+    if not form.has_opening:
         return []
     turn = form.system
     default = _quoted(form.default_system or "")
@@ -184,13 +186,6 @@ def _opening(form: ChatFormat) -> list[str]:
         return [*lines, *inside]
     reasons = ["opening.given", *(["tools"] if tools else ()), *(["enable_thinking"] if switched else ())]
     return [*lines, *_when(" or ".join(reasons), inside)]
-
-
-def _has_opening(form: ChatFormat) -> bool:
-    listed = form.tools is not None and form.tools.where == "system"
-    switched = form.thinking is not None and bool(form.thinking.on)
-    more = form.default_system is not None or bool(form.system_preface) or listed or switched
-    return more and form.system_rule == "turn"
 
 
 def _last_user(form: ChatFormat) -> list[str]:
@@ -309,14 +304,16 @@ def _assistant(form: ChatFormat) -> list[str]:
         lines += before
     else:
         inside = ""
+    lead = _expression(turn.lead)
     if form.tools:
         answer = f"({answer})" if "|" in answer else answer
         answer = _joined(answer, "calls(message)")
+        lead = lead and f"({lead} if not message['tool_calls'] else '')"
     if turn.earlier_end is not None:
-        lines += _generated(_joined(_expression(turn.lead), inside, f"({answer})", f"({_quoted(turn.end)} if loop.last else '')"))
+        lines += _generated(_joined(lead, inside, f"({answer})", f"({_quoted(turn.end)} if loop.last else '')"))
         return [*lines, *_when("not loop.last", _put(turn.earlier_end))]
     wrapped = f"({answer})" if "|" in answer else answer
-    lines += _generated(_joined(_expression(turn.lead), inside, wrapped, _expression(turn.end)))
+    lines += _generated(_joined(lead, inside, wrapped, _expression(turn.end)))
     after = _put(turn.after)
     return [*lines, *(after if turn.after_last or not after else _when("not loop.last", after))]
 
@@ -340,7 +337,7 @@ def _thought(form: ChatFormat, thinking: Thinking) -> tuple[list[str], str, str]
         where = "shown and not reasoning" if thinking.always else f"{recent} and not reasoning"
         lines += [f"{{%- set off = enable_thinking is false and {where} %}}", *_when("off", _put(thinking.off))]
         silent = " and not off"
-    answer = "text(message).split('</think>')[-1].lstrip('\\n')"
+    answer = f"text(message).split({_quoted(thinking.end.strip())})[-1].lstrip('\\n')"
     return lines, answer + (" | trim" if form.trim else ""), f"({block} if shown{silent} else '')"
 
 

@@ -5,8 +5,6 @@ messages joined) and `.Tools`, and adds BOS itself. A last message of the assist
 """
 
 import re
-from collections.abc import Iterable
-
 from attrs import frozen
 
 from fastft.registry.chat_format import ChatFormat, Tools
@@ -61,7 +59,7 @@ def _do(code: str) -> Pieces:
 
 
 def _if(condition: str, then: Pieces, otherwise: Pieces | None = None) -> Pieces:
-    if not then and not otherwise:
+    if not any(then) and not otherwise:
         return []
     other = [*_do("else"), *otherwise] if otherwise else []
     return [*_do(f"if {condition}"), *then, *other, *_do("end")]
@@ -107,16 +105,9 @@ def _needs_last_user(form: ChatFormat) -> bool:
     return listed or form.system_rule == "last_user" or (form.thinking is not None and form.thinking.drop_earlier)
 
 
-def _has_opening(form: ChatFormat) -> bool:
-    listed = form.tools is not None and form.tools.where == "system"
-    switched = form.thinking is not None and bool(form.thinking.on)
-    more = form.default_system is not None or bool(form.system_preface) or listed or switched
-    return more and form.system_rule == "turn"
-
-
 def _opening(form: ChatFormat) -> Pieces:
     """Return the system turn, where it is more than a system message in its place."""
-    if not _has_opening(form):
+    if not form.has_opening:
         return []
     tools = form.tools
     listed = tools is not None and tools.where == "system"
@@ -150,7 +141,7 @@ def _tool_list(tools: Tools) -> Pieces:
 
 def _branches(form: ChatFormat) -> Pieces:
     bodies: list[tuple[str, Pieces]] = [("user", _user(form)), ("assistant", _assistant(form))]
-    if form.system_rule == "turn" and not _has_opening(form):
+    if form.system_rule == "turn" and not form.has_opening:
         bodies.insert(0, ("system", [*_text(form, form.system.start), *_do(".Content"), *_text(form, form.system.end)]))
     if form.tools:
         bodies.append(("tool", _tool_result(form, form.tools)))
@@ -247,8 +238,3 @@ def _close_results(form: ChatFormat, condition: str, *, reopen: bool) -> Pieces:
     if not (form.tools and form.tools.grouped):
         return []
     return _if(condition, [*_text(form, form.tools.turn.end), *(_do("$open = false") if reopen else [])])
-
-
-def stop_parameters(form: ChatFormat) -> Iterable[str]:
-    """Return the stop parameters of a Modelfile, where a format lists none: its stop tokens and its openers."""
-    return dict.fromkeys(form.stop_tokens)

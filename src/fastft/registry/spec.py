@@ -122,7 +122,7 @@ class HeadPoint:
 class GgufPoint:
     """What llama.cpp makes of a GGUF file of the architecture, where that has to be told or allowed for.
 
-    `rope` says which features llama.cpp rotates as a pair; projections of models that pair them otherwise are reordered.
+    `rope` says which features llama.cpp rotates as a pair; projections of models that pair others are reordered.
     `keys` names the model's constants that the file states; llama.cpp knows the others by the architecture alone.
     `window_every` n: every n-th layer sees all, the others a sliding window, unless the file lists them; `None`:
     llama.cpp computes this architecture without windows. `rope_every` n: every n-th layer is not rotated, whatever the
