@@ -55,7 +55,7 @@ def encoded(rows: Any, encoder: Encoder, num_proc: int | None = None, progress: 
 
     if isinstance(rows, Dataset):
         if len(rows) >= LARGE:
-            return _mapped(rows, _rows_hash(rows), encoder, num_proc, progress)
+            return _mapped(rows, rows_hash(rows), encoder, num_proc, progress)
         columns = rows.column_names
         batches = (rows_of(batch, columns) for batch in rows.iter(BATCH))
         return _here(batches, encoder)
@@ -166,7 +166,7 @@ def _batches(rows: Iterable[Any], size: int) -> Iterator[list[Any]]:
         yield batch
 
 
-def _rows_hash(rows: Any) -> str:
+def rows_hash(rows: Any) -> str:
     """Return a hash of a `datasets.Dataset`'s content."""
     digest = hashlib.sha256(repr(rows.features).encode())
     for table in rows.with_format("arrow").iter(10 * BATCH):
