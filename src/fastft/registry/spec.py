@@ -15,6 +15,7 @@ RopeLayout = Literal["half", "interleaved"]
 RopeTable = Literal["halves", "pairs"]
 RopePrecision = Literal["input", "float32"]
 QkNorm = Literal["head", "projection"]
+Block = Literal["pre", "post", "sandwich", "parallel"]
 Status = Literal["supported", "unsupported", "experimental"]
 GgufKey = Literal[
     "attention_scale",
@@ -192,6 +193,8 @@ class ModelSpec:
     `patterns` are globs over model ids, case ignored: one with a slash is matched with the whole id, one without with
     its last part. `not_patterns` name models that a pattern would catch but that have another architecture.
     `embedding_scale` multiplies the embedded tokens, `residual_scale` what each block adds to the residual stream.
+    `block` says where a layer's norms stand: before attention and feed-forward (`pre`), behind them (`post`), both
+    (`sandwich`), or once before both, which run side by side (`parallel`).
     `source` says where the record came from: a file, an entry point, or `register`; it is no part of its identity.
     """
 
@@ -208,6 +211,7 @@ class ModelSpec:
     head: HeadPoint = HeadPoint()
     embedding_scale: ConfigValue | None = None
     residual_scale: ConfigValue | None = None
+    block: Block = "pre"
     lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     keep_16bit: tuple[str, ...] = ("lm_head",)
     chat_format: str | None = None
