@@ -1,0 +1,84 @@
+"""The arms: what is compared. Each runs in a process of its own, the only one that imports its packages."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from attrs import frozen
+
+REFERENCE = "reference"
+FOLDER = "folder"
+"""Not an arm: the process that writes a model's folder for arms that load from one."""
+
+
+@frozen
+class Arm:
+    """One way to train.
+
+    `module` prepares the model in the arm's process; `needs` are the packages it imports that may be absent; `loads`
+    says that it wants the model as a folder. `options` are for its module.
+    """
+
+    name: str
+    title: str
+    module: str
+    needs: tuple[str, ...] = ()
+    loads: bool = False
+    options: tuple[str, ...] = ()
+
+
+@frozen
+class Trainee:
+    """What an arm's module returns: the model, its loss on a batch, and a function for facts worth keeping."""
+
+    model: Any
+    loss: Callable[[Mapping[str, Any]], Any]
+    facts: Callable[[], dict[str, Any]] = dict
+
+
+def _peft(name: str, title: str, *options: str, needs: tuple[str, ...] = ()) -> Arm:
+    return Arm(name, title, "benchmarks.arms.peft", ("peft", "bitsandbytes", *needs), options=options)
+
+
+_LIGER = ("liger_kernel",)
+_UNSLOTH = ("unsloth", "unsloth_zoo", "bitsandbytes")
+
+ARMS: Mapping[str, Arm] = {
+    arm.name: arm
+    for arm in (
+        Arm("fastft", 'fastft, plan="keep"', "benchmarks.arms.fastft", options=("keep",)),
+        Arm("fastft-auto", 'fastft, plan="auto"', "benchmarks.arms.fastft", options=("auto",)),
+        Arm("fastft-min", 'fastft, plan="min"', "benchmarks.arms.fastft", options=("min",)),
+        _peft("peft", "transformers + PEFT, eager"),
+        _peft("peft-checkpoint", "transformers + PEFT, eager, gradient checkpointing", "checkpoint"),
+        _peft("peft-compile", "transformers + PEFT, torch.compile on the whole model", "compile"),
+        _peft("peft-liger", "transformers + PEFT + Liger", "liger", needs=_LIGER),
+        _peft(
+            "peft-liger-checkpoint",
+            "transformers + PEFT + Liger, gradient checkpointing",
+            "liger",
+            "checkpoint",
+            needs=_LIGER,
+        ),
+        _peft("peft-liger-compile", "transformers + PEFT + Liger, torch.compile", "liger", "compile", needs=_LIGER),
+        Arm(
+            "unsloth", "Unsloth, its default offloaded checkpointing", "benchmarks.arms.unsloth", _UNSLOTH, loads=True,
+            options=("unsloth",),
+        ),
+        Arm("unsloth-none", "Unsloth, no checkpointing", "benchmarks.arms.unsloth", _UNSLOTH, loads=True),
+    )
+}  # fmt: skip
+
+DEFAULT_ARMS = (
+    "fastft", "fastft-min", "peft", "peft-checkpoint", "peft-compile", "peft-liger", "peft-liger-checkpoint", "unsloth",
+    "unsloth-none",
+)  # fmt: skip
+
+
+def find_arm(name: str) -> Arm | None:
+    """Return the arm called `name`, None if there is none. "fastft:PLAN" is fastft with that memory plan."""
+    if name.startswith("fastft:") and name.removeprefix("fastft:"):
+        plan = name.removeprefix("fastft:")
+        return Arm(name, f'fastft, plan="{plan}"', "benchmarks.arms.fastft", options=(plan,))
+    if name == REFERENCE:
+        return Arm(REFERENCE, "transformers + PEFT, eager, fp32 softmax", "benchmarks.arms.reference")
+    return ARMS.get(name)

@@ -1,0 +1,51 @@
+"""Unsloth, through its own loader. It replaces parts of other packages, so it is imported before any of them."""
+
+import unsloth  # isort: skip
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from benchmarks.arms import Trainee
+from benchmarks.cells import Task
+from benchmarks.weights import fill_adapter
+from fastft.state import base_model
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def prepare(task: Task, options: tuple[str, ...], device: str) -> Trainee:
+    """Return the model loaded from the task's folder; "unsloth" in `options` is its offloaded checkpointing."""
+    cell, checkpointing = task.cell, "unsloth" if "unsloth" in options else False
+    model, _ = unsloth.FastLanguageModel.from_pretrained(
+        task.folder,
+        max_seq_length=cell.length,
+        dtype=torch.bfloat16,
+        load_in_4bit=cell.mode == "nf4",
+        full_finetuning=cell.mode == "full",
+        use_gradient_checkpointing=checkpointing,
+        use_exact_model_name=True,
+    )
+    if cell.mode != "full":
+        model = unsloth.FastLanguageModel.get_peft_model(
+            model,
+            r=cell.rank,
+            lora_alpha=cell.rank,
+            lora_dropout=0,
+            bias="none",
+            target_modules=TARGETS,
+            use_gradient_checkpointing=checkpointing,
+            max_seq_length=cell.length,
+        )
+        fill_adapter(model)
+    unsloth.FastLanguageModel.for_training(model, use_gradient_checkpointing=checkpointing)
+
+    def loss(batch: Mapping[str, Any]) -> Any:
+        return model(**batch).loss
+
+    def facts() -> dict[str, Any]:
+        switches = {key: value for key, value in os.environ.items() if key.startswith("UNSLOTH_")}
+        return {"class": type(base_model(model)).__name__, "environment": switches}
+
+    return Trainee(model, loss, facts)

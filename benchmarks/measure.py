@@ -1,0 +1,244 @@
+"""The process of one arm: prepares it, runs its steps, and writes what it measured as one JSON object.
+
+python -m benchmarks.measure TASK.json RESULT.json
+"""
+
+import importlib
+import json
+import math
+import os
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+from attrs import define, field
+
+from benchmarks.arms import FOLDER, REFERENCE, Trainee, find_arm
+from benchmarks.cells import Task, task_from
+from benchmarks.machine import Clocks, versions
+
+BUCKETS = 4096
+# Its value decides how memory is divided into blocks, and some arms set it themselves.
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+
+
+@define
+class Steps:
+    """What the loop saw: seconds and loss of every step, and the gradient of the first: norm and sketch."""
+
+    seconds: list[float] = field(factory=list)
+    losses: list[float] = field(factory=list)
+    norm: float = math.nan
+    sketch: list[float] = field(factory=list)
+    graphs_first: int = 0
+
+
+def main() -> None:
+    """Run the task in the file named first and write its result to the file named second."""
+    task = task_from(json.loads(Path(sys.argv[1]).read_text("utf-8")))
+    Path(sys.argv[2]).write_text(json.dumps(run(task)), encoding="utf-8")
+
+
+def run(task: Task) -> dict[str, Any]:
+    """Return the arm's result: `status` "ok" with all metrics. The arm `FOLDER` writes the model's folder instead."""
+    if task.arm == FOLDER:
+        return write_folder(task)
+    arm = find_arm(task.arm)
+    began = time.perf_counter()
+    prepare = importlib.import_module(arm.module).prepare
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    trainee = prepare(task, arm.options, device)
+    release(device)
+    base = allocated(device)
+    built = time.perf_counter() - began
+    if task.arm == REFERENCE:
+        return judge(task, trainee, device)
+    steps, clocks = train(task, trainee, device)
+    memory = {
+        "base_gb": base,
+        "peak_gb": gigabytes(torch.cuda.max_memory_allocated()) if device == "cuda" else None,
+        "reserved_gb": gigabytes(torch.cuda.max_memory_reserved()) if device == "cuda" else None,
+        "host_peak_gb": gigabytes(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024),
+        "allocator": next((os.environ[name] for name in ALLOCATOR if name in os.environ), ""),
+    }
+    facts = {"clocks": clocks, "build_s": round(built, 2), "versions": versions(), "facts": trainee.facts()}
+    return {"status": "ok", **figures(task, trainee, steps, device), **memory, **facts}
+
+
+def write_folder(task: Task) -> dict[str, Any]:
+    """Write the cell's model as a folder in 16 bits."""
+    import torch
+
+    from benchmarks.weights import save
+
+    save(task.cell, "cuda" if torch.cuda.is_available() else "cpu", Path(task.folder))
+    return {"status": "ok"}
+
+
+def judge(task: Task, trainee: Trainee, device: str) -> dict[str, Any]:
+    """Return the reference's loss and gradient norm of the first batch."""
+    import torch
+
+    from benchmarks.batches import batch_of
+
+    with torch.autocast(device, dtype=torch.bfloat16):
+        loss = trainee.loss(batch_of(task.cell, 0, device)).item()
+    return {
+        "status": "ok",
+        "loss0": loss,
+        "grad_norm0": gradient_norm(trainee.model),
+        "sketch": gradient_sketch(trainee.model),
+    }
+
+
+def train(task: Task, trainee: Trainee, device: str) -> tuple[Steps, dict[str, float] | None]:
+    """Run warm-up and timed steps; peak memory and clocks are those of the timed ones."""
+    import torch
+
+    from benchmarks.batches import batch_of
+
+    weights = [parameter for parameter in trainee.model.parameters() if parameter.requires_grad]
+    rate = 1e-5 if task.cell.mode == "full" else 1e-4
+    optimizer = torch.optim.AdamW(weights, lr=rate, fused=device == "cuda")
+    steps, clocks = Steps(), Clocks()
+    for index in range(task.warmup + task.steps):
+        batch = batch_of(task.cell, index, device)
+        if index == task.warmup - 1:
+            release(device)  # the last warm-up step fills the pool anew, without what compiling needed
+        if index == task.warmup:
+            clocks.start()
+        synchronize(device)
+        began = time.perf_counter()
+        with torch.autocast(device, dtype=torch.bfloat16):
+            loss = trainee.loss(batch)
+        loss.backward()
+        if index == 0:
+            steps.norm = gradient_norm(trainee.model)
+        optimizer.step()
+        synchronize(device)
+        steps.seconds.append(time.perf_counter() - began)
+        if index == 0:
+            steps.sketch = gradient_sketch(trainee.model)
+        optimizer.zero_grad(set_to_none=True)
+        steps.losses.append(loss.item())
+        if index == 0:
+            steps.graphs_first = graphs()
+    return steps, clocks.stop()
+
+
+def figures(task: Task, trainee: Trainee, steps: Steps, device: str) -> dict[str, Any]:
+    """Return speed, first step, recompilations, and what parity is judged by."""
+    import torch
+
+    from fastft.train.flops import peak_flops
+
+    timed = sorted(steps.seconds[task.warmup :])
+    median = statistics.median(timed)
+    counts, work = mean_counts(task, trainee)
+    peak = peak_flops(device, torch.bfloat16)
+    return {
+        "tokens_per_second": round(task.cell.tokens / median, 1),
+        "non_padding_per_second": round(counts["non_padding"] / median, 1),
+        "loss_bearing_per_second": round(counts["loss_bearing"] / median, 1),
+        "step_ms": round(median * 1e3, 3),
+        "step_p95_ms": round(timed[math.ceil(0.95 * len(timed)) - 1] * 1e3, 3),
+        "mfu": round(work / median / peak, 4) if peak else None,
+        "tflop_per_step": round(work / 1e12, 6),
+        "first_step_s": round(steps.seconds[0], 2),
+        "graphs": graphs(),
+        "recompilations": graphs() - steps.graphs_first,
+        "loss0": steps.losses[0],
+        "grad_norm0": steps.norm,
+        "sketch": steps.sketch,
+        "last_loss": steps.losses[-1],
+    }
+
+
+def mean_counts(task: Task, trainee: Trainee) -> tuple[Mapping[str, float], float]:
+    """Return a timed batch's mean counts of tokens, and the operations that a step of them needs."""
+    from benchmarks.batches import batch_of
+    from fastft.train.flops import count_batch, flops, work_of
+    from fastft.train.step import shifted_labels
+
+    work = work_of(trainee.model)
+    totals: dict[str, float] = {}
+    for index in range(task.warmup, task.warmup + task.steps):
+        batch = batch_of(task.cell, index, "cpu")
+        for name, count in count_batch(batch, shifted_labels(batch), set(work.windows)).items():
+            totals[name] = totals.get(name, 0.0) + float(count) / task.steps
+    return totals, flops(work, totals)
+
+
+def gradient_norm(model: Any) -> float:
+    """Return the norm of all gradients, summed in fp64."""
+    squares = [p.grad.double().square().sum() for p in model.parameters() if p.grad is not None]
+    return math.sqrt(sum(square.item() for square in squares))
+
+
+def gradient_sketch(model: Any) -> list[float]:
+    """Return the gradient's count sketch: every element, with a random sign, added to one of `BUCKETS` at random.
+
+    The relative L2 difference of two sketches is that of the gradients, to within a few per cent of itself (Charikar,
+    Chen, Farach-Colton 2002). Signs and buckets follow from the parameters' names, so they are the same in every arm.
+    """
+    import torch
+
+    total = None
+    for name, parameter in model.named_parameters():
+        if parameter.grad is None:
+            continue
+        values = parameter.grad.detach().flatten().float()
+        place = name[name.find("layers.") :] if "layers." in name else name.split("model.")[-1]
+        generator = torch.Generator(values.device).manual_seed(crc32(place.encode()))
+        codes = torch.randint(0, 2 * BUCKETS, values.shape, generator=generator, device=values.device)
+        total = torch.zeros(BUCKETS, device=values.device, dtype=torch.float64) if total is None else total
+        total.index_add_(0, codes // 2, (values * (1 - 2 * (codes % 2))).double())
+    return [] if total is None else [float(f"{value:.6g}") for value in total.tolist()]
+
+
+def graphs() -> int:
+    """Return how many graphs Dynamo has compiled in this process."""
+    from torch._dynamo.utils import counters
+
+    return counters["stats"]["unique_graphs"]
+
+
+def release(device: str) -> None:
+    """Give the allocator's unused blocks back and count its peaks from here."""
+    import torch
+
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def allocated(device: str) -> float | None:
+    """Return the GB (10^9 bytes) allocated on the device, None on a CPU."""
+    import torch
+
+    return gigabytes(torch.cuda.memory_allocated()) if device == "cuda" else None
+
+
+def gigabytes(count: int) -> float:
+    """Return bytes as GB, 10^9 bytes, to a thousandth."""
+    return round(count / 1e9, 3)
+
+
+def synchronize(device: str) -> None:
+    """Wait for the device."""
+    import torch
+
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main()
