@@ -24,6 +24,7 @@ _EXPORTS = {
     "sft": "fastft.train.sft",
     "merge": "fastft.export.merge",
     "save_adapter": "fastft.export.merge",
+    "verify_export": "fastft.export.verify",
     "SFTTrainer": "fastft.train.sft",
     "SFTConfig": "fastft.train.sft",
     "FastLanguageModel": "fastft.facade",

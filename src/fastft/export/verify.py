@@ -1,0 +1,388 @@
+"""Is the exported model the model that was trained? The same prompts through both, and the differences in numbers."""
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from attrs import asdict, evolve, field, frozen
+from torch import Tensor, nn
+
+from fastft.errors import Problem, UsageError
+from fastft.export.compare import Distance, Limits, distance, limits_of
+from fastft.export.engines import Engine, check_artefact, engine, run_model, token_ids
+from fastft.export.folder import find_weights, load_folder
+from fastft.state import base_model, get_state
+
+Message = Mapping[str, Any]
+Prompt = str | Sequence[Message]
+TEXT_TOKENS = 512
+_CONVERSATIONS: tuple[tuple[Message, ...], ...] = (
+    ({"role": "user", "content": "Name three rivers of Europe."},),
+    (
+        {"role": "user", "content": "What is 17 + 25?"},
+        {"role": "assistant", "content": "17 + 25 = 42."},
+        {"role": "user", "content": "And twice that?"},
+    ),
+    (
+        {"role": "system", "content": "Answer in one short sentence."},
+        {"role": "user", "content": "Warum ist der Himmel blau?  (two  spaces,\ta tab, 天空 🙂)"},
+    ),
+    ({"role": "user", "content": "def f(x):\n    return x ** 2\n\nWhat does f(3) return?"},),
+)
+_PLAIN = tuple(conversation[-1]["content"] for conversation in _CONVERSATIONS)
+
+
+@frozen
+class ArtefactReport:
+    """What was found of one exported file or folder.
+
+    `same_prompts` and `same_ids` are None where they could not be compared. `base_kl` is its mean KL divergence from
+    the model without its adapters, None without any. `problems` is empty if all is well.
+    """
+
+    path: str
+    kind: str
+    runner: str
+    same_prompts: bool | None
+    same_ids: bool | None
+    distance: Distance
+    base_kl: float | None
+    limits: Limits | None
+    problems: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing was found wrong."""
+        return not self.problems
+
+
+@frozen
+class ExportReport:
+    """What `verify_export` found; `str` of it is a table."""
+
+    reference: str
+    prompts: int
+    artefacts: tuple[ArtefactReport, ...]
+    adapter_kl: float | None
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def ok(self) -> bool:
+        """Whether every artefact is the model that was trained, within its kind's limits."""
+        return all(artefact.ok for artefact in self.artefacts)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as plain values."""
+        plain = asdict(self)
+        for part, artefact in zip(plain["artefacts"], self.artefacts, strict=True):
+            part["ok"] = artefact.ok
+        return {**plain, "ok": self.ok}
+
+    def rows(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+        """Return the table: heading and rows."""
+        head = ("artefact", "kind", "run by", "prompts", "ids", "max diff", "KL", "allowed", "same top 1", "perplexity")
+        rows = []
+        for artefact in self.artefacts:
+            found, limits = artefact.distance, artefact.limits
+            rows.append(
+                (
+                    Path(artefact.path).name,
+                    artefact.kind,
+                    artefact.runner,
+                    _same(artefact.same_prompts),
+                    _same(artefact.same_ids),
+                    f"{found.largest_difference:.3g}",
+                    f"{found.kl:.2e}",
+                    "-" if limits is None else f"{limits.kl:.2g}",
+                    f"{found.same_choice:.1%}",
+                    f"{found.perplexity:.3f} ({found.perplexity_rise:+.2%})",
+                )
+            )
+            rows[-1] += ("ok" if artefact.ok else "FAILED",)
+        return (*head, "verdict"), rows
+
+    def __str__(self) -> str:
+        head, rows = self.rows()
+        widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
+        lines = [f"reference: {self.reference}"]
+        if self.adapter_kl is not None:
+            lines.append(f"without its adapters the model is at KL {self.adapter_kl:.2e} from itself")
+        lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in (head, *rows)]
+        for artefact in self.artefacts:
+            name = Path(artefact.path).name
+            lines += [f"FAILED {name}: {problem}" for problem in artefact.problems]
+            lines += [f"note {name}: {note}" for note in artefact.notes]
+        return "\n".join(lines + [f"note: {note}" for note in self.notes])
+
+
+@frozen(eq=False)
+class _Questions:
+    """What is asked: rendered prompts with their conversations, sequences of ids, and which of these are the text."""
+
+    conversations: tuple[Prompt, ...]
+    prompts: tuple[str, ...]
+    ids: tuple[list[int], ...]
+    text: int
+    passage: str
+
+
+def verify_export(
+    model: Any,
+    tokenizer: Any = None,
+    artefact: str | Path | Sequence[str | Path] = (),
+    prompts: Sequence[Prompt] | None = None,
+    text: str | None = None,
+    text_tokens: int = TEXT_TOKENS,
+    limits: Limits | None = None,
+) -> ExportReport:
+    """Compare exported files and folders with the model that they come from.
+
+    * `model`: the trained model as it is, its adapters on; or the folder of an adapter, a run or a model.
+    * `tokenizer`: None for the one that was loaded with the model.
+    * `artefact`: a merged or adapter folder, a .gguf file, a folder of them, or several of these.
+    * `prompts`: texts or conversations; by default four conversations (system message, several turns, other scripts,
+      code), plain if the tokenizer has no chat template. `text`: held-out text for the perplexity, of which
+      `text_tokens` tokens are read; by default English that comes with fastft.
+    * `limits`: what is allowed; None for the artefact's kind, in `fastft.export.compare`.
+
+    Compared are the rendered prompts, the token ids, and the logits (largest difference, mean KL divergence, share of
+    equal first choices, perplexity). With adapters, an artefact must also be nearer to the trained model than to the
+    model without them. GGUF files run in llama.cpp (package xllamacpp), or, where that is missing, dequantised through
+    transformers, which a note says. Nothing is written and the model is left as it was.
+    """
+    model, tokenizer, reference = _reference(model, tokenizer)
+    paths = _artefacts(artefact)
+    notes: list[str] = []
+    questions = _questions(tokenizer, prompts, text, text_tokens, _room(model), notes)
+    with _evaluating(model):
+        expected = [run_model(model, ids) for ids in questions.ids]
+        base = _without_adapters(model, questions)
+        adapter_kl = _kl(expected, base, questions) if base else None
+        held = "int8" if get_state(model).quant == "int8" else str(base_model(model).dtype).removeprefix("torch.")
+        reports = []
+        for path in paths:
+            with engine(path, model, tokenizer) as opened:
+                report = _judge(path, opened, tokenizer, questions, expected, base, held)
+            reports.append(_limited(report, limits or report.limits, adapter_kl))
+    return ExportReport(reference, len(questions.prompts), tuple(reports), adapter_kl, tuple(notes))
+
+
+def _reference(model: Any, tokenizer: Any) -> tuple[Any, Any, str]:
+    if isinstance(model, str | Path):
+        model = load_folder(find_weights(Path(model).expanduser()))
+    if not isinstance(model, nn.Module):
+        raise UsageError(Problem("model", type(model).__name__, "a model, or the path of a folder"))
+    state = get_state(model)
+    tokenizer = tokenizer if tokenizer is not None else state.tokenizer
+    if tokenizer is None:
+        raise UsageError("verify_export: no tokenizer is known for this model; pass tokenizer=")
+    dtype = str(base_model(model).dtype).removeprefix("torch.")
+    adapters = f", adapters {', '.join(model.peft_config)}" if getattr(model, "peft_config", None) else ""
+    return model, tokenizer, f"{state.source or type(model).__name__} in {state.quant or dtype}{adapters}"
+
+
+def _artefacts(given: str | Path | Sequence[str | Path]) -> list[Path]:
+    several = [given] if isinstance(given, str | Path) else list(given)
+    found = []
+    for path in (Path(one).expanduser() for one in several):
+        check_artefact(path)
+        files = sorted(path.glob("*.gguf")) if path.is_dir() and not (path / "config.json").is_file() else []
+        found += files or [path]
+    if not found:
+        raise UsageError(Problem("artefact", given, "a merged folder, an adapter's folder, a .gguf file, or several"))
+    return found
+
+
+def _room(model: Any) -> int:
+    length = getattr(base_model(model).config.get_text_config(), "max_position_embeddings", None)
+    return min(length or TEXT_TOKENS, get_state(model).max_length or TEXT_TOKENS, TEXT_TOKENS)
+
+
+def _questions(
+    tokenizer: Any, prompts: Sequence[Prompt] | None, text: str | None, count: int, room: int, notes: list[str]
+) -> _Questions:
+    """Render and tokenise what is asked; a default conversation that the template refuses is left out with a note."""
+    templated = bool(getattr(tokenizer, "chat_template", None))
+    if prompts is None:
+        asked = list(_CONVERSATIONS if templated else _PLAIN)
+        if templated:
+            asked = [prompt for prompt in asked if _fits_template(tokenizer, prompt, notes)]
+    else:
+        asked = list(prompts)
+    wrong = [prompt for prompt in asked if not isinstance(prompt, str) and not templated]
+    if wrong:
+        raise UsageError("prompts: these are conversations, and the tokenizer has no chat template; give texts")
+    rendered = [prompt if isinstance(prompt, str) else render(tokenizer, prompt) for prompt in asked]
+    special = [isinstance(prompt, str) for prompt in asked]
+    ids = [token_ids(tokenizer, prompt, plain) for prompt, plain in zip(rendered, special)]
+    long = [number for number, sequence in enumerate(ids, 1) if not 0 < len(sequence) <= room]
+    if long:
+        raise UsageError(f"prompts: number {long[0]} has {len(ids[long[0] - 1])} tokens; from 1 to {room} fit")
+    passage = _default_text() if text is None else text
+    windows = _windows(tokenizer, passage, count, room)
+    return _Questions(tuple(asked), tuple(rendered), (*ids, *windows), len(ids), passage[: 40 * count])
+
+
+def _default_text() -> str:
+    from fastft.demo import HELD_OUT_TEXT
+
+    return HELD_OUT_TEXT.read_text("utf-8")[:20000]
+
+
+def _windows(tokenizer: Any, text: str, count: int, room: int) -> list[list[int]]:
+    # about six letters a token; what is cut off need not be tokenised
+    ids = token_ids(tokenizer, text[: 12 * count], False)[:count]
+    first = [tokenizer.bos_token_id] if tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id] else []
+    width = room - len(first)
+    windows = [first + ids[start : start + width] for start in range(0, len(ids), width)]
+    if not windows or len(windows[0]) < 2:
+        raise UsageError(Problem("text", text[:40], "a text of at least two tokens"))
+    return [window for window in windows if len(window) > 1]
+
+
+def render(tokenizer: Any, messages: Sequence[Message]) -> str:
+    """Return the prompt of a conversation, with the generation prompt."""
+    return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+
+
+def _fits_template(tokenizer: Any, prompt: Sequence[Message], notes: list[str]) -> bool:
+    from jinja2 import TemplateError
+
+    try:
+        render(tokenizer, prompt)
+    except TemplateError as error:
+        roles = ", ".join(message["role"] for message in prompt)
+        notes.append(f"the chat template refuses a conversation of {roles} ({error}); it was not asked")
+        return False
+    return True
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _without_adapters(model: Any, questions: _Questions) -> list[Tensor]:
+    """Return the logits of the model without its adapters; empty if it has none."""
+    if not getattr(model, "peft_config", None):
+        return []
+    with model.disable_adapter():
+        return [run_model(model, ids) for ids in questions.ids]
+
+
+def _kl(first: Sequence[Tensor], second: Sequence[Tensor], questions: _Questions) -> float:
+    return distance(first, second, questions.ids, questions.text).kl
+
+
+def _judge(
+    path: Path,
+    opened: Engine,
+    tokenizer: Any,
+    questions: _Questions,
+    expected: Sequence[Tensor],
+    base: Sequence[Tensor],
+    held: str,
+) -> ArtefactReport:
+    problems = list(opened.problems)
+    same_prompts = _compare_prompts(opened, tokenizer, questions, problems)
+    same_ids = _compare_ids(opened, tokenizer, questions, problems)
+    outputs = [opened.logits(ids) for ids in questions.ids]
+    return ArtefactReport(
+        str(path),
+        opened.kind,
+        opened.runner,
+        same_prompts,
+        same_ids,
+        distance(expected, outputs, questions.ids, questions.text),
+        _kl(base, outputs, questions) if base else None,
+        limits_of(opened.kind, held),
+        tuple(problems),
+        opened.notes,
+    )
+
+
+def _compare_prompts(opened: Engine, tokenizer: Any, questions: _Questions, problems: list[str]) -> bool | None:
+    """Render the conversations with the artefact's own template."""
+    pairs = zip(questions.conversations, questions.prompts, strict=True)
+    asked = [(messages, ours) for messages, ours in pairs if not isinstance(messages, str)]
+    if not getattr(tokenizer, "chat_template", None) or not asked:
+        return None
+    if not opened.template:
+        problems.append("it carries no chat template, and the tokenizer of the training has one")
+        return False
+    other = copy.copy(tokenizer)
+    other.chat_template = opened.template
+    for messages, ours in asked:
+        theirs = _rendered_or_error(other, messages)
+        if theirs != ours:
+            here, there = _excerpt(ours, theirs), _excerpt(theirs, ours)
+            problems.append(f"its chat template renders {there!r} where that of the training renders {here!r}")
+            return False
+    return True
+
+
+def _rendered_or_error(tokenizer: Any, messages: Sequence[Message]) -> str:
+    from jinja2 import TemplateError
+
+    try:
+        return render(tokenizer, messages)
+    except TemplateError as error:
+        return f"an error: {error}"
+
+
+def _excerpt(text: str, other: str) -> str:
+    """Return the place where `text` begins to differ from `other`."""
+    start = next((i for i, (a, b) in enumerate(zip(text, other)) if a != b), min(len(text), len(other)))
+    return text[max(0, start - 20) : start + 40]
+
+
+def _compare_ids(opened: Engine, tokenizer: Any, questions: _Questions, problems: list[str]) -> bool | None:
+    """Tokenise the rendered prompts, and the text with what a tokenizer puts before it."""
+    if opened.encode is None:
+        return None
+    plain = [isinstance(asked, str) for asked in questions.conversations]
+    asked = [*zip(questions.prompts, plain), (questions.passage[:2000], True)]
+    for prompt, special in asked:
+        ours = token_ids(tokenizer, prompt, special)
+        theirs = opened.encode(prompt, special)
+        if ours != theirs:
+            at = next((i for i, (a, b) in enumerate(zip(ours, theirs)) if a != b), min(len(ours), len(theirs)))
+            problems.append(
+                f"token {at} of {prompt[:40]!r} is {theirs[at : at + 3]} there and {ours[at : at + 3]} here"
+            )
+            return False
+    return True
+
+
+def _limited(report: ArtefactReport, limits: Limits | None, adapter_kl: float | None) -> ArtefactReport:
+    """Hold a report against its limits; NaN is a failure."""
+    found, problems, notes = report.distance, list(report.problems), list(report.notes)
+    if limits is None:
+        notes.append(f"there is no limit for {report.kind}: its logits were measured and not judged")
+    else:
+        if not found.kl <= limits.kl:
+            problems.append(f"mean KL divergence {found.kl:.3g}, allowed {limits.kl:.3g}")
+        if not 1 - found.same_choice <= limits.other_choice:
+            problems.append(f"{1 - found.same_choice:.1%} other first choices, allowed {limits.other_choice:.1%}")
+        if not found.perplexity_rise <= limits.perplexity:
+            problems.append(f"perplexity {found.perplexity_rise:+.1%}, allowed {limits.perplexity:+.1%}")
+        nearer_to_base = report.base_kl is not None and report.base_kl < found.kl
+        if nearer_to_base and adapter_kl is not None and adapter_kl > limits.kl / 10:
+            problems.append(
+                f"it is nearer to the model without its adapters (KL {report.base_kl:.3g}) than to the trained one "
+                f"({found.kl:.3g}): the adapter is missing in it, or not whole"
+            )
+    return evolve(report, limits=limits, problems=tuple(problems), notes=tuple(notes))
+
+
+def _same(value: bool | None) -> str:
+    return "not tried" if value is None else "same" if value else "DIFFER"
