@@ -5,6 +5,7 @@ from typing import Any
 
 from attrs import evolve
 
+from fastft.data import columns
 from fastft.errors import DataError, Problem
 
 SHOWN = 10
@@ -20,16 +21,12 @@ def check_tokenised(dataset: Any, name: str = "train") -> None:
     if not hasattr(dataset, "__len__"):
         return
     refuse_empty(dataset, name)
-    columns = dataset.column_names
-    labelled = "labels" in columns
     problems = []
-    for start in range(0, len(dataset), 1000):
-        batch = dataset.select(range(start, min(start + 1000, len(dataset))))[:]
-        for offset, ids in enumerate(batch["input_ids"]):
-            labels = batch["labels"][offset] if labelled else ids
-            problem = row_problem(f"{name} row {start + offset}", ids, labels)
-            if problem:
-                problems.append(problem)
+    for index in columns.suspects(dataset):
+        row = dataset[index]
+        ids = row["input_ids"] or ()
+        problem = row_problem(f"{name} row {index}", ids, row.get("labels", ids) or ())
+        problems += [problem] if problem else []
     refuse(problems)
 
 
@@ -112,15 +109,15 @@ def short(value: Any, limit: int = 80) -> Any:
     return outline if whole and len(text) <= limit else text[: limit - 3] + "..."
 
 
-def text_problem(where: str, text: Any, *, may_be_empty: bool = False) -> Problem | None:
+def text_problem(where: str, text: Any, *, may_be_empty: bool = False, longest: int | None = LONGEST) -> Problem | None:
     """Return what is wrong with a text: its type, nothing in it, too long, or characters that UTF-8 has not."""
     if not isinstance(text, str):
         return Problem(where, short(text), "a text (str)", _remedy_for(text))
     if not may_be_empty and (not text or text.isspace()):
         return Problem(where, short(text), "a text that is not empty", _EMPTY)
-    if len(text) > LONGEST:
+    if longest is not None and len(text) > longest:
         remedy = "Cut it into parts; fastft.text_dataset cuts documents into chunks."
-        return Problem(where, short(text), f"at most {LONGEST:,} characters", remedy)
+        return Problem(where, short(text), f"at most {longest:,} characters", remedy)
     if not text.isascii():
         try:
             text.encode("utf-8")

@@ -47,9 +47,12 @@ def present(value: Any, feature: Any) -> Any:
     return value
 
 
-def standard_messages(where: str, messages: Sequence[Any], keys: tuple[str, str]) -> tuple[list[Row], Problems]:
+def standard_messages(
+    where: str, messages: Sequence[Any], keys: tuple[str, str], roles: Mapping[str, str] = ROLE_OF
+) -> tuple[list[Row], Problems]:
     """Return turns as `{"role", "content"}` with the roles' usual names; their other fields are kept.
 
+    `roles` are the names of roles in lower case and which role each is.
     A turn that is a call ("function_call": a JSON object with name and arguments) becomes the assistant's `tool_calls`.
     """
     role_key, content_key = keys
@@ -63,10 +66,10 @@ def standard_messages(where: str, messages: Sequence[Any], keys: tuple[str, str]
             calls, problem = _calls(f"{where}[{number}].{content_key}", message.get(content_key))
             made.append({"role": "assistant", "content": "", "tool_calls": calls, **rest})
             problems.extend(problem)
-        elif lower in ROLE_OF:
-            made.append({"role": ROLE_OF[lower], **content, **rest})
+        elif lower in roles:
+            made.append({"role": roles[lower], **content, **rest})
         else:
-            known = [*ROLE_OF, *CALL_ROLES]
+            known = [*roles, *CALL_ROLES]
             hint = did_you_mean(name, known) or f"Rename it: known are {', '.join(known)}."
             problems.append(Problem(f"{where}[{number}].{role_key}", short(name), "a known role", hint))
     return made, problems

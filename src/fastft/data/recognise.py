@@ -6,7 +6,8 @@ from functools import partial
 from itertools import islice
 from typing import Any
 
-from fastft.data.check import Mistakes, refuse_empty, short
+from fastft.data.change import change_rows, turns_feature
+from fastft.data.check import refuse_empty, short
 from fastft.data.convert import CHAT_KEYS, convert_row, present
 from fastft.data.kinds import (
     CONTENT_KEYS,
@@ -24,8 +25,6 @@ from fastft.data.kinds import (
 from fastft.errors import DataError, Problem, did_you_mean
 
 SAMPLE = 100  # rows looked at; canonical looks at all of them
-_REVISION = 1  # of the canonical form, part of its fingerprint in the cache
-_PROBLEMS = "__problems__"
 Fields = dict[str, str]
 
 
@@ -70,26 +69,13 @@ def canonical(rows: Any, recognised: Recognised, *, alternate: bool = True, num_
     `alternate` refuses two assistant turns in a row. Raises `DataError` with the first `check.SHOWN` mistakes and the
     number of all rows that cannot be used; of a stream, when the row is reached.
     """
-    if hasattr(rows, "column_names") and hasattr(rows, "__len__"):
-        return _canonical_dataset(rows, recognised, alternate, num_proc)
-    if hasattr(rows, "column_names"):
-        gone = [column for column in recognised.fields.values() if column not in _written(recognised)]
-        convert = partial(_stream_row, recognised=recognised, features=rows.features, alternate=alternate)
-        return rows.map(convert, with_indices=True, remove_columns=gone)
-    mistakes, made = Mistakes(), []
-    for index, row in enumerate(rows):
-        row, problems = convert_row(f"row {index}", row, recognised, None, alternate)
-        mistakes.add(problems)
-        made.append(row)
-    mistakes.refuse(len(made))
-    return made
-
-
-def _stream_row(row: Any, index: int, recognised: Recognised, features: Any, alternate: bool) -> Any:
-    made, problems = convert_row(f"row {index}", row, recognised, features, alternate)
-    if problems:
-        raise DataError(*problems)
-    return made
+    if recognised.kind == "input_ids":
+        return rows
+    columns, features = getattr(rows, "column_names", None), getattr(rows, "features", None)
+    change = partial(convert_row, recognised=recognised, features=features, alternate=alternate)
+    made = _features(recognised, features) if columns is not None and hasattr(rows, "__len__") else None
+    removed = [column for column in recognised.fields.values() if column not in _written(recognised)]
+    return change_rows(rows, change, made, removed, num_proc)
 
 
 def _written(recognised: Recognised) -> tuple[str, ...]:
@@ -101,81 +87,18 @@ def _written(recognised: Recognised) -> tuple[str, ...]:
     return tuple(EXACT[recognised.kind][0])
 
 
-def _canonical_dataset(rows: Any, recognised: Recognised, alternate: bool, num_proc: int | None) -> Any:
-    from datasets import Features, Json, List, Value
+def _features(recognised: Recognised, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the features of the canonical form of a data set with the features `given`."""
+    from datasets import Json, Value
 
-    rows = rows.with_format(None)
     written = _written(recognised)
-    if recognised.kind == "input_ids":
-        return rows
-    features = Features({name: rows.features[name] for name in rows.column_names if name not in _used(recognised)})
+    used = {*recognised.fields.values(), *written, "tools"}
+    made = {name: feature for name, feature in given.items() if name not in used}
+    texts = recognised.kind == "text" or (recognised.kind == "prompt_completion" and recognised.keys is None)
     for column in written:
-        kept = rows.features.get(column)
-        if recognised.kind == "text" or (recognised.kind == "prompt_completion" and recognised.keys is None):
-            features[column] = Value("string")
-        else:
-            features[column] = kept if kept is not None and _holds_media(kept) else List(Json())
-    if "tools" in rows.column_names:
-        features["tools"] = Json()
-    features[_PROBLEMS] = Value("string")
-    settings = {"recognised": recognised, "given": rows.features, "columns": list(features), "alternate": alternate}
-    made = rows.map(
-        partial(_map_batch, **settings),
-        batched=True,
-        with_indices=True,
-        remove_columns=rows.column_names,
-        features=features,
-        num_proc=num_proc,
-        fn_kwargs={"revision": _REVISION},
-        desc="checking rows",
-    )
-    _refuse_marked(made)
-    return made.remove_columns(_PROBLEMS)
-
-
-def _used(recognised: Recognised) -> set[str]:
-    return {*recognised.fields.values(), *_written(recognised), "tools"}
-
-
-def _map_batch(
-    batch: Mapping[str, list[Any]],
-    indices: list[int],
-    recognised: Recognised,
-    given: Any,
-    columns: list[str],
-    alternate: bool,
-    revision: int,
-) -> dict[str, list[Any]]:
-    """Convert a batch of columns; the mistakes of a row go into a column of their own, to be told together."""
-    made: dict[str, list[Any]] = {column: [] for column in columns}
-    for offset, index in enumerate(indices):
-        row = {column: values[offset] for column, values in batch.items()}
-        row, problems = convert_row(f"row {index}", row, recognised, given, alternate)
-        told = [(problem.where, problem.value, problem.expected, problem.remedy) for problem in problems]
-        for column in columns:
-            made[column].append(None if problems else row.get(column))
-        made[_PROBLEMS][-1] = json.dumps(told, default=repr) if told else None
-    return made
-
-
-def _refuse_marked(made: Any) -> None:
-    """Raise `DataError` for the mistakes in the column of mistakes."""
-    mistakes = Mistakes()
-    column = made.data.column(_PROBLEMS)
-    for told in column.drop_null() if column.null_count < len(column) else ():
-        mistakes.add([Problem(*problem) for problem in json.loads(told.as_py())])
-    mistakes.refuse(len(made))
-
-
-def _holds_media(feature: Any) -> bool:
-    """Return whether a feature holds what JSON does not: images, sound, bytes ..."""
-    if isinstance(feature, dict):
-        return any(_holds_media(part) for part in feature.values())
-    inner = feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
-    if inner is not None:
-        return _holds_media(inner)
-    kind = type(feature).__name__
-    return kind not in ("Value", "Json", "ClassLabel") or "binary" in str(getattr(feature, "dtype", ""))
+        source = given.get(recognised.fields.get(column, column))
+        made[column] = Value("string") if texts else turns_feature(source, recognised.keys or CHAT_KEYS)
+    return {**made, "tools": Json()} if "tools" in given else made
 
 
 def _look(rows: Any) -> tuple[list[str], list[Mapping[str, Any]], int]:
