@@ -177,7 +177,10 @@ def _is_last() -> str:
 
 def _assistant(form: ChatFormat) -> Pieces:
     turn = form.assistant
-    pieces = [*_text(form, turn.start), *_thought(form), *_text(form, turn.lead), *_do(".Content")]
+    lead = _text(form, turn.lead)
+    if form.tools and turn.lead:
+        lead = _if("not .ToolCalls", lead)
+    pieces = [*_text(form, turn.start), *_thought(form), *lead, *_do(".Content")]
     if form.tools:
         pieces += _if(".ToolCalls", _calls(form, form.tools))
     end = turn.end if turn.earlier_end is None else turn.earlier_end
@@ -189,8 +192,10 @@ def _thought(form: ChatFormat) -> Pieces:
     if thinking is None:
         return []
     shown = [thinking.start, *_do(".Thinking"), thinking.end]
-    recent = "gt $i $user"
-    return _if(f"and .Thinking ({recent})" if thinking.drop_earlier else ".Thinking", shown)
+    if thinking.drop_earlier:
+        return _if("and .Thinking (gt $i $user)", shown)
+    off = _if(_THOUGHTLESS, [thinking.off]) if thinking.off else None
+    return _if(".Thinking", shown, off)
 
 
 def _prompt(form: ChatFormat) -> Pieces:
