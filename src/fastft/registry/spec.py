@@ -211,7 +211,6 @@ class ModelSpec:
     head: HeadPoint = HeadPoint()
     embedding_scale: ConfigValue | None = None
     residual_scale: ConfigValue | None = None
-    block: Block = "pre"
     lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     keep_16bit: tuple[str, ...] = ("lm_head",)
     chat_format: str | None = None
@@ -220,5 +219,6 @@ class ModelSpec:
     gguf: GgufPoint = GgufPoint()
     trainer: str = "sft"
     exporter: str = "standard"
+    block: Block = "pre"
     capabilities: Mapping[str, Capability] = field(factory=Capabilities, converter=Capabilities.of)
     source: str = field(default="", eq=False)
