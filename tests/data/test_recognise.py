@@ -13,6 +13,7 @@ BOT = {"role": "assistant", "content": "a"}
 TURNS = [USER, BOT]
 SHAREGPT = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
 CALL = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}]}
+OTHER = {"name": "g", "arguments": {"y": ""}}
 TOOL = {"role": "tool", "tool_call_id": "1", "content": ""}
 
 KNOWN = {
@@ -81,8 +82,8 @@ KNOWN = {
     ),
     "alpaca": (
         {"instruction": "add", "input": "1 2", "output": "3"},
-        "instructions with answers (columns 'instruction', 'input' and 'output', a user's and an assistant's turn each), "
-        "1 row",
+        "instructions with answers (columns 'instruction', 'input' and 'output', a user's and an assistant's turn "
+        "each), 1 row",
         {"messages": [{"role": "user", "content": "add\n\n1 2"}, {"role": "assistant", "content": "3"}]},
     ),
     "alpaca without input": (
@@ -176,7 +177,7 @@ def test_keys_that_arrow_filled_in_are_absent_and_nothing_else_is():
     rows = [
         {"messages": [USER, {**CALL, "content": None}, TOOL, BOT], "tools": [{"name": "f", "p": {"x": {"t": "i"}}}]},
         {
-            "messages": [USER, {**BOT, "tool_calls": [{"type": "function", "function": {"name": "g", "arguments": {"y": ""}}}]}],
+            "messages": [USER, {**BOT, "tool_calls": [{"type": "function", "function": OTHER}]}],
             "tools": [{"name": "g", "p": {"y": {"t": "s"}}}],
         },
     ]  # fmt: skip

@@ -106,10 +106,13 @@ class _RepeatedKeyError(ValueError):
     """A JSON object with two values for one name; the reader would keep the last one alone."""
 
 
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)
+
+
 def _parse(text: str, where: str, tell: Told, line: int = 0) -> Any:
     """Return the JSON value of a text, or None after telling what is wrong with it; `line` is added to its lines."""
     try:
-        return json.loads(text, object_pairs_hook=_object)
+        return _DECODER.decode(text)
     except _RepeatedKeyError as error:
         tell(Problem(where, short(text), f"one value for each name, {str(error)!r} has two", "Remove one of them."))
     except json.JSONDecodeError as error:
@@ -130,13 +133,16 @@ def _need_row(where: str, value: Any, tell: Told) -> Iterator[Row]:
 
 def _json_lines(path: Path, tell: Told) -> Iterator[Row]:
     for number, line in _lines(path, tell):
-        if line.strip():
-            where, broken = f"{path}, line {number}", []
-            value = _parse(line.rstrip("\r\n"), where, broken.append, number)
-            for problem in broken:
-                tell(problem)
-            if not broken:
-                yield from _need_row(where, value, tell)
+        if line.isspace():
+            continue
+        broken: list[Problem] = []
+        value = _parse(line.rstrip("\r\n"), f"{path}, line {number}", broken.append, number)
+        for problem in broken:
+            tell(problem)
+        if type(value) is dict:
+            yield value
+        elif not broken:
+            yield from _need_row(f"{path}, line {number}", value, tell)
 
 
 def _json(path: Path, tell: Told) -> Iterator[Row]:
