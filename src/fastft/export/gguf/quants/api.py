@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastft.errors import Problem, UsageError
 from fastft.export.gguf.quants import kquants, nonlinear, simple, ternary
-from fastft.export.gguf.quants.arithmetic import half, ordered_sum
+from fastft.export.gguf.quants.arithmetic import divide, half, ordered_sum
 from fastft.export.gguf.quants.compiled import compiled_steps
 from fastft.export.gguf.quants.kquants import Importance
 from fastft.export.gguf.quants.search import PLAIN, Steps
@@ -142,7 +142,7 @@ def _encode(x: Tensor, entry: GgufType, codec: _Codec, importance: Tensor | None
     spread = None
     if importance is not None and codec.row_spread:
         transposed = x.t().contiguous()
-        spread = ordered_sum(transposed.mul_(transposed)) / x.shape[1]
+        spread = divide(ordered_sum(transposed.mul_(transposed)), x.shape[1])
     size = max(1, (steps.chunk if x.device.type == "cpu" else _CHUNK_GPU) // entry.block_size)
     for start in range(0, len(blocks), size):
         columns = blocks[start : start + size].t()

@@ -53,8 +53,9 @@ def round_half_away(value: Tensor) -> Tensor:
 def largest(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return the largest magnitude over the elements of `x` [..., elements, blocks], and the first value that has it.
 
-    Both are +0 for a block of zeros.
+    Both are +0 for a block of zeros. NaN is passed over: a scale can become it where weights overflow.
     """
+    x = x.nan_to_num(nan=0.0, posinf=torch.inf, neginf=-torch.inf)
     magnitude = x.abs()
     most = magnitude.amax(-2)
     elements = x.shape[-2]
@@ -70,6 +71,15 @@ def first_smallest(x: Tensor) -> Tensor:
     for element in range(1, x.shape[0]):
         least = torch.where(x[element] < least, x[element], least)
     return least
+
+
+def divide(upper: Tensor | float, lower: Tensor | float) -> Tensor:
+    """Divide as IEEE 754 has it; with a Python number torch may multiply by a reciprocal instead."""
+    if not isinstance(upper, Tensor):
+        upper = lower.new_tensor(upper)
+    elif not isinstance(lower, Tensor):
+        lower = upper.new_tensor(lower)
+    return upper / lower
 
 
 def inverse(value: Tensor) -> Tensor:

@@ -11,7 +11,17 @@ import torch
 from attrs import frozen
 from torch import Tensor
 
-from fastft.export.gguf.quants.arithmetic import TINY, as_half, half, half_bytes, largest, nearest_int, ordered_sum, square_root
+from fastft.export.gguf.quants.arithmetic import (
+    TINY,
+    as_half,
+    divide,
+    half,
+    half_bytes,
+    largest,
+    nearest_int,
+    ordered_sum,
+    square_root,
+)
 from fastft.export.gguf.quants.packing import (
     pack_bits,
     pack_nibbles,
@@ -86,11 +96,11 @@ def _scaled_bytes(found: Tensor, most: int, guarded: bool) -> tuple[Tensor, Tens
     """Round the groups' positive scales [groups, blocks] to 0 .. most times a shared one; returns both (int32, fp32)."""
     shared = found.amax(0).clamp_(min=0.0)
     positive = shared > 0
-    inverse = torch.where(positive, most / shared, 0.0)
+    inverse = torch.where(positive, divide(most, shared), 0.0)
     level = nearest_int(inverse * found).bitwise_and_(0xFF)
     if guarded:
         level.clamp_(max=most)
-    return level.masked_fill_(~positive, 0), torch.where(positive, shared / most, 0.0)
+    return level.masked_fill_(~positive, 0), torch.where(positive, divide(shared, most), 0.0)
 
 
 def _settled(x: Tensor, scale: Tensor, offset: Tensor, most: int, found: Callable[[], Tensor]) -> Tensor:
@@ -184,9 +194,9 @@ def quantize_q3_k(x: Tensor, importance: Importance | None, steps: Steps) -> Ten
 
 def _signed_scales(found: Tensor) -> tuple[Tensor, Tensor]:
     """Round signed scales [16, blocks] to -32 .. 31 times a shared one; returns them plus 32 (int32), and it (fp32)."""
-    magnitude, peak = largest(found.nan_to_num(nan=0.0, posinf=torch.inf, neginf=-torch.inf))
+    magnitude, peak = largest(found)
     some = magnitude > 0
-    inverse = -32.0 / torch.where(some, peak, 1.0)
+    inverse = divide(-32.0, torch.where(some, peak, 1.0))
     level = _as_int8(nearest_int(inverse * found)).clamp_(-32, 31).add_(32)
     return level.masked_fill_(~some, 0), torch.where(some, 1.0 / inverse, 0.0)
 
@@ -202,9 +212,9 @@ def quantize_q6_k(x: Tensor, importance: Importance | None, steps: Steps) -> Ten
     weight = groups * groups if importance is None else importance.weight.view_as(groups)
     result = symmetric_search(groups, weight, 32, steps)
     found = result.scale
-    magnitude, peak = largest(found.nan_to_num(nan=0.0, posinf=torch.inf, neginf=-torch.inf))
+    magnitude, peak = largest(found)
     empty = magnitude < TINY
-    inverse = -128.0 / torch.where(empty, 1.0, peak)
+    inverse = divide(-128.0, torch.where(empty, 1.0, peak))
     d = (1.0 / inverse).masked_fill_(empty, 0.0)
     scale = _as_int8(nearest_int(inverse * found).clamp_(max=127))
     group = as_half(d) * scale

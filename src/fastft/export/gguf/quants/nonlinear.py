@@ -43,7 +43,7 @@ def quantize_iq4_xs(x: Tensor, importance: Importance | None, steps: Steps) -> T
     groups = x.view(8, 32, -1)
     weight = None if importance is None else importance.weight.view_as(groups)
     found = _table_scales(groups, weight, square_sum(x) * (2 / 256), steps)
-    d = -largest(found.nan_to_num(nan=0.0, posinf=torch.inf, neginf=-torch.inf))[1] / 32
+    d = -largest(found)[1] / 32
     level = nearest_int(inverse(d) * found).clamp_(-32, 31)
     index = table_index(inverse(d * level).unsqueeze(1) * groups, TABLE).to(torch.uint8)
     scale = (level + 32).to(torch.uint8)

@@ -12,7 +12,7 @@ import torch
 from attrs import field, frozen
 from torch import Tensor
 
-from fastft.export.gguf.quants.arithmetic import TINY, largest, nearest_int, ordered_sum
+from fastft.export.gguf.quants.arithmetic import TINY, divide, largest, nearest_int, ordered_sum
 
 Step = Callable[..., tuple[Tensor, ...]]
 
@@ -120,9 +120,12 @@ def _affine_levels(
     return nearest_int(value).float().clamp(min=0.0).minimum(most)
 
 
-def affine_search(x: Tensor, weight: Tensor, grid: Grid, steps: Steps) -> Affine:
-    """Find scale and offset (never above zero) for every group of x [..., elements, blocks] with error weights."""
-    ends = x.amin(-2), x.amax(-2)
+def affine_search(x: Tensor, weight: Tensor, grid: Grid, steps: Steps, least: Tensor | None = None) -> Affine:
+    """Find scale and offset (never above zero) for every group of x [..., elements, blocks] with error weights.
+
+    least: the groups' smallest values, where the sign of a zero among them matters.
+    """
+    ends = x.amin(-2) if least is None else least, x.amax(-2)
     low = torch.where(ends[0] > 0, 0.0, ends[0])
     sum_w, sum_x = ordered_sum(weight), ordered_sum(weight * x)
     zero = torch.zeros_like(low)
@@ -165,7 +168,10 @@ def symmetric_step(
     """Try one scale; `state` is the best (gain, scale, inverse scale) so far, and the new one is returned."""
     best, best_scale, best_inverse = state
     inverse = numerator / peak
-    level = (inverse.unsqueeze(-2) * x).round().maximum(least).minimum(most)
+    value = inverse.unsqueeze(-2) * x
+    if not fused:  # scales that overflowed are searched here too, weights are finite
+        value = value.nan_to_num_(nan=0.0)
+    level = value.round().maximum(least).minimum(most)
     sum_xl = ordered_sum(weight * x * level, fused)
     sum_l2 = ordered_sum(weight * level * level, fused)
     scale = torch.where(sum_l2 != 0, sum_xl / sum_l2, 0.0)
@@ -221,7 +227,7 @@ def descent(x: Tensor, most: int, steps: Steps) -> tuple[Tensor, Tensor]:
     """
     magnitude, peak = largest(x)
     empty = magnitude < TINY
-    inverse = -most / torch.where(empty, 1.0, peak)
+    inverse = divide(-most, torch.where(empty, 1.0, peak))
     weight = x * x
     level = (inverse.unsqueeze(-2) * x).round_().clamp_(-most, most - 1)
     sum_xl = ordered_sum(weight * x * level)
@@ -245,11 +251,11 @@ def positive_search(x: Tensor, weight: Tensor, most: int) -> tuple[Tensor, Tenso
     peak = x.amax(0).clamp_(min=0.0)
     empty = peak < TINY
     peak = torch.where(empty, 1.0, peak)
-    inverse = most / peak
+    inverse = divide(most, peak)
     level = nearest_int(inverse * x).bitwise_and_(0xFF).float()
     best = _squared_error(x, weight, 1.0 / inverse, level)
     for index in (-4, -3, -2, -1, 1, 2, 3, 4):
-        tried = fp32(fp32(fp32(0.1) * index) + most) / peak
+        tried = divide(fp32(fp32(fp32(0.1) * index) + most), peak)
         level = nearest_int(tried * x).float().clamp_(max=most)
         error = _squared_error(x, weight, 1.0 / tried, level)
         better = error < best
@@ -326,7 +332,7 @@ def table_search(x: Tensor, weight: Tensor, table: tuple[int, ...], tries: int, 
     empty = magnitude < TINY
     peak = torch.where(empty, 1.0, peak)
     zero = torch.zeros_like(peak)
-    inverses = [1.0 / (-peak / table[0]), *((i + table[0]) / peak for i in range(-tries, tries + 1))]
+    inverses = [1.0 / divide(-peak, table[0]), *(divide(i + table[0], peak) for i in range(-tries, tries + 1))]
     state = (zero, zero)
     for index, inverse in enumerate(inverses):
         first = torch.tensor(index == 0, device=x.device)

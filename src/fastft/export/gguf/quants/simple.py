@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastft.export.gguf.quants.arithmetic import (
+    divide,
     first_smallest,
     half,
     half_bytes,
@@ -23,7 +24,7 @@ from fastft.export.gguf.quants.search import Grid, Steps, affine_search, symmetr
 
 def quantize_q8_0(x: Tensor, importance: Importance | None, steps: Steps) -> Tensor:
     """Return the blocks [34, blocks] of x [32, blocks]: the scale, then a byte a weight. Takes no importance."""
-    scale = x.abs().amax(0) / 127
+    scale = divide(x.abs().amax(0), 127)
     level = round_half_away(x * inverse(scale)).to(torch.int8)
     return torch.cat((half_bytes(scale), level.view(torch.uint8)))
 
@@ -39,7 +40,7 @@ def _symmetric(x: Tensor, importance: Importance | None, steps: Steps, most: int
         weight = importance_weights(x, importance.weight, importance.row_mean_square)
         found = symmetric_search(x[None], weight[None], most, steps)
         return found.scale[0], found.levels(x[None], most)[0].to(torch.uint8)
-    scale = largest(x)[1] / -most
+    scale = divide(largest(x)[1], -most)
     level = truncated_byte(x * inverse(scale) + (most + 0.5))
     level = torch.where(level > 127, level - 256, level).clamp_(max=2 * most - 1)
     return scale, level.to(torch.uint8)
@@ -51,10 +52,10 @@ def _affine(
     """Return the scale, the smallest value (both [blocks]) and the levels 0 .. most (uint8) of blocks [32, blocks]."""
     if importance is not None:
         weight = importance_weights(x, importance.weight, importance.row_mean_square)
-        found = affine_search(x[None], weight[None], Grid(most, -0.9, 0.05, 36), steps)
+        found = affine_search(x[None], weight[None], Grid(most, -0.9, 0.05, 36), steps, first_smallest(x)[None])
         return found.scale[0], -found.minus[0], found.levels(x[None], most)[0].to(torch.uint8)
     least = first_smallest(x)
-    scale = (x.amax(0) - least) / most + 0.0  # never -0
+    scale = divide(x.amax(0) - least, most) + 0.0  # never -0
     level = truncated_byte((x - least) * inverse(scale) + 0.5)
     return scale, least, (level.clamp_(max=most) if most == 15 else level).to(torch.uint8)
 
