@@ -128,7 +128,8 @@ class GgufPoint:
     `window_every` n: every n-th layer sees all, the others a sliding window, unless the file lists them; `None`:
     llama.cpp computes this architecture without windows. `rope_every` n: every n-th layer is not rotated, whatever the
     config says. `biases` are the projections whose bias is read. A model of `hidden_scale_layers` layers has its scores
-    multiplied by `(hidden_size / heads) ** -0.5` where others have `head_dim ** -0.5`.
+    multiplied by `(hidden_size / heads) ** -0.5` where others have `head_dim ** -0.5`. Queries and keys are normalised
+    in models of `qk_norm_layers` layers and more, and in no others; `None`: where the file has the norms.
     """
 
     rope: RopeLayout = "half"
@@ -137,6 +138,7 @@ class GgufPoint:
     rope_every: int | None = None
     biases: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
     hidden_scale_layers: int | None = None
+    qk_norm_layers: int | None = None
 
 
 @frozen

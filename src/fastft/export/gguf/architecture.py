@@ -147,9 +147,17 @@ def _problems(config: Any, spec: ModelSpec) -> Iterator[Problem]:
     for name in ("residual_scale", "logit_scale", "attention_softcap", "final_softcap"):
         if name not in point.keys and constants[name] not in (None, 1.0):
             yield Problem(name, constants[name], "none", remedy)
-    for name in ("attention_softcap", "final_softcap", "logit_scale"):
+    # an architecture that caps attention's scores caps them, and the logits, whatever the file says
+    capped = ("attention_softcap", "final_softcap") if "attention_softcap" in point.keys else ()
+    for name in (*capped, "logit_scale"):
         if name in point.keys and constants[name] is None:
             yield Problem(name, None, "a number", remedy)
+    if point.qk_norm_layers is not None:
+        switch = spec.attentions[0].qk_norm_config or ""
+        normalised = config.num_hidden_layers >= point.qk_norm_layers
+        if bool(getattr(config, switch, True)) != normalised:
+            expected = f"{normalised} for {config.num_hidden_layers} layers"
+            yield Problem(f"config.{switch}", getattr(config, switch, True), expected, remedy)
     if point.rope_every:
         wanted = [int((layer + 1) % point.rope_every != 0) for layer in range(config.num_hidden_layers)]
         rotated = [int(bool(value)) for value in getattr(config, spec.attentions[0].rope_layers or "", wanted)]
@@ -235,8 +243,11 @@ def _rope(
 
 
 def _yarn(rope: dict[str, Any], config: Any) -> dict[str, Value]:
-    if rope.get("truncate") is False:
-        raise UsageError(Problem("config.rope_parameters.truncate", False, "true", "llama.cpp always truncates."))
+    fixed = {"truncate": True, "beta_fast": 32, "beta_slow": 1}
+    wrong = {name: rope[name] for name, value in fixed.items() if rope.get(name) not in (None, value)}
+    if wrong:
+        remedy = "llama.cpp's architecture has no other; the model cannot be run there."
+        raise UsageError(*(Problem(f"config.rope_parameters.{n}", v, str(fixed[n]), remedy) for n, v in wrong.items()))
     factor = float(rope["factor"])
     original = rope.get("original_max_position_embeddings") or config.max_position_embeddings
     keys = {
@@ -244,9 +255,6 @@ def _yarn(rope: dict[str, Any], config: Any) -> dict[str, Value]:
         "rope.scaling.factor": f32(factor),
         "rope.scaling.original_context_length": u32(original),
     }
-    for ours, theirs in (("beta_fast", "yarn_beta_fast"), ("beta_slow", "yarn_beta_slow")):
-        if rope.get(ours) is not None:
-            keys[f"rope.scaling.{theirs}"] = f32(rope[ours])
     # llama.cpp multiplies by YaRN's own 0.1 ln(factor) + 1; what the config says beyond that is stated.
     implied = 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
     wanted = _yarn_magnitude(rope, factor, implied)

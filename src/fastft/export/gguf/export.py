@@ -1,0 +1,195 @@
+"""Write a model as GGUF files: each weight is read once, merged, quantised to every type asked for, and streamed."""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from attrs import frozen
+
+from fastft.errors import Problem, SaveError, UsageError, did_you_mean
+from fastft.export.gguf.architecture import Architecture, architecture_of, check_supported
+from fastft.export.gguf.file import (
+    FileWriter,
+    TensorEntry,
+    Value,
+    check_space,
+    clear_leftovers,
+    tensor_entry,
+    text,
+    u32,
+)
+from fastft.export.gguf.stream import stream
+from fastft.export.gguf.tensors import FileTensor, plan_tensors
+from fastft.export.gguf.vocabulary import vocabulary_of
+from fastft.export.weights import WeightSource, weight_source
+from fastft.registry.resolve import resolve
+from fastft.registry.spec import ModelSpec
+
+# Names for people who do not want to know the types.
+ALIASES = {"not_quantized": "f16", "fast_quantized": "q8_0", "quantized": "q4_k_m"}
+_QUANTISATION_VERSION = 2
+# llama.cpp's number of each file type
+_FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7, "bf16": 32}
+
+
+@frozen
+class GgufFileReport:
+    """One file that was written: its quant, path, size in bytes, and how many tensors have each type."""
+
+    quant: str
+    path: Path
+    size: int
+    types: Mapping[str, int]
+
+
+@frozen
+class GgufReport:
+    """What an export wrote, and notes on where llama.cpp will differ from the model."""
+
+    files: tuple[GgufFileReport, ...]
+    notes: tuple[str, ...]
+
+
+def export_gguf(
+    model_or_folder: Any,
+    tokenizer: Any = None,
+    folder: str | Path = "gguf",
+    quants: str | Sequence[str] = ("q4_k_m",),
+    *,
+    name: str | None = None,
+    base: str = "dequantised",
+    pre_tokenizer: str | None = None,
+    device: str | torch.device | None = None,
+    progress: bool = True,
+) -> GgufReport:
+    """Write `<folder>/<name>-<quant>.gguf` for each of `quants`; all are made in one pass over the weights.
+
+    * `model_or_folder`: a model with or without adapters, or the folder of a checkpoint, an adapter or a run.
+      Adapters are merged in fp32; no 16-bit copy is written. `base`: see `weight_source`.
+    * `tokenizer`: by default the one that belongs to the model.
+    * `quants`: llama.cpp's file types (`quant_names()`), or "not_quantized" (f16), "fast_quantized" (q8_0) and
+      "quantized" (q4_k_m).
+    * `name`: of the model and the files; by default that of the checkpoint.
+    * `pre_tokenizer`: llama.cpp's name of the way text is split, for a tokenizer that fastft does not recognise.
+    * `device`: where quantisers run; by default a GPU if there is one.
+
+    A file gets its name once it is whole; an error leaves nothing of it, and what a killed process left is removed by
+    the next run. Raises UsageError for what cannot be exported (before any work, all reasons at once) and SaveError
+    for a disk that is too small or fails.
+    """
+    chosen = chosen_quants(quants)
+    source = weight_source(model_or_folder, base)
+    spec = resolve(source.config)
+    check_supported(spec)
+    tokenizer = tokenizer if tokenizer is not None else source.tokenizer
+    if tokenizer is None:
+        raise UsageError("export_gguf: the model's tokenizer is not known; pass it as the second argument")
+    target = Path(folder).expanduser()
+    name = name or model_name(model_or_folder, source)
+    architecture, tensors = _plan(source, spec)
+    vocabulary = vocabulary_of(
+        tokenizer, _rows(source, tensors), pre_tokenizer, source.folder, _ends(source.generation_config)
+    )
+    metadata = _general(name, spec, source) | architecture.metadata | vocabulary.metadata
+    writers = [
+        FileWriter(
+            target / f"{name}-{quant}.gguf",
+            metadata | {"general.file_type": u32(_FILE_TYPES[quant])},
+            _entries(quant, tensors),
+        )
+        for quant in chosen
+    ]
+    _prepare(target, writers)
+    stream(tensors, writers, _device(device), progress)
+    reports = tuple(
+        GgufFileReport(quant, writer.path, writer.size, _counted(writer.tensors))
+        for quant, writer in zip(chosen, writers)
+    )
+    return GgufReport(reports, (*source.notes, *architecture.notes, *vocabulary.notes))
+
+
+def quant_names() -> tuple[str, ...]:
+    """Return the names of the file types that can be written."""
+    return tuple(_FILE_TYPES)
+
+
+def chosen_quants(quants: str | Sequence[str]) -> tuple[str, ...]:
+    """Return the file types asked for, each once; raises UsageError that lists every wrong name."""
+    asked = [quants] if isinstance(quants, str) else list(quants)
+    known = [*_FILE_TYPES, *ALIASES]
+    problems = []
+    for quant in asked:
+        if str(quant).lower() not in known:
+            hint = did_you_mean(str(quant).lower(), known)
+            problems.append(Problem("quants", quant, f"one of {', '.join(known)}", hint))
+    if not asked:
+        problems.append(Problem("quants", quants, f"at least one of {', '.join(known)}"))
+    if problems:
+        raise UsageError(*problems)
+    return tuple(dict.fromkeys(ALIASES.get(str(quant).lower(), str(quant).lower()) for quant in asked))
+
+
+def model_name(model_or_folder: Any, source: WeightSource) -> str:
+    """Return a name for files: that of the folder given, or of the checkpoint the model came from."""
+    given = model_or_folder if isinstance(model_or_folder, str | Path) else source.state.source
+    last = Path(str(given)).expanduser().resolve().name if given else ""
+    return re.sub(r"[^\w.-]+", "-", last).strip("-.") or "model"
+
+
+# The plan -------------------------------------------------------------------------------------------------------------
+
+
+def _plan(source: WeightSource, spec: ModelSpec) -> tuple[Architecture, list[FileTensor]]:
+    config = source.config.get_text_config()
+    architecture = architecture_of(config, spec, config.vocab_size)
+    return architecture, plan_tensors(source, spec, architecture.tensors)
+
+
+def _rows(source: WeightSource, tensors: Sequence[FileTensor]) -> int:
+    return next(tensor.shape[0] for tensor in tensors if tensor.name == "token_embd.weight")
+
+
+def _ends(generation_config: Any) -> tuple[int, ...]:
+    ends = getattr(generation_config, "eos_token_id", None)
+    return () if ends is None else tuple(ends) if isinstance(ends, list | tuple) else (ends,)
+
+
+def _general(name: str, spec: ModelSpec, source: WeightSource) -> dict[str, Value]:
+    keys = {
+        "general.architecture": text(str(spec.gguf_architecture)),
+        "general.type": text("model"),
+        "general.name": text(name),
+        "general.quantization_version": u32(_QUANTISATION_VERSION),
+    }
+    origin = source.state.source
+    if origin and not Path(origin).expanduser().exists():
+        keys["general.source.huggingface.repository"] = text(origin)
+    return keys
+
+
+def _prepare(target: Path, writers: Sequence[FileWriter]) -> None:
+    if target.exists() and not target.is_dir():
+        raise UsageError(f"{target}: this is a file; give the name of a folder")
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SaveError(f"{target}: the folder cannot be made ({error.strerror})") from error
+    for writer in writers:
+        clear_leftovers(writer.path)
+    check_space(target, sum(writer.size for writer in writers), f"the export of {len(writers)} files")
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    return torch.device(device) if device is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _entries(quant: str, tensors: Sequence[FileTensor]) -> list[TensorEntry]:
+    plain = [len(tensor.shape) == 1 or tensor.name.endswith("_norm.weight") for tensor in tensors]
+    return [tensor_entry(t.name, t.shape, "f32" if is_plain else quant) for t, is_plain in zip(tensors, plain)]
+
+
+def _counted(entries: Sequence[TensorEntry]) -> dict[str, int]:
+    types = [entry.type for entry in entries]
+    return {kind: types.count(kind) for kind in dict.fromkeys(types)}

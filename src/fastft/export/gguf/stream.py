@@ -1,0 +1,81 @@
+"""Tensors through the quantisers into files: one is read and one is written while one is quantised."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from fastft.errors import UsageError
+from fastft.export.gguf.file import FileWriter, padded
+from fastft.export.gguf.quants import quantize
+from fastft.export.gguf.tensors import FileTensor
+
+
+def stream(
+    tensors: Sequence[FileTensor], writers: Sequence[FileWriter], device: torch.device, progress: bool = True
+) -> None:
+    """Write `tensors` to every file, each in the type the file asks for, and give the files their names.
+
+    At most three tensors are held: one being read, one being quantised on `device`, and one's bytes being written.
+    Raises UsageError that names the tensor for NaN and infinity, and SaveError; then no file is left.
+    """
+    types = [{entry.name: entry.type for entry in writer.tensors} for writer in writers]
+    total = sum(padded(entry.size) for writer in writers for entry in writer.tensors)
+    with ExitStack() as stack:
+        files = [stack.enter_context(writer) for writer in writers]
+        # the threads are joined before the files are closed
+        reader, putter = (stack.enter_context(ThreadPoolExecutor(1)) for _ in range(2))
+        bar = stack.enter_context(
+            tqdm(total=total, unit="B", unit_scale=True, desc="GGUF", disable=None if progress else True)
+        )
+        pending: Future[int] | None = None
+        for tensor, values in _ahead(reader, tensors):
+            kinds = [kind[tensor.name] for kind in types]
+            made = _encoded(tensor, values, tuple(dict.fromkeys(kinds)), device)
+            del values
+            if pending is not None:
+                bar.update(pending.result())
+            pending = putter.submit(_put, files, tensor.name, [made[kind] for kind in kinds])
+        if pending is not None:
+            bar.update(pending.result())
+        for file in files:
+            file.finish()
+
+
+def _ahead(reader: ThreadPoolExecutor, tensors: Sequence[FileTensor]) -> Iterator[tuple[FileTensor, torch.Tensor]]:
+    """Yield each tensor with its values, while the next one is being read."""
+    waiting = reader.submit(_read, tensors[0])
+    for index, tensor in enumerate(tensors):
+        values = waiting.result()
+        if index + 1 < len(tensors):
+            waiting = reader.submit(_read, tensors[index + 1])
+        yield tensor, values
+
+
+def _read(tensor: FileTensor) -> torch.Tensor:
+    with torch.no_grad():
+        return tensor.read().detach()
+
+
+def _put(files: Sequence[FileWriter], name: str, data: Sequence[np.ndarray]) -> int:
+    for file, part in zip(files, data):
+        file.write(name, part)
+    return sum(padded(part.nbytes) for part in data)
+
+
+def _encoded(
+    tensor: FileTensor, values: torch.Tensor, kinds: Sequence[str], device: torch.device
+) -> Mapping[str, np.ndarray]:
+    """Return the tensor's bytes in each of `kinds`; `values` are fp32 of any device."""
+    rows = values.to(device).reshape(-1, values.shape[-1])
+    made = {}
+    for kind in kinds:
+        try:
+            data = quantize(rows, kind)
+        except UsageError as error:
+            raise UsageError(f"{tensor.weight} ({tensor.name} as {kind}): {error}") from error
+        made[kind] = data.cpu().numpy()
+    return made
