@@ -52,6 +52,17 @@ def row_problem(where: str, ids: Sequence[int], labels: Sequence[int]) -> Proble
     return None
 
 
+def refuse_unlearnable(lost: int, total: int, limit: int | None, allowed: float, name: str = "") -> None:
+    """Raise `DataError` if more than a share `allowed` of `total` rows has nothing to learn within `limit` tokens."""
+    if lost <= allowed * total:
+        return
+    share = lost / total
+    remedy = f"Raise max_length, or leave them out with max_unlearnable={min(1.0, share + 0.005):.2f}."
+    got = f"{lost} of {total} ({share:.2%})"
+    where = f"{name}rows with nothing left to learn within max_length={limit}"
+    raise DataError(Problem(where, got, f"at most {allowed:.2%}", remedy))
+
+
 def refuse(problems: Iterable[Problem | str]) -> None:
     """Raise `DataError` with the first problems and the number of the others, if there are any."""
     mistakes = Mistakes()
@@ -83,9 +94,9 @@ class Mistakes:
         if not self.count:
             return
         hidden = self.count - len(self.kept)
-        more = [f"and {self._unseen} more rows"] if self._unseen else []
+        more = [f"and {self._unseen:,} more rows"] if self._unseen else []
         if hidden and not self._unseen:
-            more = [f"and {hidden} more mistakes in these rows"]
+            more = [f"and {hidden:,} more mistakes in these rows"]
         if more and total is not None:
             more = [f"{more[0]}: {self.rows:,} of {total:,} rows cannot be used ({self.count:,} mistakes)"]
         raise DataError(*self.kept, *more)

@@ -129,18 +129,18 @@ _TWO_SYSTEMS = "Keep one of the two."
 _PAIR = "Make both texts, or both lists of messages, in every row."
 
 
-def _parsed(where: str, value: Any) -> tuple[Any, Problem | None]:
+def _parsed(where: str, value: Any, expected: str = "a list of messages") -> tuple[Any, Problem | None]:
     """Return a list that a table keeps as JSON text."""
     if not isinstance(value, str):
         return value, None
     try:
         return json.loads(value), None
     except ValueError as error:
-        python = value.lstrip().startswith("[{'")
-        remedy = f"It is no JSON: {error}."
-        if python:
+        start = value.lstrip()[:3]
+        remedy = f"It is no JSON: {error}." if start[:1] == "[" else ""
+        if start == "[{'":
             remedy = "This is Python's notation, as pandas writes lists to CSV; save JSON Lines or Parquet instead."
-        return value, Problem(where, short(value), "a list of messages", remedy)
+        return value, Problem(where, short(value), expected, remedy)
 
 
 def _tools(where: str, row: Row) -> tuple[Row, Problems]:
@@ -150,7 +150,7 @@ def _tools(where: str, row: Row) -> tuple[Row, Problems]:
     tools = row["tools"]
     problem = None
     if isinstance(tools, str) and tools.strip():
-        tools, problem = _parsed(f"{where}, tools", tools)
+        tools, problem = _parsed(f"{where}, tools", tools, "a list of JSON schemas")
     if problem is None and tools and not (isinstance(tools, list) and all(isinstance(tool, Mapping) for tool in tools)):
         problem = Problem(f"{where}, tools", short(tools), "a list of JSON schemas, or None")
     rest = {name: value for name, value in row.items() if name != "tools"}

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from fastft.environment import hub_offline
-from fastft.errors import DataError, Problem
+from fastft.errors import DataError, Problem, did_you_mean
 
 _LOCAL = "give the path of a file or folder"
 
@@ -21,7 +21,7 @@ def load_from_hub(name: str, config: str | None = None, stream: bool = False) ->
         remedy = f"No such file or folder ({Path(name).absolute()}), and no name of the hub either: {error}"
         raise DataError(Problem("rows", name, "a file, a folder, or a name of the hub", remedy)) from error
     cache = datasets.config.HF_DATASETS_CACHE
-    tried = f"Tried: no file or folder {Path(name).absolute()}; not in the cache {cache}"
+    tried = f"Tried: no file or folder {Path(name).absolute()}{_near(Path(name))}; not in the cache {cache}"
     cached = _cached(name, config)
     if cached is not None:
         parts = cached.as_dataset()
@@ -35,6 +35,13 @@ def load_from_hub(name: str, config: str | None = None, stream: bool = False) ->
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         remedy = f"The hub has it, but it cannot be loaded: {error}"
         raise DataError(Problem("rows", name, "a data set that `datasets` can load", remedy)) from error
+
+
+def _near(path: Path) -> str:
+    """Return the name in the path's folder that may be meant, in brackets."""
+    there = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    hint = did_you_mean(path.name, there)
+    return f" ({hint})" if hint else ""
 
 
 def _cached(name: str, config: str | None) -> Any:

@@ -193,7 +193,8 @@ def _keys(kind: Kind, fields: Fields, sample: Sequence[Mapping[str, Any]]) -> tu
         return None
     column = fields.get("messages") or fields.get("completion") or fields["chosen"]
     turns = _turns_of(column, sample)
-    if not turns and kind != "messages":
+    first = next((row[column] for row in sample if row.get(column) is not None), None)
+    if kind != "messages" and (not turns or (isinstance(first, str) and not _json_list(first))):
         return None
     if not turns and column == "conversations" and not sample:
         return ("from", "value")
