@@ -92,14 +92,16 @@ _ALIASES = {"f32": "fp32", "f16": "fp16", "iq4": "q4", "iq3": "q3", "iq2": "q2"}
 _NOISE = {"bfloat16": _LIMITS["bf16"], "float16": _LIMITS["fp16"], "int8": Limits(0.01, 0.15, 0.02)}
 
 
-def limits_of(kind: str, reference: str) -> Limits | None:
+def limits_of(kind: str, reference: str, original: bool = False) -> Limits | None:
     """Return what a kind ("bf16", "q4_k_m" ...) may cost against a reference computed in a dtype, or in "int8".
 
+    `original`: its adapters were merged into 16-bit weights where the reference has them quantised.
     None for kinds without a limit: ternary and 1-bit types make noise of models that were not trained for them.
     """
     known = {**_LIMITS, **{alias: _LIMITS[name] for alias, name in _ALIASES.items()}}
     name = next((name for name in sorted(known, key=len, reverse=True) if kind.startswith(name)), None)
     if name is None:
         return None
-    limits, noise = known[name], _NOISE.get(reference, Limits(0.0, 0.0, 0.0))
-    return Limits(limits.kl + noise.kl, limits.other_choice + noise.other_choice, limits.perplexity + noise.perplexity)
+    extra = [_NOISE.get(reference), _LIMITS["nf4"] if original else None]
+    allowed = [known[name], *(limits for limits in extra if limits is not None)]
+    return Limits(*(sum(getattr(one, part) for one in allowed) for part in ("kl", "other_choice", "perplexity")))

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from attrs import frozen
+from attrs import evolve, frozen
 from torch import Tensor, nn
 
 from fastft.errors import LoadError, UsageError
 from fastft.export import llama_cpp
+from fastft.export.companions import RECORD
 from fastft.export.encode import decode
 from fastft.export.folder import find_weights, load_folder
 from fastft.export.stored import stored_tensors
@@ -26,7 +27,8 @@ class Engine:
 
     `kind` is its precision or quant; `template` its chat template, None if it has none; `encode(text, special)` gives
     token ids, with BOS and the like if `special`, and is None where that needs llama.cpp; `logits(ids)` [tokens,
-    vocabulary]. `problems` were found in its metadata, `notes` say what could not be looked at.
+    vocabulary]. `problems` were found in its metadata, `notes` say what could not be looked at. `original`: its
+    adapters were merged into the 16-bit checkpoint, where training saw a quantised one.
     """
 
     kind: str
@@ -36,6 +38,7 @@ class Engine:
     logits: Callable[[Sequence[int]], Tensor]
     problems: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    original: bool = False
 
 
 @contextmanager
@@ -69,7 +72,8 @@ def _of_folder(path: Path, model: Any) -> Engine:
     config = files.read_json(found.folder / "config.json") if not found.adapter else {}
     method = (config.get("quantization_config") or {}).get("quant_method")
     if found.adapter:
-        loaded, kind, runner = load_folder(found), "adapter", "transformers and PEFT"
+        (loaded, more), runner = load_folder(found), "transformers and PEFT"
+        found = evolve(found, notes=more)
         kind = str(base_model(loaded).dtype).removeprefix("torch.")
     elif method == "compressed-tensors":
         loaded, kind, runner = _dequantised(found), "fp8", "transformers, dequantised"
@@ -85,7 +89,9 @@ def _of_folder(path: Path, model: Any) -> Engine:
     encode = None if tokenizer is None else partial(token_ids, tokenizer)
     kind = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}.get(kind, kind)
     template = getattr(tokenizer, "chat_template", None)
-    return Engine(kind, runner, template, encode, lambda ids: run_model(loaded, ids), problems, tuple(notes))
+    exported = files.read_json(found.folder / RECORD) if (found.folder / RECORD).is_file() else {}
+    original = exported.get("base") == "original" and exported.get("quant") is not None
+    return Engine(kind, runner, template, encode, partial(run_model, loaded), problems, tuple(notes), original)
 
 
 def _plain(found: Any, config: dict[str, Any], model: Any) -> tuple[Any, str]:
@@ -204,7 +210,7 @@ def _without_llama_cpp(path: Path, model: Any, tokenizer: Any) -> Iterator[Engin
     kind = kind_of_gguf(path, file.metadata)
     problems = tuple([*token_problems(file.metadata, tokenizer), *vocabulary_problems(file.metadata, tokenizer)])
     template = file.metadata.get("tokenizer.chat_template")
-    yield Engine(kind, "transformers, dequantised", template, None, lambda ids: run_model(loaded, ids), problems, notes)
+    yield Engine(kind, "transformers, dequantised", template, None, partial(run_model, loaded), problems, notes)
 
 
 def vocabulary_problems(metadata: dict[str, Any], tokenizer: Any) -> Iterator[str]:

@@ -70,23 +70,24 @@ def run_record(folder: Path) -> dict[str, Any]:
     return {}
 
 
-def load_folder(found: Found) -> Any:
-    """Load the model in a folder, an adapter on its base as it was trained: quantised alike, in the same dtype."""
+def load_folder(found: Found) -> tuple[Any, tuple[str, ...]]:
+    """Load the model in a folder, an adapter on its base as it was trained: quantised alike, in the same dtype.
+
+    Returns the model and notes on what was taken, or assumed.
+    """
     from fastft.model.load import load
-    from fastft.state import get_state, update_state
 
     model = found.record.get("model", {})
     quant = model.get("quant") if found.adapter else None
     dtype = model.get("dtype") if found.adapter and model.get("dtype") in DTYPES else _stored_dtype(found)
     loaded, _ = load(str(found.folder), quant=None if _base_is_quantised(found) else quant, dtype=dtype)
-    notes = list(get_state(loaded).notes) + list(found.notes)
+    notes = found.notes
     if found.adapter and not model:
-        notes.append(
+        notes += (
             f"no run.json tells how the base of {found.folder} was held in training; it was taken in 16 bits. Load the "
-            "adapter with fastft.load(folder, quant=...) and pass the model if it was quantised"
+            "adapter with fastft.load(folder, quant=...) and pass the model if it was quantised",
         )
-    update_state(loaded, notes=tuple(notes))
-    return loaded
+    return loaded, notes
 
 
 def _base_folder(found: Found) -> Path:

@@ -153,9 +153,9 @@ def verify_export(
     model without them. GGUF files run in llama.cpp (package xllamacpp), or, where that is missing, dequantised through
     transformers, which a note says. Nothing is written and the model is left as it was.
     """
-    model, tokenizer, reference = _reference(model, tokenizer)
     paths = _artefacts(artefact)
     notes: list[str] = []
+    model, tokenizer, reference = _reference(model, tokenizer, notes)
     questions = _questions(tokenizer, prompts, text, text_tokens, _room(model), notes)
     with _evaluating(model):
         expected = [run_model(model, ids) for ids in questions.ids]
@@ -170,9 +170,10 @@ def verify_export(
     return ExportReport(reference, len(questions.prompts), tuple(reports), adapter_kl, tuple(notes))
 
 
-def _reference(model: Any, tokenizer: Any) -> tuple[Any, Any, str]:
+def _reference(model: Any, tokenizer: Any, notes: list[str]) -> tuple[Any, Any, str]:
     if isinstance(model, str | Path):
-        model = load_folder(find_weights(Path(model).expanduser()))
+        model, more = load_folder(find_weights(Path(model).expanduser()))
+        notes += more
     if not isinstance(model, nn.Module):
         raise UsageError(Problem("model", type(model).__name__, "a model, or the path of a folder"))
     state = get_state(model)
@@ -304,7 +305,7 @@ def _judge(
         same_ids,
         distance(expected, outputs, questions.ids, questions.text),
         _kl(base, outputs, questions) if base else None,
-        limits_of(opened.kind, held),
+        limits_of(opened.kind, held, opened.original),
         tuple(problems),
         opened.notes,
     )

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fastft.errors import LoadError, Problem, UsageError, did_you_mean
 from fastft.export import deltas
 from fastft.export.dense import dense_like, dense_weight
+from fastft.export.folder import Found, find_weights, load_folder
 from fastft.export.stored import StoredTensor, stored_tensors
 from fastft.model import files
 from fastft.state import ModelState, base_model, get_state
@@ -323,11 +324,9 @@ def _from_checkpoint(
 
 
 def _of_folder(folder: Path, base: str) -> WeightSource:
-    from fastft.export.folder import find_weights, load_folder
-
     found = find_weights(folder)
     if found.adapter or found.quantised:
-        return _of_model(load_folder(found), base)
+        return _loaded(found, base)
     stored = stored_tensors(found.folder)
     from fastft.model.tokenizer import load_tokenizer
 
@@ -335,7 +334,7 @@ def _of_folder(folder: Path, base: str) -> WeightSource:
     expected = _untied(dict(_walk(skeleton, "", None)), skeleton, [])
     names = _as_checkpoint(skeleton, expected)
     if not stored or not set(names) <= set(stored):
-        return _of_model(load_folder(found), base)  # pickled, or with names of an older transformers
+        return _loaded(found, base)  # pickled, or with names of an older transformers
     wrong = [name for name, weight in names.items() if stored[name].shape != weight.shape]
     if wrong:
         raise LoadError(
@@ -350,6 +349,12 @@ def _of_folder(folder: Path, base: str) -> WeightSource:
     state = ModelState(source=str(found.folder), tokenizer=tokenizer)
     config = _plain_config(skeleton)
     return WeightSource(weights, config, generation, tokenizer, found.folder, state, base, found.notes)
+
+
+def _loaded(found: Found, base: str) -> WeightSource:
+    model, notes = load_folder(found)
+    source = _of_model(model, base)
+    return evolve(source, notes=(*source.notes, *notes))
 
 
 def _of_file(weight: Weight, tensor: StoredTensor) -> Weight:
