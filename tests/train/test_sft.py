@@ -298,12 +298,15 @@ def test_sft_from_messages_to_result(build_model, tokenizer, tmp_path):
 
 def test_what_is_cut_is_said(build_model, tokenizer, dataset, settings, capsys):
     args = SFTConfig(**{**settings, "max_length": 6})
+    with pytest.raises(DataError, match=r"with nothing left to learn within max_length=6.*at most 0.00%.*max_unlearn"):
+        SFTTrainer(build_model(), args, train_dataset=dataset, processing_class=tokenizer, compile=False)
+    args = SFTConfig(**{**settings, "max_length": 6, "max_unlearnable": 1.0})
     made = SFTTrainer(build_model(), args, train_dataset=dataset, processing_class=tokenizer, compile=False)
     said = capsys.readouterr().out
     lost = len(dataset) - len(made.train_dataset)
     assert lost and f"{lost} of {len(dataset)} rows have nothing to learn" in said
     longer = sum(len(ids) > 6 for ids in dataset["input_ids"])
     assert longer and f"{longer} of {len(dataset)} rows are longer than max_length=6" in said
-    args = SFTConfig(**{**settings, "max_length": 6, "packing": True})
+    args = SFTConfig(**{**settings, "max_length": 6, "packing": True, "max_unlearnable": 1.0})
     SFTTrainer(build_model(), args, train_dataset=dataset, processing_class=tokenizer, compile=False)
     assert f"{longer} of {len(dataset)} rows are longer than max_length=6" in capsys.readouterr().out

@@ -5,15 +5,18 @@ cut without being asked for: a row that cannot be used is an error that names it
 """
 
 import pickle
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from fastft.data import pipeline
-from fastft.data.check import check_tokenised, named, refuse, refuse_empty
+from fastft.data.check import check_tokenised, named, refuse, refuse_empty, refuse_unlearnable
 from fastft.data.columns import trained_ids
+from fastft.data.inputs import canonical_rows
 from fastft.data.rendering import templates_of
+from fastft.data.sources import load_rows
 from fastft.data.tokenise import Encoder, Unlearnable
 from fastft.errors import DataError, Problem, UsageError, did_you_mean
 
@@ -60,8 +63,7 @@ def chat_dataset(
     in which no stop token is learnt.
     """
     _check_arguments(train_on, max_length, overlong, max_unlearnable)
-    rows = _load(rows)
-    _need_rows(rows)
+    rows = canonical_rows(rows, num_proc)
     if hasattr(rows, "__len__"):
         refuse_empty(rows)
     templates, scaffold = templates_of(tokenizer, train_on)
@@ -84,18 +86,15 @@ def tokenised(data: Any, tokenizer: Any, train_on: str, name: str) -> Any:
         from datasets import Dataset
 
         data = Dataset.from_list(data)
-    if not isinstance(data, Mapping) and "input_ids" in (getattr(data, "column_names", None) or ()):
-        check_tokenised(data, name)
-        return data
     try:
+        if isinstance(data, str | Path):
+            data = load_rows(data)
+        if not isinstance(data, Mapping) and "input_ids" in (getattr(data, "column_names", None) or ()):
+            check_tokenised(data, name)
+            return data
         return chat_dataset(data, tokenizer, train_on=train_on)
     except DataError as error:
         raise DataError(*(named(problem, name) for problem in error.problems)) from error
-
-
-def _load(rows: Any) -> Any:
-    """Return rows of the canonical kinds from whatever users have."""
-    return rows
 
 
 def _is_stream(rows: Any) -> bool:
@@ -160,14 +159,12 @@ def _sound_rows(found: Any, max_length: int | None, allowed: float) -> Any:
     return found.select([index for index in range(len(found)) if index not in cut])
 
 
-def _told_cut(count: int, total: int, max_length: int | None, allowed: float) -> list[str]:
-    if count <= allowed * total:
-        return []
-    share = count / total
-    return [
-        f"{count} of {total} rows ({share:.2%}) have nothing left to learn within max_length={max_length}; allowed are "
-        f"{allowed:.2%}. Raise max_length, or leave them out with max_unlearnable={min(1.0, share + 0.005):.2f}."
-    ]
+def _told_cut(count: int, total: int, max_length: int | None, allowed: float) -> Sequence[Problem | str]:
+    try:
+        refuse_unlearnable(count, total, max_length, allowed)
+    except DataError as error:
+        return error.problems
+    return ()
 
 
 def _need_stops(found: Any, encoder: Encoder) -> None:
@@ -186,21 +183,6 @@ def _need_stops(found: Any, encoder: Encoder) -> None:
         remedy = f"{cut}A model that never learns to stop goes on until it is stopped."
         where = f"stop token, learnt in {len(found)} rows"
         raise DataError(Problem(where, "0 times", f"at least once one of {names}", remedy))
-
-
-def _need_rows(rows: Any) -> None:
-    """Raise `DataError` for what is no list of rows: a path, one row, several splits."""
-    if isinstance(rows, str):
-        remedy = "Read the file first, with datasets.load_dataset('json', data_files=..., split='train'), say."
-    elif isinstance(rows, Mapping):
-        splits = [str(name) for name, part in rows.items() if hasattr(part, "column_names")]
-        remedy = f"Choose one of its splits: {', '.join(splits)}." if splits else "Put the row into a list."
-    elif not isinstance(rows, Iterable):
-        remedy = "A row is {'messages': [...]}, {'prompt', 'completion'} or {'text'}."
-    else:
-        return
-    value = rows if isinstance(rows, str) or rows is None else type(rows).__name__
-    raise DataError(Problem("rows", value, "a list of rows, each a dict, or a datasets.Dataset", remedy))
 
 
 def _check_arguments(train_on: str, max_length: int | None, overlong: str, max_unlearnable: float) -> None:

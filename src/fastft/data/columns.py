@@ -81,6 +81,26 @@ def trained_ids(dataset: Any, ids: Collection[int]) -> int:
 
 
 def present_ids(dataset: Any, ids: Collection[int]) -> int:
-    """Return how many tokens of `ids` there are in the whole set."""
+    """Return how many tokens of `ids` there are in the whole set, those that begin a row excepted."""
     wanted = np.asarray(sorted(ids), dtype=np.int32)
-    return sum(int(np.isin(batch.ids, wanted).sum()) for batch in columns(dataset))
+    count = 0
+    for batch in columns(dataset):
+        found = np.isin(batch.ids, wanted)
+        found[batch.starts[batch.lengths > 0]] = False
+        count += int(found.sum())
+    return count
+
+
+def suspects(dataset: Any) -> list[int]:
+    """Return the numbers of rows without tokens, with labels of another length, or without anything to learn."""
+    labelled = "labels" in dataset.column_names
+    names = ["input_ids", "labels"] if labelled else ["input_ids"]
+    found, first = [], 0
+    for table in dataset.select_columns(names).with_format("arrow").iter(BATCH):
+        ids, sizes = flat(table["input_ids"])
+        labels, others = flat(table["labels"]) if labelled else (ids, sizes)
+        batch = Columns(labels, labels, others)
+        wrong = (sizes == 0) | (others != sizes) | (batch.per_row(batch.bearing()) == 0)
+        found.extend((first + np.flatnonzero(wrong)).tolist())
+        first += len(sizes)
+    return found

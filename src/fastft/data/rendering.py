@@ -20,15 +20,27 @@ class Templates:
     """The chat templates to render with, for rows without and with tools.
 
     Where `compare` is set, `plain` and `tools` are those of a known format, marked with `{% generation %}`, and a row
-    is only used if the tokenizer's own template in `compare` renders the same text. `problem` says why messages cannot
+    is only used if the tokenizer's own template in `compare` renders the same text, stop tokens in `ends` and white
+    space at its end excepted. `problem` says why messages cannot
     be rendered, or (`unmarked`) why their assistant turns cannot be told from the rest.
     """
 
     plain: str = ""
     tools: str = ""
     compare: tuple[str, str] | None = None
+    ends: tuple[str, ...] = ()
     problem: Problem | None = None
     unmarked: Problem | None = None
+
+    def same(self, text: str, own: str) -> bool:
+        """Return whether the known format's text is that of the tokenizer's own template, but for its end."""
+        if text == own:
+            return True
+        shorter, longer = sorted((text, own), key=len)
+        rest = longer.removeprefix(shorter.rstrip())
+        for token in self.ends:
+            rest = rest.replace(token, "")
+        return longer.startswith(shorter.rstrip()) and not rest.strip()
 
 
 def render(
@@ -97,16 +109,15 @@ def templates_of(tokenizer: Any, train_on: str) -> tuple[Templates, Scaffold]:
     if marked or train_on == "all":
         return Templates(plain, tools), scaffold
     if known is not None:
-        return Templates(known.jinja, known.jinja, compare=(plain, tools)), scaffold
+        ends = tuple({*known.stop_tokens, tokenizer.eos_token or ""} - {""})
+        return Templates(known.jinja, known.jinja, compare=(plain, tools), ends=ends), scaffold
     unmarked = Problem("tokenizer.chat_template", "no {% generation %} markers", "markers", NO_MARKERS)
     return Templates(plain, tools, unmarked=unmarked), scaffold
 
 
 def _known_format(tokenizer: Any) -> Any:
-    try:
-        from fastft.data.template import recognise_format
-    except ModuleNotFoundError:
-        return None
+    from fastft.data.template import recognise_format
+
     return recognise_format(tokenizer)
 
 

@@ -150,7 +150,7 @@ class Encoder:
             own = self.templates.compare[1 if tools else 0]
             pairs = render(self.tokenizer, own, conversations, opened, tools, extra or {}, False)
             for (text, _), (wanted, _), messages in zip(found, pairs, conversations, strict=True):
-                if text == wanted:
+                if self.templates.same(text, wanted):
                     continue
                 remedy = (
                     "The tokenizer's template has no {% generation %} markers and renders this row otherwise than the "

@@ -6,6 +6,7 @@ constructor changes on a model (its forward, the dtype of its adapters) is put b
 
 import contextlib
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,12 +18,13 @@ from attrs import frozen
 from transformers import EarlyStoppingCallback, TrainingArguments
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from fastft.data import check
+from fastft.data import check, columns, packing
 from fastft.data.chat import tokenised
+from fastft.data.training_collator import CountingCollator
 from fastft.errors import Problem, SaveError, UsageError
 from fastft.model.quantize import quiet
 from fastft.state import base_model, get_state
-from fastft.train import arguments, card, checkpoint, flops, hygiene, optimizers, step
+from fastft.train import arguments, card, checkpoint, flops, hygiene, optimizers, preparation, step
 from fastft.train import resume as resuming
 from fastft.train.record import RecordCallback, Tally
 
@@ -38,6 +40,9 @@ class SFTConfig(trl.SFTConfig):
     `embedding_learning_rate`: for trained embeddings and head. `loraplus_ratio`: LoRA's B matrices learn that many
     times faster. `early_stopping_patience`: evaluations without an improvement of `metric_for_best_model` (default
     eval_loss) before training stops with the best weights. `max_seq_length`: the older name of `max_length`.
+
+    `max_unlearnable`: the share of training rows that may be left with nothing to learn by `max_length`; they are then
+    left out. `refuse_untrained_stop=False` allows data in which no stop token bears loss.
     """
 
     gradient_checkpointing: bool = dataclasses.field(default=False, metadata={"help": "Memory plan 'min'."})
@@ -51,6 +56,8 @@ class SFTConfig(trl.SFTConfig):
     early_stopping_patience: int | None = dataclasses.field(default=None, metadata={"help": "Evaluations to wait."})
     early_stopping_threshold: float = dataclasses.field(default=0.0, metadata={"help": "Least improvement."})
     max_seq_length: int | None = dataclasses.field(default=None, metadata={"help": "Older name of max_length."})
+    max_unlearnable: float = dataclasses.field(default=0.0, metadata={"help": "Share of rows that may be left out."})
+    refuse_untrained_stop: bool = dataclasses.field(default=True, metadata={"help": "Refuse data without an end."})
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "SFTConfig":
         """Refuse unknown names with the nearest known one, before the dataclass sees them."""
@@ -67,16 +74,6 @@ class SFTConfig(trl.SFTConfig):
         if self.bf16 is None and not self.fp16:
             self.bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         super().__post_init__()
-
-
-@dataclasses.dataclass
-class CountingCollator(DataCollatorForLanguageModeling):
-    """TRL's collator, which also says how many targets a batch has: the loss then need not ask the device."""
-
-    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        """Return TRL's batch with `valid_rows`, the number of targets, as an int."""
-        batch = super().torch_call(examples)
-        return {**batch, "valid_rows": int(step.shifted_labels(batch).ne(step.IGNORE).sum())}
 
 
 class SFTTrainer(trl.SFTTrainer):
@@ -116,7 +113,9 @@ class SFTTrainer(trl.SFTTrainer):
         if type(self.data_collator) is DataCollatorForLanguageModeling:
             own = self.data_collator
             self.data_collator = CountingCollator(**{f.name: getattr(own, f.name) for f in dataclasses.fields(own)})
-        self._say_what_was_cut(kwargs)
+        preparation.check_labels(
+            self.train_dataset, self.data_collator, self.processing_class, self.args.refuse_untrained_stop
+        )
         if compile:
             self._compile(recompute)
         self.tally = Tally(windows={window for window in flops.work_of(self.model).windows if window is not None})
@@ -126,6 +125,8 @@ class SFTTrainer(trl.SFTTrainer):
         self.recorder = RecordCallback(
             args.output_dir, self.tally, dataset=self.train_dataset, reduce=self._sum_processes
         )
+        if self.packing_statistics:
+            self.recorder.extra["packing"] = self.packing_statistics
         self.add_callback(self.recorder)
         if args.early_stopping_patience is not None:
             self.add_callback(EarlyStoppingCallback(args.early_stopping_patience, args.early_stopping_threshold))
@@ -316,22 +317,31 @@ class SFTTrainer(trl.SFTTrainer):
             how = f"no effect, since the model was compiled before with the plan {plan!r}; fastft.compile(model, 'min')"
         print(f"fastft: gradient_checkpointing=True: {how}.")
 
-    def _say_what_was_cut(self, kwargs: Mapping[str, Any]) -> None:
-        """Say in one line what TRL has cut or dropped to fit `max_length`."""
-        given, limit = kwargs.get("train_dataset"), self.args.max_length
-        if limit is None or not hasattr(given, "column_names") or not hasattr(given, "__len__"):
-            return
-        if not self.args.packing and len(self.train_dataset) < len(given):
-            lost = len(given) - len(self.train_dataset)
-            print(f"fastft: {lost} of {len(given)} rows have nothing to learn within max_length={limit}: left out.")
-        known = given if "input_ids" in given.column_names else self.train_dataset
-        full = limit + 1 if known is given else limit
-        if known is self.train_dataset and self.args.packing:
-            return  # TRL packs what it has just tokenised: the rows' own lengths are not to be had
-        cut = sum(1 for ids in known["input_ids"] if len(ids) >= full)
-        if cut and not (self.args.packing and self.args.packing_strategy != "bfd"):
-            told = "are longer than" if known is given else "fill"
-            print(f"fastft: {cut} of {len(given)} rows {told} max_length={limit}; what is longer is cut off.")
+    # ---- data
+
+    @functools.cached_property
+    def packing_statistics(self) -> dict[str, dict[str, Any]]:
+        """How full the packed data sets are, by their names; see `fastft.data.packing.Packing.statistics`."""
+        return {}
+
+    def _prepare_dataset(
+        self, dataset: Any, processing_class: Any, args: Any, packing_: bool, formatting_func: Any, dataset_name: str
+    ) -> Any:
+        """Tokenise and cut as TRL does; say what was cut, refuse rows left with nothing to learn, and pack."""
+        ours = packing_ and args.packing_strategy == "bfd"
+        if ours and args.max_length is None:
+            raise UsageError(Problem("SFTConfig max_length", None, "a number of tokens to pack into"))
+        theirs = packing_ and not ours
+        made = super()._prepare_dataset(dataset, processing_class, args, theirs, formatting_func, dataset_name)
+        if theirs:
+            return made
+        if not hasattr(made, "__len__"):
+            return packing.pack_stream(made, args.max_length) if ours else made
+        made = preparation.without_unlearnable(dataset, made, args.max_length, args.max_unlearnable, dataset_name)
+        if not ours:
+            return made
+        made, self.packing_statistics[dataset_name] = packing.pack(made, args.max_length)
+        return made.shuffle(seed=args.seed) if args.shuffle_dataset else made
 
 
 @frozen
@@ -407,7 +417,7 @@ def _make_config(
         return config
     fields = arguments.config_fields(options, arguments.field_names(SFTConfig))
     dtype = base_model(model).get_input_embeddings().weight.dtype
-    longest = max(map(len, train["input_ids"])) if hasattr(train, "__len__") else None
+    longest = int(columns.lengths(train).max()) if hasattr(train, "__len__") else None
     defaults: dict[str, Any] = {
         "output_dir": output_dir,
         "bf16": dtype is torch.bfloat16,
