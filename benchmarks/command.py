@@ -29,6 +29,9 @@ from fastft.errors import Problem, UsageError, did_you_mean
 ROOT = Path(__file__).parents[1]
 PAGES = ROOT / "docs/benchmarks"
 USAGE = 3
+CHOICES = f"{', '.join(ARMS)}, fastft:PLAN, module:NAME"
+# Options that say where things lie and not what is measured: they are no part of the command that is kept.
+PLACES = ("--out", "--work", "--peers", "--commit")
 EPILOG = """\
 examples:
   scripts/bench                                   what fits the GPU at hand, every arm that is installed
@@ -56,7 +59,7 @@ class Run:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code: 0, 1 if fewer than two arms gave a number, 3 for wrong usage."""
+    """Run the command; returns its exit code: 0, 1 if no arm gave a number, 3 for wrong usage."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     args = parser().parse_args(arguments)
     try:
@@ -68,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UsageError as error:
         print(error, file=sys.stderr)
         return USAGE
-    command = shlex.join(["scripts/bench", *arguments])
+    command = kept_command(arguments)
     head = {
         "command": command, "date": datetime.now(UTC).isoformat(timespec="seconds"), "device": device,
         "commit": args.commit or machine.commit(ROOT), "versions": machine.versions(),
@@ -80,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         backend = args.backend or ("inductor" if device["memory"] else "aot_eager")
         run = Run(args.steps, args.warmup, args.limit, backend, Path(work), args.peers, args.warm)
         for line in measure(cells, arms, run):
-            lines.append(line)
+            lines.append({key: value for key, value in line.items() if key != "log"})
             print(
                 json.dumps({**line, "device": device["name"], "command": command, "commit": head["commit"]}), flush=True
             )
@@ -88,6 +91,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     written = page.write(path)
     print(f"{path}\n{written}", file=sys.stderr)
     return 0 if any(line["status"] == "ok" for line in lines) else 1
+
+
+def kept_command(arguments: Sequence[str]) -> str:
+    """Return the command line without the options of `PLACES`."""
+    kept, rest = ["scripts/bench"], list(arguments)
+    while rest:
+        word = rest.pop(0)
+        if word in PLACES:
+            rest[:1] = []
+        elif word.partition("=")[0] not in PLACES:
+            kept.append(word)
+    return shlex.join(kept)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -100,7 +115,11 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = made.add_argument
-    add("--arms", default=",".join(DEFAULT_ARMS), help=f"of {', '.join(ARMS)}, fastft:PLAN; default: %(default)s")
+    add(
+        "--arms",
+        default=",".join(DEFAULT_ARMS),
+        help=f"of {', '.join(ARMS)}, fastft:PLAN, module:NAME; default: %(default)s",
+    )
     add("--shape", default="", help=f"of {', '.join(SHAPES)}; several with commas; default: what fits the GPU")
     add("--mode", default="nf4", help="nf4 (QLoRA), bf16 (LoRA), full; several with commas; default: nf4")
     add("--batch", default="4", help="rows of a batch; several with commas; default: 4")
@@ -129,9 +148,7 @@ def arms_of(args: argparse.Namespace) -> tuple[str, ...]:
     names = tuple(dict.fromkeys(args.arms.split(",")))
     wrong = [name for name in names if find_arm(name) is None]
     if wrong:
-        raise UsageError(
-            *(Problem("--arms", name, f"of {', '.join(ARMS)}, fastft:PLAN", did_you_mean(name, ARMS)) for name in wrong)
-        )
+        raise UsageError(*(Problem("--arms", name, f"of {CHOICES}", did_you_mean(name, ARMS)) for name in wrong))
     return names
 
 

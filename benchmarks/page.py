@@ -20,7 +20,8 @@ SPEED = (
 )  # fmt: skip
 PARITY = (
     ("loss of step 0", "loss0", ".6f"), ("gradient norm", "grad_norm0", ".6f"),
-    ("loss, off by", "loss_difference", ".1e"), ("norm, off by", "grad_norm_difference", ".1e"), ("gradient, off by", "gradient_difference", ".1e"),
+    ("loss, off by", "loss_difference", ".1e"), ("norm, off by", "grad_norm_difference", ".1e"),
+    ("gradient, off by", "gradient_difference", ".1e"),
 )  # fmt: skip
 READ = """\
 Speeds are medians of the timed steps; a struck-out speed belongs to an arm that failed parity. GB are 10^9 bytes. Base

@@ -75,10 +75,15 @@ DEFAULT_ARMS = (
 
 
 def find_arm(name: str) -> Arm | None:
-    """Return the arm called `name`, None if there is none. "fastft:PLAN" is fastft with that memory plan."""
+    """Return the arm called `name`, None if there is none.
+
+    "fastft:PLAN" is fastft with that memory plan; "module:NAME" an arm of one's own, a module with `prepare`.
+    """
     if name.startswith("fastft:") and name.removeprefix("fastft:"):
         plan = name.removeprefix("fastft:")
         return Arm(name, f'fastft, plan="{plan}"', "benchmarks.arms.fastft", options=(plan,))
+    if name.startswith("module:"):
+        return Arm(name, "an arm of one's own", name.removeprefix("module:"))
     if name == REFERENCE:
         return Arm(REFERENCE, "transformers + PEFT, eager, fp32 softmax", "benchmarks.arms.reference")
     return ARMS.get(name)

@@ -45,7 +45,11 @@ def prepare(task: Task, options: tuple[str, ...], device: str) -> Trainee:
         return model(**batch).loss
 
     def facts() -> dict[str, Any]:
-        switches = {key: value for key, value in os.environ.items() if key.startswith("UNSLOTH_")}
+        switches = {
+            key: value
+            for key, value in os.environ.items()
+            if key.startswith("UNSLOTH_") and key != "UNSLOTH_COMPILE_LOCATION"
+        }
         return {"class": type(base_model(model)).__name__, "environment": switches}
 
     return Trainee(model, loss, facts)

@@ -1,0 +1,158 @@
+"""The command as a user runs it: arms in processes of their own, one file, one page, nothing overwritten."""
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from benchmarks import command, page
+from benchmarks.arms import ARMS, DEFAULT_ARMS, find_arm
+from benchmarks.cells import Cell, Task
+
+ROOT = Path(__file__).parents[2]
+ARMS_RUN = ["fastft", "peft", "unsloth", "module:wrong_arm"]
+FIELDS = {
+    "arm", "cell", "shape", "mode", "batch", "length", "status", "tokens_per_second", "non_padding_per_second",
+    "loss_bearing_per_second", "step_ms", "step_p95_ms", "base_gb", "peak_gb", "reserved_gb", "host_peak_gb",
+    "first_step_s", "graphs", "recompilations", "loss0", "grad_norm0", "mfu", "tflop_per_step", "clocks", "versions",
+    "parity", "allocator",
+}  # fmt: skip
+
+
+def bench(*arguments, **environment):
+    here = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent), **environment}
+    return subprocess.run(
+        [sys.executable, str(ROOT / "scripts/bench"), *map(str, arguments)], capture_output=True, text=True, env=here
+    )
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    out = tmp_path_factory.mktemp("bench")
+    run = bench(
+        "--arms", ",".join(ARMS_RUN), "--shape", "tiny", "--mode", "nf4", "--batch", 2, "--length", 48, "--steps", 4,
+        "--warmup", 2, "--completion", 0.5, "--head-scale", 8, "--out", out,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    (path,) = out.glob("*.json")
+    return run, path, json.loads(path.read_text("utf-8"))
+
+
+def test_one_line_a_cell_on_stdout_and_in_the_file(done):
+    run, path, data = done
+    shown = [json.loads(line) for line in run.stdout.splitlines()]
+    assert [line["arm"] for line in shown] == ARMS_RUN == [line["arm"] for line in data["cells"]]
+    for line in shown:
+        assert line["command"] == data["command"] and line["commit"] == data["commit"] and line["device"]
+    assert data["command"].startswith("scripts/bench --arms fastft,peft") and str(path.parent) not in data["command"]
+    assert path.name == f"{data['date'][:10]}-tiny-nf4.json"
+
+
+def test_metrics(done):
+    _, _, data = done
+    for line in data["cells"][:2]:
+        assert line["status"] == "ok" and set(line) >= FIELDS
+        assert line["tokens_per_second"] == pytest.approx(96 / line["step_ms"] * 1e3, rel=1e-3)
+        # the last 24 of 48 tokens bear loss; every one is the target of the token before it
+        assert line["loss_bearing_per_second"] == pytest.approx(line["tokens_per_second"] / 2, rel=1e-3)
+        assert line["non_padding_per_second"] == line["tokens_per_second"]
+        assert line["step_p95_ms"] >= line["step_ms"]
+        assert line["recompilations"] == 0
+    fastft, peft = data["cells"][:2]
+    assert fastft["graphs"] > 0 and peft["graphs"] == 0
+    assert fastft["facts"]["applied"] and not fastft["facts"]["refused"]
+    # two layers: q and o 128 x 128, k and v 128 x 64, three of 128 x 256; the adapters' weights are trained
+    frozen = 2 * (2 * 128 * 128 + 2 * 128 * 64 + 3 * 128 * 256)
+    trained = 2 * 16 * (2 * 256 + 2 * 192 + 3 * 384)
+    needed = 96 * (4 * frozen + 6 * trained) + 48 * 4 * 128 * 2048 + 12 * 128 * 2 * (2 * 48 * 49 // 2)
+    assert fastft["tflop_per_step"] == peft["tflop_per_step"] == pytest.approx(needed / 1e12, abs=1e-6)
+
+
+def test_right_arms_pass_parity_and_the_wrong_one_is_struck_out(done):
+    _, _, data = done
+    fastft, peft, _, wrong = data["cells"]
+    for line in (fastft, peft):
+        assert line["parity"]["ok"] is True and "struck_out" not in line
+        assert line["parity"]["gradient_difference"] < 0.02
+    assert fastft["loss0"] != peft["loss0"]  # they do not share code
+    assert wrong["parity"]["ok"] is False
+    assert wrong["tokens_per_second"] is None and wrong["step_ms"] is None and wrong["mfu"] is None
+    assert wrong["struck_out"]["tokens_per_second"] > 0
+
+
+@pytest.mark.skipif(find_spec("unsloth") is not None, reason="Unsloth is installed")
+def test_an_absent_peer_is_absent_and_not_slow(done):
+    _, _, data = done
+    line = data["cells"][2]
+    assert line["status"] == "absent" and "unsloth" in line["reason"] and "tokens_per_second" not in line
+
+
+def test_the_page_says_what_the_file_says(done):
+    _, path, data = done
+    text = path.with_suffix(".md").read_text("utf-8")
+    drawn = sorted(plot.name for plot in path.parent.glob("*.png"))
+    assert drawn == [f"{path.stem}-speed.png"] and f"({drawn[0]})" in text  # one length: no picture of memory
+    assert text == page.render(data, path.name, drawn)
+    for line in data["cells"][:2]:
+        row = next(
+            row for row in text.splitlines() if row.startswith(f"| `{line['arm']}` | {line['tokens_per_second']:,}")
+        )
+        assert f"| {line['step_ms']:.2f} |" in row and f"| {line['host_peak_gb']:.3f} |" in row
+        assert f"| `{line['arm']}` | {line['loss0']:.6f} | {line['grad_norm0']:.6f} |" in text
+    struck = data["cells"][3]["struck_out"]
+    assert f"| `module:wrong_arm` | ~~{struck['tokens_per_second']:,}~~ |" in text and "| **no** |" in text
+    assert "`unsloth` did not run, absent" in text
+
+
+def test_nothing_is_overwritten(done):
+    _, path, data = done
+    second = command.fresh_file(path.parent, path.stem)
+    assert second.name == f"{path.stem}-2.json" and second.read_text() == ""
+    assert command.fresh_file(path.parent, path.stem).name == f"{path.stem}-3.json"
+    assert json.loads(path.read_text("utf-8")) == data
+    before = path.with_suffix(".md").read_bytes()
+    again = bench("--page", path)
+    assert again.returncode == 3 and "nothing is overwritten" in again.stderr
+    assert path.with_suffix(".md").read_bytes() == before
+
+
+def run_of(tmp_path, **changes):
+    settings = dict(steps=1, warmup=1, limit=60.0, backend="aot_eager", work=tmp_path) | changes
+    return command.Run(**settings)
+
+
+def test_an_arm_that_takes_too_long_or_dies_is_a_line_with_its_reason(tmp_path, monkeypatch):
+    task = Task("peft", Cell("tiny", "bf16", 1, 8), 1, 1)
+    late = command.process(task, run_of(tmp_path, limit=0.2), "a")
+    assert late == {"status": "timed out", "reason": "not done after 0.2 s"}
+    unknown = Task("fastft:half", Cell("tiny", "bf16", 1, 8), 1, 1, "aot_eager")
+    (line,) = command.measure([unknown.cell], ["fastft:half"], run_of(tmp_path))
+    assert line["status"] == "failed" and "half" in line["reason"] and "parity" not in line
+    told = command.death(
+        1, "Traceback\n  File x\ntorch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB\n"
+    )
+    assert told["status"] == "out of memory" and "2 GiB" in told["reason"]
+    assert "signal 9" in command.death(-9, "")["reason"]
+
+
+def test_wrong_usage_names_every_mistake(tmp_path):
+    wrong = bench("--shape", "llama-9b,tiny", "--mode", "int3", "--length", "1", "--padding", "2", "--out", tmp_path)
+    assert wrong.returncode == 3 and not list(tmp_path.iterdir())
+    for part in ("llama-9b", "did you mean 'llama-8b'?", "int3", "--length", "--padding"):
+        assert part in wrong.stderr
+    wrong = bench("--arms", "unslothed", "--out", tmp_path)
+    assert wrong.returncode == 3 and "did you mean 'unsloth'?" in wrong.stderr
+
+
+def test_arms():
+    assert set(DEFAULT_ARMS) <= set(ARMS)
+    assert find_arm("fastft:24GB").options == ("24GB",) and find_arm("fastft:") is None and find_arm("x") is None
+
+
+def test_places_are_no_part_of_the_kept_command():
+    given = ["--arms", "fastft", "--out", "a b", "--commit=x", "--peers", "p", "--steps", "3"]
+    assert command.kept_command(given) == "scripts/bench --arms fastft --steps 3"

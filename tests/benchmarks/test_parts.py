@@ -1,0 +1,170 @@
+"""What the comparison rests on: equal weights in every arm, a right reference, a sketch that measures, the fit."""
+
+import math
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from benchmarks import parity
+from benchmarks.arms import reference
+from benchmarks.batches import batch_of
+from benchmarks.cells import Cell, default_cells
+from benchmarks.fit import memory_fits
+from benchmarks.measure import gradient_norm, gradient_sketch
+from benchmarks.shapes import SHAPES
+from benchmarks.weights import build, save, transformer
+
+TINY = Cell("tiny", "nf4", 2, 32)
+PARAMETERS = {  # billions, embeddings counted once where they are tied: those of the published models
+    "llama-1b": 1.236, "llama-3b": 3.213, "llama-8b": 8.030, "qwen3-8b": 8.191, "gemma3-4b": 3.880,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_shapes_are_those_of_the_models(name):
+    config = getattr(transformers, SHAPES[name].config_class)(**SHAPES[name].fields)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(PARAMETERS[name], abs=5e-4)
+
+
+@pytest.mark.parametrize("shape", ["tiny", "tiny-gemma3"])
+def test_a_model_built_is_the_model_loaded(shape, tmp_path):
+    """Weights, buffers and quantisation of the arms that build, and of those that load from a folder, bit for bit."""
+    cell = Cell(shape, "nf4", 1, 8, head_scale=3.0)
+    save(cell, "cpu", tmp_path)
+    config = transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, quantization_config=config, dtype=torch.bfloat16
+    )
+    built = transformer(cell, "cpu", quantised=True)
+    theirs, ours = dict(loaded.named_parameters()), dict(built.named_parameters())
+    assert theirs.keys() == ours.keys()
+    for name, parameter in ours.items():
+        assert torch.equal(parameter, theirs[name]), name
+        assert getattr(parameter, "quant_state", None) == getattr(theirs[name], "quant_state", None) or torch.equal(
+            parameter.quant_state.absmax, theirs[name].quant_state.absmax
+        )
+    for (name, buffer), (_, other) in zip(built.named_buffers(), loaded.named_buffers(), strict=True):
+        assert torch.equal(buffer, other), name
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path).pad_token_id == 3
+
+
+def test_weights_depend_on_their_names_alone_and_the_head_is_scaled():
+    one, two = transformer(TINY, "cpu", False), transformer(Cell("tiny", "bf16", 1, 8, layers=1), "cpu", False)
+    assert torch.equal(one.model.layers[0].mlp.up_proj.weight, two.model.layers[0].mlp.up_proj.weight)
+    assert not torch.equal(one.model.layers[0].mlp.up_proj.weight, one.model.layers[1].mlp.up_proj.weight)
+    peaked = transformer(Cell("tiny", "bf16", 1, 8, head_scale=8.0), "cpu", False)
+    assert peaked.lm_head.weight.float().std().item() == pytest.approx(8 * 0.02, rel=0.02)
+    assert torch.equal(peaked.model.embed_tokens.weight, one.model.embed_tokens.weight)
+
+
+@pytest.mark.parametrize("shape", ["tiny", "tiny-gemma3"])
+def test_reference_is_eager_attention_row_by_row(shape, monkeypatch):
+    """In fp32, with padding, several blocks of queries and a window: loss and every gradient of transformers' eager."""
+    monkeypatch.setattr(reference, "QUERIES", 20)
+    cell = Cell(shape, "full", 3, 48, padding=0.6, completion=0.7)
+    batch = batch_of(cell, 0, "cpu")
+    model = build(cell, "cpu").float()
+    model.set_attn_implementation("eager")
+    truth = model(**batch, use_cache=False).loss
+    truth.backward()
+    wanted = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    reference.AttentionInterface.register(reference.NAME, reference.attention)
+    model.set_attn_implementation(reference.NAME)
+    loss = reference.by_rows(model, batch)
+    assert loss.item() == pytest.approx(truth.item(), rel=2e-6)
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad - wanted[name]).norm() <= 2e-5 * wanted[name].norm(), name
+
+
+def test_reference_refuses_what_it_does_not_compute():
+    q = torch.zeros(1, 2, 4, 8)
+    with pytest.raises(ValueError, match="soft cap"):
+        reference.attention(nn.Identity(), q, q, q, None, softcap=30.0)
+
+
+@pytest.mark.parametrize("difference", [1e-3, 3e-2, 0.5])
+def test_a_sketch_measures_the_relative_difference(difference):
+    """Of a hundred thousand gradients, whatever the wrapping of their names."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict(
+        {"model": nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(300, 300), nn.Linear(300, 40)])})}
+    )
+    gradients = {name: torch.randn_like(p) for name, p in model.named_parameters()}
+    noise = {name: torch.randn_like(p) for name, p in model.named_parameters()}
+    norm = math.sqrt(sum(g.square().sum().item() for g in gradients.values()))
+    size = math.sqrt(sum(g.square().sum().item() for g in noise.values()))
+
+    def sketch(root, scale):
+        for (_, parameter), name in zip(root.named_parameters(), gradients, strict=True):
+            parameter.grad = gradients[name] + noise[name] * (scale * norm / size)
+        return gradient_sketch(root)
+
+    exact = sketch(model, 0.0)
+    assert gradient_norm(model) == pytest.approx(norm, rel=1e-6)
+    wrapped = nn.ModuleDict({"base_model": model})
+    assert parity._distance(sketch(wrapped, difference), exact) == pytest.approx(difference, rel=0.1)
+
+
+RIGHT = {"status": "ok", "loss0": 8.0, "grad_norm0": 2.0, "sketch": [3.0, 4.0], **dict.fromkeys(parity.SPEEDS, 1.0)}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"loss0": 8.01}, {"grad_norm0": 2.03}, {"sketch": [4.0, 3.0]}, {"loss0": math.nan}, {"sketch": [3.0]}],
+    ids=str,
+)
+def test_gate(change):
+    kept = parity.judged(RIGHT, RIGHT)
+    assert kept["parity"]["ok"] and kept["tokens_per_second"] == 1.0 and "sketch" not in kept
+    struck = parity.judged({**RIGHT, **change}, RIGHT)
+    assert struck["parity"]["ok"] is False and all(struck[name] is None for name in parity.SPEEDS)
+    assert struck["struck_out"] == dict.fromkeys(parity.SPEEDS, 1.0)
+
+
+def test_without_a_reference_nothing_is_judged():
+    line = parity.judged(RIGHT, {"status": "out of memory", "reason": "all of it"})
+    assert line["parity"] == {"ok": None, "reason": "no reference: all of it"} and line["tokens_per_second"] == 1.0
+
+
+def test_batches():
+    cell = Cell("tiny", "nf4", 64, 100, padding=0.5, completion=0.25)
+    batch, again, other = batch_of(cell, 3, "cpu"), batch_of(cell, 3, "cpu"), batch_of(cell, 4, "cpu")
+    assert torch.equal(batch["input_ids"], again["input_ids"]) and not torch.equal(
+        batch["input_ids"], other["input_ids"]
+    )
+    real = batch["attention_mask"].sum(1)
+    assert real.min() >= 50 and real.max() <= 100 and 65 < real.float().mean() < 85
+    for row, labels, ids in zip(real.tolist(), batch["labels"], batch["input_ids"]):
+        start = int(row * 0.75)
+        assert (labels[:start] == -100).all() and (labels[row:] == -100).all()
+        assert torch.equal(labels[start:row], ids[start:row])
+    assert batch_of(TINY, 0, "cpu").keys() == {"input_ids", "labels"}
+
+
+def line_of(length, peak, arm="fastft"):
+    cell = Cell("llama-8b", "nf4", 2, length)
+    return {"arm": arm, "status": "ok", "peak_gb": peak, **{k: getattr(cell, k) for k in Cell.__annotations__}}
+
+
+def test_memory_is_a_slope_and_an_intercept_from_four_lengths_on():
+    lengths = (1024, 2048, 4096, 8192)
+    lines = [line_of(n, 5.9 + 2 * n * 0.254e-3) for n in lengths] + [line_of(n, 1.0, "peft") for n in lengths[:3]]
+    (fit,) = memory_fits(lines)
+    assert fit["arm"] == "fastft" and fit["lengths"] == list(lengths)
+    assert fit["mb_per_token"] == pytest.approx(0.254) and fit["intercept_gb"] == pytest.approx(5.9)
+    assert fit["largest_residual_gb"] < 1e-9
+
+
+def test_a_cpu_gets_the_tiny_shape():
+    assert {cell.shape for cell in default_cells(None)} == {"tiny"}
+    assert all(cell.shape in SHAPES for memory in (12e9, 24e9, 141e9) for cell in default_cells(memory))
