@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from attrs import define, field, frozen
+from attrs import define, evolve, field, frozen
 from torch import fx, nn
 
 import fastft.kernels
@@ -23,10 +23,11 @@ BACKENDS = ("inductor", "aot_eager", "eager")
 
 @frozen(eq=False)
 class Settings:
-    """How graphs are rewritten and lowered."""
+    """How graphs are rewritten and lowered. `plan` is what was asked for, `level` what one version of a layer keeps."""
 
     backend: str = "inductor"
-    plan: str = "auto"
+    plan: str | int = "auto"
+    level: str = "keep"
     disable: tuple[str, ...] = ()
     implementations: Mapping[str, str] = field(factory=dict)
 
@@ -40,6 +41,12 @@ class RewritingBackend:
     settings: Settings
     verdicts: dict[tuple[object, ...], Verdict] = field(factory=dict)
     graphs: list[GraphReport] = field(factory=list)
+
+    def at_level(self, level: str) -> "RewritingBackend":
+        """Return a backend for another level, which shares what was proved and reported."""
+        if level == self.settings.level:
+            return self
+        return evolve(self, settings=evolve(self.settings, level=level))
 
     def __call__(self, graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         """Rewrite `graph_module` and return the function that runs it."""
@@ -72,7 +79,7 @@ def lower(graph_module: fx.GraphModule, example_inputs: Sequence[Any], settings:
     """Turn a rewritten graph into a function, through AOTAutograd and Inductor where asked."""
     if settings.backend == "eager":
         return graph_module.forward
-    tags = TagPass(settings.plan)
+    tags = TagPass(settings.level)
     if settings.backend == "aot_eager":
         return _aot_eager(graph_module, example_inputs, tags)
     from torch._inductor.compile_fx import compile_fx

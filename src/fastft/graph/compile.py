@@ -16,8 +16,9 @@ from fastft.graph.backend import BACKENDS, RewritingBackend, Settings
 from fastft.graph.capture import is_instance_of
 from fastft.graph.head import head_check
 from fastft.graph.pipeline import PASSES, default_implementations
-from fastft.graph.recompute import PLANS
+from fastft.graph.planned import PlannedLayers
 from fastft.graph.report import RewriteReport
+from fastft.memory.plan import describe_modes, plan_problem
 from fastft.registry.resolve import find
 from fastft.registry.spec import ModelSpec
 from fastft.state import base_model, get_state, update_state
@@ -31,7 +32,7 @@ class Compiled:
     """A compiled model's layers and what was done to them.
 
     `plain_attention` is transformers' own implementation that computes the same; `enabled` switches the compiled path;
-    `whole` says that a layer is one graph, `remarks` and `eager_calls` why anything was not.
+    `planned` says what each layer keeps; `whole` that a layer is one graph, `remarks` and `eager_calls` why not.
     """
 
     spec: ModelSpec | None
@@ -39,6 +40,7 @@ class Compiled:
     layers: tuple[nn.Module, ...]
     backend: RewritingBackend | None
     base_report: RewriteReport
+    planned: PlannedLayers | None = None
     plain_attention: str = "sdpa"
     enabled: bool = True
     whole: bool = True
@@ -52,18 +54,22 @@ class Compiled:
     def report(self) -> RewriteReport:
         """Return what was rewritten up to now, and what was not."""
         graphs = tuple(self.backend.graphs) if self.backend else ()
+        modes = describe_modes(self.planned.modes) if self.planned else ""
         notes = [f"{count} training calls of a layer ran uncompiled: {why}" for why, count in self.eager_calls.items()]
-        return evolve(self.base_report, graphs=graphs, notes=(*self.base_report.notes, *self.remarks, *notes))
+        return evolve(
+            self.base_report, graphs=graphs, modes=modes, notes=(*self.base_report.notes, *self.remarks, *notes)
+        )
 
 
 def compile(
     model: nn.Module,
-    plan: str = "auto",
+    plan: str | int = "auto",
     backend: str = "inductor",
     *,
     disable: Sequence[str] = (),
     implementations: Mapping[str, str] | None = None,
     dynamic: bool | None = None,
+    batch: tuple[int, int] | None = None,
 ) -> nn.Module:
     """Compile the decoder layers of `model` in place and return it.
 
@@ -71,7 +77,12 @@ def compile(
     run as before. Nothing is compiled until the first training step. An unknown architecture is returned as it is, and
     `report(model)` says so. Calling it again replaces what an earlier call installed.
 
-    plan: what is kept for the backward pass, "auto" (what the model's state says), "keep" or "min".
+    plan: what is kept for the backward pass. "keep": results of matrix products and of attention. "min": the layers'
+    inputs. "offload": attention's outputs too, in CPU memory. A number of bytes, or "24GB": as fast as a step of that
+    peak can be, weights and optimizer included. "auto": what the model's state says, else what the GPU has free but for
+    a reserve of 1 GiB and 3 %; "keep" on a CPU.
+    batch: (rows, length) of the largest batch to come, which a budget is solved for; None: the first one. A larger one
+    later solves it again.
     backend: "inductor", or "aot_eager" and "eager" for debugging.
     disable: names of rewrites to leave out.
     implementations: per rewrite "op" (fused operation) or "torch" (plain code that Inductor fuses).
@@ -84,6 +95,9 @@ def compile(
     _check_arguments(plan, backend, disable, chosen)
     base = base_model(model)
     plan = get_state(model).plan if plan == "auto" else plan
+    problem = plan_problem(plan)
+    if problem is not None:
+        raise UsageError(problem)
     spec = get_state(model).spec or find(base.config)
     settings = Settings(backend, plan, tuple(disable), chosen)
     layers = decoder_layers(base, spec) if spec else ()
@@ -95,17 +109,20 @@ def compile(
             else "the spec's layer classes are not in the model"
         )
         note = f"{why}: it runs unrewritten through transformers and PEFT"
-        report_ = RewriteReport(None, "none", plan, base.config._attn_implementation, "transformers", 0, notes=(note,))
+        report_ = RewriteReport(
+            None, "none", str(plan), base.config._attn_implementation, "transformers", 0, notes=(note,)
+        )
         update_state(model, compiled=Compiled(spec, settings, (), None, report_))
         return model
-    return _install(model, base, spec, settings, layers, dynamic)
+    return _install(model, base, spec, settings, layers, dynamic, batch)
 
 
-def _check_arguments(plan: str, backend: str, disable: Sequence[str], implementations: Mapping[str, str]) -> None:
+def _check_arguments(plan: object, backend: str, disable: Sequence[str], implementations: Mapping[str, str]) -> None:
     names = [step.name for step in PASSES]
-    problems = []
-    if plan not in PLANS:
-        problems.append(Problem("plan", plan, f"one of {PLANS}", did_you_mean(plan, PLANS)))
+    problems: list[Problem] = []
+    wrong_plan = plan_problem(plan)
+    if wrong_plan is not None:
+        problems.append(wrong_plan)
     if backend not in BACKENDS:
         problems.append(Problem("backend", backend, f"one of {BACKENDS}", did_you_mean(backend, BACKENDS)))
     for name in (*disable, *implementations):
@@ -130,6 +147,7 @@ def _install(
     settings: Settings,
     layers: tuple[nn.Module, ...],
     dynamic: bool | None,
+    batch: tuple[int, int] | None,
 ) -> nn.Module:
     notes = []
     attention.register()
@@ -145,7 +163,7 @@ def _install(
     report_ = RewriteReport(
         spec.name,
         settings.backend,
-        settings.plan,
+        str(settings.plan),
         base.config._attn_implementation,
         told,
         len(layers),
@@ -153,13 +171,20 @@ def _install(
     )
     # transformers' SDPA path leaves a soft cap out without a word.
     plain = "eager" if any(point.softcap for point in spec.attentions) else "sdpa"
-    compiled = Compiled(spec, settings, layers, rewriting, report_, plain_attention=plain)
-    runs = tuple(
-        torch.compile(_own_copy(_call_layer), backend=rewriting, fullgraph=whole, dynamic=dynamic)
-        for whole in (True, False)
-    )
-    for layer in layers:
-        layer._compiled_call_impl = _dispatcher(layer, *runs, compiled)
+    planned = PlannedLayers.of(model, spec, settings.plan, layers, batch)
+    compiled = Compiled(spec, settings, layers, rewriting, report_, planned, plain_attention=plain)
+    versions: dict[tuple[str, bool], Callable[..., Any]] = {}
+
+    def version(level: str, whole: bool) -> Callable[..., Any]:
+        """Return the compiled version of a layer that keeps what `level` says, made on first use."""
+        if (level, whole) not in versions:
+            versions[level, whole] = torch.compile(
+                _own_copy(_call_layer), backend=rewriting.at_level(level), fullgraph=whole, dynamic=dynamic
+            )
+        return versions[level, whole]
+
+    for index, layer in enumerate(layers):
+        layer._compiled_call_impl = _dispatcher(layer, index, version, compiled)
     update_state(model, compiled=compiled)
     return model
 
@@ -174,7 +199,7 @@ def _own_copy(function: FunctionType) -> FunctionType:
 
 
 def _dispatcher(
-    layer: nn.Module, run: Callable[..., Any], run_in_pieces: Callable[..., Any], compiled: Compiled
+    layer: nn.Module, index: int, version: Callable[[str, bool], Callable[..., Any]], compiled: Compiled
 ) -> Callable[..., Any]:
     """Return what `nn.Module.__call__` is to run: the compiled layer when training, the plain one otherwise."""
 
@@ -183,18 +208,18 @@ def _dispatcher(
             return layer._call_impl(*args, **kwargs)
         if kwargs.get("past_key_values") is not None or kwargs.get("use_cache"):
             return eagerly("a key-value cache is in use (pass use_cache=False)", *args, **kwargs)
-        try:
-            if compiled.whole:
-                return run(layer, *args, **kwargs)
-            return run_in_pieces(layer, *args, **kwargs)
-        except torch._dynamo.exc.FailOnRecompileLimitHit:
-            return eagerly("its inputs changed in more ways than Dynamo's recompile_limit allows", *args, **kwargs)
-        except torch._dynamo.exc.Unsupported as error:
-            if not compiled.whole:
-                raise
-            compiled.whole = False
-            compiled.remarks.append(f"layers are captured in pieces, Dynamo cannot trace them whole: {_cause(error)}")
-            return run_in_pieces(layer, *args, **kwargs)
+        with compiled.planned.call(index, layer, args, kwargs) as mode:
+            try:
+                return version(mode.level, compiled.whole)(layer, *args, **kwargs)
+            except torch._dynamo.exc.FailOnRecompileLimitHit:
+                return eagerly("its inputs changed in more ways than Dynamo's recompile_limit allows", *args, **kwargs)
+            except torch._dynamo.exc.Unsupported as error:
+                if not compiled.whole:
+                    raise
+                compiled.whole = False
+                cause = _cause(error)
+                compiled.remarks.append(f"layers are captured in pieces, Dynamo cannot trace them whole: {cause}")
+                return version(mode.level, False)(layer, *args, **kwargs)
 
     def eagerly(why: str, *args: Any, **kwargs: Any) -> Any:
         if why not in compiled.eager_calls:

@@ -34,8 +34,8 @@ class GraphReport:
 class RewriteReport:
     """What `fastft.compile` did to a model.
 
-    `graphs` fills as graphs are captured, that is with the first training step. `notes` are plain sentences on what
-    does not run on the fast path and why.
+    `modes` says what the layers keep for the backward pass. `graphs` fills as graphs are captured, that is with the
+    first training step. `notes` are plain sentences on what does not run on the fast path and why.
     """
 
     family: str | None
@@ -46,6 +46,7 @@ class RewriteReport:
     layers: int
     graphs: tuple[GraphReport, ...] = ()
     notes: tuple[str, ...] = ()
+    modes: str = ""
 
     def applied(self) -> dict[str, int]:
         """Return the number of replaced regions by rule."""
@@ -62,6 +63,7 @@ class RewriteReport:
     def __str__(self) -> str:
         family = self.family or "unknown family, not rewritten"
         lines = [f"{family}: {self.layers} layers, backend {self.backend}, plan {self.plan}"]
+        lines += [f"kept for the backward: {self.modes}"] if self.modes else []
         lines += [f"attention: {self.attention}", f"loss head: {self.head}"]
         for graph in self.graphs:
             done = Counter(f"{r.rule} ({r.implementation})" for r in graph.rewrites if r.applied)

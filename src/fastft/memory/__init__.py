@@ -1,0 +1,1 @@
+"""How much memory a training step takes, and what of it is kept, computed again or moved to the CPU."""

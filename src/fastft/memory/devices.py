@@ -1,0 +1,77 @@
+"""What fastft knows of GPUs: memory, and the speeds that a step's time is predicted from. Needs no torch."""
+
+import re
+
+from attrs import frozen
+
+from fastft.errors import Problem, UsageError
+
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_AMOUNT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
+
+
+@frozen
+class Device:
+    """A GPU: bytes of memory, and what it reaches in matrix products (16-bit FLOP/s), in its memory and over PCIe.
+
+    Speeds are what long matrix products and copies reach, not data-sheet peaks: about 0.7 and 0.85 of those.
+    """
+
+    name: str
+    memory: int
+    flops: float
+    bandwidth: float
+    pcie: float
+
+
+def _device(name: str, gib: float, peak: float, bandwidth: float, pcie: float) -> Device:
+    return Device(name, int(gib * 2**30), 0.7 * peak * 1e12, 0.85 * bandwidth * 1e9, pcie * 1e9)
+
+
+# Names are matched as parts of what the driver calls the device, the first that fits; sizes as the driver tells them.
+DEVICES = (
+    _device("B200", 178, 2250, 8000, 50),
+    _device("H200", 139.8, 989, 4800, 50),
+    _device("H100 PCIe", 79.2, 756, 2000, 50),
+    _device("H100", 79.2, 989, 3350, 50),
+    _device("A100", 79.2, 312, 2000, 24),
+    _device("L40S", 44.4, 362, 864, 24),
+    _device("L4", 22.0, 121, 300, 12),
+    _device("A10G", 22.0, 70, 600, 24),
+    _device("A10", 22.0, 125, 600, 24),
+    _device("A6000", 47.4, 155, 768, 24),
+    _device("RTX 5090", 31.4, 210, 1792, 50),
+    _device("RTX 4090", 23.5, 165, 1008, 24),
+    _device("RTX 3090", 23.5, 71, 936, 24),
+    _device("V100", 15.7, 125, 900, 12),
+    _device("T4", 14.6, 65, 320, 12),
+)
+
+
+def parse_bytes(text: str) -> int | None:
+    """Return the bytes that "24GB" (10^9), "24GiB" (2^30) or a plain number says, None for anything else."""
+    found = _AMOUNT.fullmatch(text)
+    if found is None or found[2].upper() not in UNITS:
+        return None
+    return int(float(found[1]) * UNITS[found[2].upper()])
+
+
+def find_device(name: str) -> Device | None:
+    """Return the known device whose name is part of `name`, case ignored; None for one that is not known."""
+    return next((device for device in DEVICES if device.name.lower() in name.lower()), None)
+
+
+def device_of(text: str) -> Device:
+    """Return the device that "H100" or "24GB" means; one given by its memory has speeds of 0, which are not known.
+
+    Raises UsageError for anything else.
+    """
+    size = parse_bytes(text)
+    if size:
+        return Device(text, size, 0.0, 0.0, 0.0)
+    found = find_device(text)
+    if found is None:
+        names = ", ".join(device.name for device in DEVICES)
+        raise UsageError(Problem("gpu", text, f"an amount of memory such as 24GB or 24GiB, or one of {names}"))
+    return found

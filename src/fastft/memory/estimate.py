@@ -1,0 +1,239 @@
+"""The memory that a training step takes at its peak, and its time, from sizes alone. Needs no torch.
+
+Peak = what is always there (weights, adapter, optimizer) + the most that any moment of the step adds: at the loss head
+every layer's saved results and the head's own, in the backward of layer i the results of the layers up to i, the
+layer's own temporaries, and the gradients made so far.
+"""
+
+from collections.abc import Sequence
+
+from attrs import evolve, frozen
+
+from fastft.memory.devices import Device
+from fastft.memory.levels import LEVELS
+from fastft.memory.shape import Shape
+
+# NF4 with double quantisation: a nibble a weight, a byte for 64 of them, 4 bytes for 256 of those.
+BYTES_PER_WEIGHT = {"nf4": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0}
+CHUNK_BYTES = 512 << 20  # logits at once in the loss head (fastft.kernels.linear_ce)
+# AdamW keeps two numbers a parameter, in the parameter's dtype; in 8 bits a byte each and a scale for 256.
+OPTIMIZER_BYTES = {"adamw": 8.0, "adamw_8bit": 2.0 + 8 / 256}
+# What torch's allocator rounds up and cannot join, as a part of the peak.
+SLACK = 0.01
+# Temporaries of one layer's backward, in widths a token: of the feed-forward where gate and up were kept or are
+# computed again, of the residual stream, and of attention (with fp32 sums over queries, and keys for every head).
+WIDE_KEPT, WIDE_AGAIN, NARROW, ATTENTION = 3.0, 5.0, 4.0, 6.0
+# Tensors of a parked layer's input that may wait for their copies, and of one that is fetched ahead.
+IN_FLIGHT = 2
+ATTENTION_SPEED, ATTENTION_BACKWARD = 0.75, 3.2
+# Time beside GEMMs and attention, as a part of them: LoRA's products, and elementwise work and dequantising.
+LORA_SHARE, REST_SHARE = 0.09, 0.10
+
+
+@frozen
+class Mode:
+    """What a layer keeps (a name of `LEVELS`), and whether that waits in CPU memory."""
+
+    level: str = "keep"
+    offload: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.level}, moved to the CPU" if self.offload else self.level
+
+
+@frozen
+class Setup:
+    """A training step: a model's shape, its batch, and the bytes of what is there all the time.
+
+    `element` is the size in bytes of an activation. `rank` is LoRA's, 0 without; `trained` the number of trained
+    parameters and `gradients`, `optimizer` their bytes. `full`: every weight is trained.
+    """
+
+    shape: Shape
+    rows: int
+    length: int
+    weights: int
+    adapter: int
+    gradients: int
+    optimizer: int
+    rank: int = 16
+    full: bool = False
+    quant: str | None = None
+    element: int = 2
+
+    @property
+    def tokens(self) -> int:
+        """Return the tokens of a micro-batch."""
+        return self.rows * self.length
+
+
+@frozen
+class Part:
+    """One share of the peak."""
+
+    name: str
+    bytes: int
+
+
+@frozen
+class Estimate:
+    """A prediction: shares of the peak, their sum, host memory, and seconds a step (None: device not known)."""
+
+    parts: tuple[Part, ...]
+    peak: int
+    host: int
+    seconds: float | None
+    relative: float
+
+
+def setup_of(
+    shape: Shape,
+    rows: int,
+    length: int,
+    *,
+    quant: str | None = "nf4",
+    rank: int = 16,
+    full: bool = False,
+    element: int = 2,
+    optimizer: str = "adamw",
+) -> Setup:
+    """Return the setup of a model that is not loaded: weights by their quantisation, LoRA in fp32 on all linears."""
+    linear = shape.layers * shape.layer_weights
+    norms = shape.hidden * (shape.layers * (4 if shape.normed_outputs and shape.normed_inputs else 2) + 1)
+    embeddings = (shape.embedding_weights + norms) * element
+    weights = int(linear * (element if quant is None else BYTES_PER_WEIGHT[quant]) + embeddings)
+    trained = linear + shape.embedding_weights + norms if full else shape.lora_parameters(rank)
+    size = element if full else 4
+    state = OPTIMIZER_BYTES[optimizer] * (size / 4 if optimizer == "adamw" else 1)
+    return Setup(
+        shape, rows, length, weights, 0 if full else trained * 4, trained * size, int(trained * state),
+        0 if full else rank, full, quant, element,
+    )  # fmt: skip
+
+
+def saved_bytes(setup: Setup, level: str) -> int:
+    """Return what one layer keeps for its backward at `level`, its input included, in bytes."""
+    return setup.tokens * (setup.shape.hidden * setup.element + own_bytes_per_token(setup, level))
+
+
+def own_bytes_per_token(setup: Setup, level: str) -> int:
+    """Return what one layer keeps a token besides its input: the minimum that its backward needs at `level`."""
+    shape, again, e = setup.shape, LEVELS[level].again, setup.element
+    kept = 0
+    if "projection" not in again:
+        kept += e * (shape.query + 2 * shape.key)
+        if shape.projection_norm:  # both what was normalised and what was rotated afterwards is wanted; one is kept
+            kept += 8
+    if "attention" not in again:
+        kept += e * shape.query + 4 * shape.heads
+    if "output" not in again and not shape.parallel:
+        kept += e * shape.hidden
+    if "feed_forward" not in again:
+        kept += 2 * e * shape.intermediate
+    if shape.normed_outputs and "down" not in again:
+        kept += e * shape.hidden
+    norms = (1 if shape.parallel else 2) + (2 if shape.normed_outputs and shape.normed_inputs else 0)
+    long_rows = shape.hidden >= 1024
+    kept += 4 * norms * (2 if shape.layer_norm else 1) if long_rows else 0
+    return kept + e * _inner_ranks(setup, again)
+
+
+def _inner_ranks(setup: Setup, again: frozenset[str]) -> int:
+    """Return the widths of x A^T that are kept: of the linears that do not run again, and always of the last one."""
+    kept = {role for role in ("projection", "output", "feed_forward", "down") if role not in again} | {"down"}
+    if setup.shape.normed_outputs and "down" in again:
+        kept.discard("down")
+    return setup.rank * sum(role in kept for role, _, _ in setup.shape.linears)
+
+
+def temporary_bytes(setup: Setup, level: str) -> int:
+    """Return the most that the backward of one layer holds besides what was kept, in bytes."""
+    shape, again, e = setup.shape, LEVELS[level].again, setup.element
+    wide = WIDE_AGAIN if "feed_forward" in again else WIDE_KEPT
+    feed_forward = wide * shape.intermediate + NARROW * shape.hidden
+    attention = ATTENTION * shape.query + NARROW * shape.hidden
+    if "projection" in again:
+        attention += shape.query + 2 * shape.key
+    weight = max(given * made for _, given, made in shape.linears) * e if setup.quant else 0
+    return int(setup.tokens * e * max(feed_forward, attention)) + weight
+
+
+def head_bytes(setup: Setup) -> int:
+    """Return what final norm, loss head and its gradient hold at once, in bytes."""
+    shape, e = setup.shape, setup.element
+    hidden = setup.tokens * shape.hidden * (4 + 3 * e)  # fp32 input of the norm, its output, the gradient, the input
+    logits = min(CHUNK_BYTES, setup.tokens * shape.vocabulary * e)
+    return hidden + logits + (shape.vocabulary * shape.hidden * 4 if setup.full else 0)
+
+
+def estimate(setup: Setup, modes: Sequence[Mode], device: Device | None = None) -> Estimate:
+    """Predict the peak and the time of a step whose layers have these modes, the first layer's first."""
+    saved = [0 if mode.offload else saved_bytes(setup, mode.level) for mode in modes]
+    moved = [saved_bytes(setup, mode.level) if mode.offload else 0 for mode in modes]
+    fixed = setup.weights + setup.adapter + setup.optimizer
+    a_layer = setup.gradients // (len(modes) or 1)
+    moments = [(sum(saved) + max(moved, default=0), head_bytes(setup), 0)]
+    for index in range(len(modes) - 1, -1, -1):
+        waiting = sum(moved[max(0, index - IN_FLIGHT + 1) : index + 1])
+        made = a_layer * (len(modes) - index)
+        moments.append((sum(saved[: index + 1]) + waiting, temporary_bytes(setup, modes[index].level), made))
+    kept, temporary, gradients = max(moments, key=sum)
+    total = fixed + kept + temporary + gradients
+    after = fixed + setup.gradients
+    if after > total:  # the optimizer's step can be the peak of a full fine-tuning
+        kept, temporary, gradients, total = 0, 0, setup.gradients, after
+    slack = int(SLACK * total)
+    parts = (
+        Part("weights", setup.weights),
+        Part("adapter", setup.adapter),
+        Part("optimizer state", setup.optimizer),
+        Part("gradients", gradients),
+        Part("kept for the backward", kept),
+        Part("temporaries", temporary),
+        Part("allocator", slack),
+    )
+    seconds = step_seconds(setup, modes, device) if device is not None and device.flops else None
+    reference = REFERENCE if device is None or not device.flops else device
+    keep = [Mode()] * len(modes)
+    relative = step_seconds(setup, modes, reference) / step_seconds(setup, keep, reference)
+    return Estimate(parts, total + slack, sum(moved), seconds, relative)
+
+
+REFERENCE = Device("reference", 0, 700e12, 4.1e12, 50e9)
+
+
+def step_seconds(setup: Setup, modes: Sequence[Mode], device: Device) -> float:
+    """Return the seconds of forward and backward with these modes."""
+    forward = layer_seconds(setup, device)
+    linear, attention = sum(forward.values()) - forward["attention"], forward["attention"]
+    backward = linear * (2 if setup.full else 1) + attention * ATTENTION_BACKWARD
+    share = REST_SHARE + (LORA_SHARE if setup.rank else 0)
+    plain = (linear + attention + backward) * (1 + share)
+    total = 0.0
+    for mode in modes:
+        again = sum(forward[role] for role in LEVELS[mode.level].again if role in forward and role != "down")
+        if setup.shape.normed_outputs and "down" in LEVELS[mode.level].again:
+            again += forward["down"]
+        total += plain + again * (1 + share)
+        if mode.offload:
+            copying = saved_bytes(setup, mode.level) / device.pcie
+            total += max(0.0, copying - (linear + attention) * (1 + share))
+            total += max(0.0, copying - backward - again)
+    head = 2 * setup.tokens * setup.shape.vocabulary * setup.shape.hidden / device.flops
+    return total + head * (3 if setup.full else 2) * 1.15
+
+
+def layer_seconds(setup: Setup, device: Device) -> dict[str, float]:
+    """Return the seconds of one layer's forward by role: GEMMs at the device's speed, attention by its pairs."""
+    seconds: dict[str, float] = {"attention": 0.0}
+    for role, given, made in setup.shape.linears:
+        seconds[role] = seconds.get(role, 0.0) + 2 * setup.tokens * given * made / device.flops
+    windows = setup.shape.windows or (None,)
+    seen = sum(min(setup.length / 2, window or setup.length) for window in windows) / len(windows)
+    seconds["attention"] = 4 * setup.tokens * seen * setup.shape.query / (device.flops * ATTENTION_SPEED)
+    return seconds
+
+
+def longer(setup: Setup, length: int) -> Setup:
+    """Return the setup at another length."""
+    return evolve(setup, length=length)

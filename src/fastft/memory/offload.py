@@ -1,0 +1,170 @@
+"""Saved activations in pinned CPU memory: copied out behind the forward, fetched ahead of the backward.
+
+Double buffered on one side stream. A layer's tensors stay on the device until the copies of the layer after it are
+queued, so at most two layers' worth wait; the backward of a layer begins with the copies of the layer before it. On a
+CPU the same happens with plain copies. Buffers come from a pool: once a step has run, no more are allocated.
+"""
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from attrs import define, field
+from torch import Tensor
+
+# Tensors below this size stay: row sums and LoRA's inner activations are not worth a copy of their own.
+LEAST_BYTES = 1 << 20
+
+
+@define(eq=False)
+class Pool:
+    """Host buffers by size, taken and given back; pinned where there is a GPU to copy from."""
+
+    pinned: bool
+    free: dict[int, list[Tensor]] = field(factory=dict)
+    allocated_bytes: int = 0
+
+    def take(self, size: int) -> Tensor:
+        """Return a buffer of exactly `size` bytes."""
+        kept = self.free.get(size)
+        if kept:
+            return kept.pop()
+        self.allocated_bytes += size
+        return torch.empty(size, dtype=torch.uint8, pin_memory=self.pinned)
+
+    def give(self, buffer: Tensor) -> None:
+        """Take a buffer back. Copies that still read it are on the same stream as those that will write it."""
+        self.free.setdefault(buffer.numel(), []).append(buffer)
+
+
+@define(eq=False)
+class Group:
+    """What one call of a layer parked, and the group of the layer before it, which its backward fetches ahead."""
+
+    before: "weakref.ref[Group] | None"
+    parked: list["weakref.ref[Parked]"] = field(factory=list)
+    leaving: list[Tensor] = field(factory=list)
+    left: Any = None
+    begun: bool = False
+
+
+@define(eq=False)
+class Parked:
+    """One tensor that was moved: its bytes on the host and its form; `back` is its copy on the device once fetched."""
+
+    group: Group
+    host: Tensor
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    back: Tensor | None = None
+    arrived: Any = None
+
+
+class Offloader:
+    """Parks what the layers of one model save; `least_bytes` is the smallest tensor that is moved."""
+
+    def __init__(self, device: torch.device, least_bytes: int = LEAST_BYTES) -> None:
+        self.device, self.least_bytes = device, least_bytes
+        self.pool = Pool(pinned=device.type == "cuda")
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._groups: list[Group] = []
+        self.moved_bytes = 0
+
+    @contextmanager
+    def layer(self, stays: Callable[[], Iterable[Tensor]]) -> Iterator[None]:
+        """Park what is saved for the backward within the context, which is one call of a layer.
+
+        `stays` returns the tensors that are there anyway: parameters, and arguments that all layers share.
+        """
+        previous = self._groups[-1] if self._groups else None
+        group = Group(weakref.ref(previous) if previous else None)
+        known: list[frozenset[int]] = []
+
+        def pack(tensor: Tensor) -> Any:
+            if not self._movable(tensor):
+                return tensor
+            if not known:
+                known.append(frozenset(given.untyped_storage().data_ptr() for given in stays()))
+            if tensor.untyped_storage().data_ptr() in known[0]:
+                return tensor
+            return self._park(tensor, group)
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, self._unpack):
+            yield
+        self._settle(group)
+
+    def _movable(self, tensor: Tensor) -> bool:
+        whole = tensor.numel() * tensor.element_size() == tensor.untyped_storage().nbytes()
+        large = tensor.untyped_storage().nbytes() >= self.least_bytes
+        return large and whole and tensor.is_floating_point() and tensor.device == self.device
+
+    def _park(self, tensor: Tensor, group: Group) -> Parked:
+        """Begin to copy `tensor` to the host."""
+        tensor = tensor.detach()
+        size = tensor.untyped_storage().nbytes()
+        host = self.pool.take(size)
+        parked = Parked(group, host, tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device)
+        weakref.finalize(parked, self.pool.give, host).atexit = False
+        if self.stream is not None:
+            self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with self._beside():
+            self._view(host, parked).copy_(tensor, non_blocking=True)
+        group.parked.append(weakref.ref(parked))
+        group.leaving.append(tensor)
+        self.moved_bytes += size
+        return parked
+
+    def _settle(self, group: Group) -> None:
+        """Note that the group's copies are queued, and let go of the tensors of the group before it."""
+        if self.stream is not None:
+            group.left = self.stream.record_event()
+        last = self._groups[-1] if self._groups else None
+        if last is not None:
+            self._let_go(last)
+        self._groups = [group]
+
+    def _let_go(self, group: Group) -> None:
+        if group.left is not None:
+            torch.cuda.current_stream(self.device).wait_event(group.left)  # before their memory is used again
+        group.leaving.clear()
+
+    def _unpack(self, packed: Any) -> Tensor:
+        if not isinstance(packed, Parked):
+            return packed
+        group = packed.group
+        if not group.begun:
+            group.begun = True
+            self._groups.clear()
+            self._let_go(group)
+            before = group.before() if group.before is not None else None
+            for reference in [*group.parked, *(before.parked if before else ())]:
+                other = reference()
+                if other is not None and other.back is None:
+                    self._fetch(other)
+        if packed.back is None:
+            self._fetch(packed)
+        if packed.arrived is not None:
+            torch.cuda.current_stream(self.device).wait_event(packed.arrived)
+        tensor, packed.back, packed.arrived = packed.back, None, None
+        return tensor
+
+    def _fetch(self, parked: Parked) -> None:
+        """Begin to copy a parked tensor back, into memory of the stream that computes."""
+        parked.back = torch.empty_strided(parked.shape, parked.stride, dtype=parked.dtype, device=parked.device)
+        if self.stream is not None:
+            self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with self._beside():
+            parked.back.copy_(self._view(parked.host, parked), non_blocking=True)
+        if self.stream is not None:
+            parked.arrived = self.stream.record_event()
+
+    def _beside(self) -> Any:
+        return torch.cuda.stream(self.stream) if self.stream is not None else nullcontext()
+
+    @staticmethod
+    def _view(host: Tensor, parked: Parked) -> Tensor:
+        return host.view(parked.dtype).as_strided(parked.shape, parked.stride)

@@ -1,0 +1,205 @@
+"""The memory plan: the fastest modes of a model's layers that fit a budget. Needs no torch."""
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby, pairwise
+
+from attrs import evolve, frozen
+
+from fastft.errors import Problem, did_you_mean
+from fastft.memory.devices import Device, parse_bytes
+from fastft.memory.estimate import (
+    OPTIMIZER_BYTES,
+    REFERENCE,
+    Estimate,
+    Mode,
+    Setup,
+    estimate,
+    longer,
+    saved_bytes,
+    setup_of,
+    step_seconds,
+)
+from fastft.memory.levels import LEVELS
+
+PLANS = ("auto", "keep", "min", "offload")
+# Left alone by "auto" and by `fastft plan --gpu`: CUDA's context, libraries' workspaces, what cannot be joined.
+RESERVE = 1 << 30
+RESERVE_SHARE = 0.03
+HOST_SHARE = 0.5
+
+
+@frozen
+class Plan:
+    """The modes of all layers, the first layer's first, what they are predicted to take, and whether that fits."""
+
+    modes: tuple[Mode, ...]
+    estimate: Estimate
+    budget: int | None
+    fits: bool
+
+
+@frozen
+class Remedy:
+    """Something that makes a step smaller, and the bytes of the peak that it saves."""
+
+    name: str
+    saves: int
+    fits: bool
+
+
+def plan_problem(plan: object) -> Problem | None:
+    """Return what is wrong with a `plan` argument, None if nothing is."""
+    if isinstance(plan, int) and not isinstance(plan, bool):
+        return None if plan > 0 else Problem("plan", plan, "a positive number of bytes")
+    if isinstance(plan, str) and (plan in PLANS or parse_bytes(plan)):
+        return None
+    allowed = f"one of {PLANS}, or a number of bytes such as 24_000_000_000 or '24GB'"
+    return Problem("plan", plan, allowed, did_you_mean(str(plan), PLANS))
+
+
+def budget_of(plan: str | int) -> int | None:
+    """Return the bytes that a plan allows, None for one that names what is done."""
+    return plan if isinstance(plan, int) else None if plan in PLANS else parse_bytes(plan)
+
+
+def usable(memory: int) -> int:
+    """Return what of a device's memory a step may take: all but a stated reserve of 1 GiB and 3 %."""
+    return int(max(0, memory - RESERVE - RESERVE_SHARE * memory))
+
+
+def named_modes(plan: str, layers: int) -> tuple[Mode, ...]:
+    """Return the modes of "keep", "min" and "offload"; "auto" without a budget is "keep".
+
+    "offload" keeps attention's output in CPU memory; the last layer's, which is wanted at once, stays.
+    """
+    if plan == "offload":
+        return (Mode("context", True),) * (layers - 1) + (Mode("context"),) * min(layers, 1)
+    return (Mode("min" if plan == "min" else "keep"),) * layers
+
+
+def solve(setup: Setup, budget: int, device: Device | None = None, host: int | None = None) -> Plan:
+    """Return the fastest plan whose predicted peak is at most `budget` bytes; the smallest one if none fits.
+
+    Two neighbouring modes on the hull of time over memory share the layers, the larger one first in the model's
+    order reversed: what the last layers keep is used up before the first layers' backward needs room. `host` is the
+    CPU memory that may be used, None any.
+    """
+    best: tuple[float, int, tuple[Mode, ...], Estimate] | None = None
+    least: tuple[int, tuple[Mode, ...], Estimate] | None = None
+    for modes in _candidates(setup, budget, device):
+        made = estimate(setup, modes, device)
+        if host is not None and made.host > host:
+            continue
+        if least is None or made.peak < least[0]:
+            least = (made.peak, modes, made)
+        key = (made.relative, made.peak)
+        if made.peak <= budget and (best is None or key < best[:2]):
+            best = (*key, modes, made)
+    if best is not None:
+        return Plan(best[2], best[3], budget, True)
+    return Plan(least[1], least[2], budget, False)
+
+
+def _candidates(setup: Setup, budget: int, device: Device | None) -> Iterator[tuple[Mode, ...]]:
+    """Yield mixtures of two modes: of each pair that with most layers of the larger mode that fits, and the ends."""
+    layers = setup.shape.layers
+    for larger, smaller in _pairs(setup, device):
+        low, high = 0, layers  # layers of the larger mode
+        yield _mixed(larger, smaller, low, layers)
+        while low < high:
+            middle = (low + high + 1) // 2
+            if estimate(setup, _mixed(larger, smaller, middle, layers), device).peak <= budget:
+                low = middle
+            else:
+                high = middle - 1
+        yield _mixed(larger, smaller, low, layers)
+
+
+def _mixed(larger: Mode, smaller: Mode, count: int, layers: int) -> tuple[Mode, ...]:
+    modes = [smaller] * (layers - count) + [larger] * count
+    if layers and modes[-1].offload:
+        modes[-1] = Mode(modes[-1].level)  # used at once: not worth the way
+    return tuple(modes)
+
+
+def _pairs(setup: Setup, device: Device | None) -> list[tuple[Mode, Mode]]:
+    """Return neighbours on the lower hull of (device bytes, seconds) of a layer, the fastest first."""
+    speeds = device if device is not None and device.flops else REFERENCE
+    points = []
+    for level in LEVELS:
+        for offload in (False, True):
+            mode = Mode(level, offload)
+            size = 0 if offload else saved_bytes(setup, level)
+            points.append((step_seconds(setup, [mode], speeds), size, mode))
+    points.sort(key=lambda point: point[:2])
+    hull: list[tuple[float, int, Mode]] = []
+    for point in points:
+        if hull and point[1] >= hull[-1][1]:
+            continue  # slower and no smaller
+        while len(hull) > 1 and _above(hull[-2], hull[-1], point):
+            hull.pop()
+        hull.append(point)
+    ends = [(one[2], other[2]) for one, other in pairwise(hull)] or [(hull[0][2], hull[0][2])]
+    smallest = Mode("min", True)
+    return ends if ends[-1][1] == smallest else [*ends, (ends[-1][1], smallest)]
+
+
+def _above(first: tuple, middle: tuple, last: tuple) -> bool:
+    """Say whether the middle point lies on or above the line between its neighbours."""
+    return (middle[0] - first[0]) * (first[1] - last[1]) >= (last[0] - first[0]) * (first[1] - middle[1])
+
+
+def longest(setup: Setup, budget: int, device: Device | None = None, multiple: int = 256) -> int:
+    """Return the longest length, a multiple of `multiple`, that fits `budget` with the smallest plan; 0 if none."""
+    low, high = 0, 1
+    while high < 1 << 16 and solve(longer(setup, high * multiple), budget, device).fits:
+        low, high = high, high * 2
+    while low + 1 < high:
+        middle = (low + high) // 2
+        if solve(longer(setup, middle * multiple), budget, device).fits:
+            low = middle
+        else:
+            high = middle
+    return low * multiple
+
+
+def remedies(setup: Setup, modes: Sequence[Mode], budget: int | None = None) -> tuple[Remedy, ...]:
+    """Return what would make the step smaller, in the order of what it costs: the bytes of the peak each saves alone.
+
+    A plan that keeps less costs time, a smaller batch nothing but more accumulation; then the optimizer, quantisation,
+    the rank and a shorter length, which change what is trained.
+    """
+    now = estimate(setup, modes).peak
+    layers = setup.shape.layers
+    tried: list[tuple[str, Setup, Sequence[Mode]]] = [
+        (f'plan="{name}"', setup, named_modes(name, layers)) for name in ("min", "offload")
+    ]
+    if setup.rows > 1:
+        half = setup.rows // 2
+        tried.append((f"batch size {half} with twice the accumulation", evolve(setup, rows=half), modes))
+    if setup.optimizer:
+        part = OPTIMIZER_BYTES["adamw_8bit"] / OPTIMIZER_BYTES["adamw"]
+        part *= 2 if setup.full and setup.element == 2 else 1  # AdamW's own state has 2 bytes a number there
+        smaller = evolve(setup, optimizer=int(setup.optimizer * part))
+        tried.append(("an 8-bit optimizer (adamw_8bit)", smaller, modes))
+    if setup.quant != "nf4":
+        made = setup_of(setup.shape, setup.rows, setup.length, rank=setup.rank or 16, element=setup.element)
+        tried.append(('quant="nf4"' if not setup.full else 'LoRA with quant="nf4"', made, modes))
+    if setup.rank > 8:
+        part = 8 / setup.rank
+        changes = {name: int(getattr(setup, name) * part) for name in ("adapter", "gradients", "optimizer")}
+        tried.append(("rank 8", evolve(setup, rank=8, **changes), modes))
+    if setup.length > 256:
+        tried.append((f"length {setup.length // 2}", longer(setup, setup.length // 2), modes))
+    found = []
+    for name, smaller, with_modes in tried:
+        peak = estimate(smaller, with_modes).peak
+        if peak < now:
+            found.append(Remedy(name, now - peak, budget is not None and peak <= budget))
+    return tuple(found)
+
+
+def describe_modes(modes: Sequence[Mode]) -> str:
+    """Return the modes in words, first layers first: "12 layers min, moved to the CPU; 20 layers keep"."""
+    runs = [(mode, len(list(same))) for mode, same in groupby(modes)]
+    return "; ".join(f"{count} layer{'s' if count > 1 else ''} {mode}" for mode, count in runs)
