@@ -167,6 +167,7 @@ def test_added_tokens_from_the_adapter_folder(tmp_path, tools):
 def test_a_run_folder_tells_how_its_base_was_held(tmp_path, adapted):
     model, tokenizer = adapted("nf4", dtype="float32")
     rows = [{"prompt": f"{n} and one is", "completion": f" {n + 1}"} for n in range(10, 42)]
+    fastft.compile(model, backend="aot_eager")
     fastft.sft(model, tokenizer, rows, output_dir=tmp_path / "run", steps=2, save_every=2, save_strategy="steps")
     for folder in (tmp_path / "run", tmp_path / "run" / "checkpoint-2"):
         source = weight_source(folder)
