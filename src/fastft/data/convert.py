@@ -104,24 +104,35 @@ def _turns(
     """Return a checked list of messages from a cell, with the system message of a column before it."""
     keys = recognised.keys or CHAT_KEYS
     value, problem = _parsed(where, value)
-    problems = [problem] if problem else message_problems(where, value, keys)
+    if problem is None and (keys != CHAT_KEYS or recognised.kind == "sharegpt"):
+        problems = message_problems(where, value, keys)
+        if not problems:
+            value, problems = standard_messages(where, value, keys)
+        if alternate and not problems:
+            problems = repeated_answers(where, value, keys[0])
+    else:
+        problems = [problem] if problem else conversation_problems(where, value, alternate=alternate)
     if problems:
         return [], problems
-    if keys != CHAT_KEYS or recognised.kind == "sharegpt":
-        value, problems = standard_messages(where, value, keys)
-    else:
-        problems = [
-            Problem(f"{where}[{number}].role", message["role"], f"{ROLE_OF[message['role'].lower()]!r}", _RENAME)
-            for number, message in enumerate(value)
-            if message["role"] not in ROLES and ROLE_OF.get(message["role"].lower()) in ("user", "assistant", "system")
-        ]
-    if alternate and not problems:
-        problems = repeated_answers(where, value, keys[0])
-    if system and not problems:
+    if system:
         if value[0]["role"] == "system":
             problems = [Problem(f"{where}[0]", short(value[0]), "no system message beside the column's", _TWO_SYSTEMS)]
         value = [{"role": "system", "content": system}, *value]
     return value, problems
+
+
+def conversation_problems(where: str, messages: Any, *, alternate: bool = True) -> Problems:
+    """Return every mistake of a list of `{"role", "content"}`: also roles by other names than templates know, and, with
+    `alternate`, two assistant turns in a row.
+    """
+    problems = message_problems(where, messages)
+    if problems:
+        return problems
+    for number, message in enumerate(messages):
+        meant = None if message["role"] in ROLES else ROLE_OF.get(message["role"].lower())
+        if meant in ("user", "assistant", "system"):
+            problems.append(Problem(f"{where}[{number}].role", message["role"], repr(meant), _RENAME))
+    return problems or (repeated_answers(where, messages) if alternate else [])
 
 
 _RENAME = "fastft.standardize_sharegpt(rows) renames the roles."

@@ -1,8 +1,10 @@
 """What a row is, and what its fields must hold before anything is rendered."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
+from fastft.data.check import text_problem
+from fastft.data.convert import conversation_problems
 from fastft.errors import DataError, Problem, did_you_mean
 
 KINDS = {"messages": ("messages",), "prompt and completion": ("prompt", "completion"), "text": ("text",)}
@@ -34,31 +36,15 @@ def _field_remedy(row: Mapping[str, Any]) -> str:
 
 
 def need_text(where: str, text: Any) -> None:
-    """Raise `DataError` for what is no text, or an empty one."""
-    if not isinstance(text, str):
-        raise DataError(Problem(where, text, "a text (str)"))
-    if not text.strip():
-        raise DataError(Problem(where, text, "a text that is not empty", "Remove the row or give it text."))
+    """Raise `DataError` for what is no text, an empty one, or one too long."""
+    problem = text_problem(where, text)
+    if problem:
+        raise DataError(problem)
 
 
 def need_messages(where: str, messages: Any) -> None:
     """Raise `DataError` with every mistake of a list of messages."""
-    if not isinstance(messages, Sequence) or isinstance(messages, str):
-        raise DataError(Problem(where, messages, "a list of {'role', 'content'}"))
-    problems = [] if messages else [Problem(where, messages, "at least one message", "Remove the row.")]
-    for number, message in enumerate(messages):
-        place = f"{where}[{number}]"
-        if not isinstance(message, Mapping):
-            problems.append(Problem(place, message, "a dict with 'role' and 'content'"))
-            continue
-        if not isinstance(message.get("role"), str):
-            problems.append(Problem(f"{place}.role", message.get("role"), "a text such as 'user' or 'assistant'"))
-        calls = message.get("tool_calls")
-        content = message.get("content")
-        if not isinstance(content, str) and not (content is None and calls) and not isinstance(content, list):
-            problems.append(Problem(f"{place}.content", content, "a text (str)"))
-        elif message.get("role") == "assistant" and content == "" and not calls:
-            problems.append(Problem(f"{place}.content", content, "an answer that is not empty", "Remove the turn."))
+    problems = conversation_problems(where, messages)
     if problems:
         raise DataError(*problems)
 
