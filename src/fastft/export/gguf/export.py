@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from attrs import frozen
 
-from fastft.errors import Problem, SaveError, UsageError, did_you_mean
+from fastft.errors import Problem, UsageError, did_you_mean
 from fastft.export.gguf.architecture import Architecture, architecture_of, check_supported
 from fastft.export.gguf.file import (
     FileWriter,
@@ -20,7 +20,7 @@ from fastft.export.gguf.file import (
     text,
     u32,
 )
-from fastft.export.gguf.stream import stream
+from fastft.export.gguf.stream import make_folder, stream
 from fastft.export.gguf.tensors import FileTensor, plan_tensors
 from fastft.export.gguf.vocabulary import vocabulary_of
 from fastft.export.weights import WeightSource, weight_source
@@ -170,12 +170,7 @@ def _general(name: str, spec: ModelSpec, source: WeightSource) -> dict[str, Valu
 
 
 def _prepare(target: Path, writers: Sequence[FileWriter]) -> None:
-    if target.exists() and not target.is_dir():
-        raise UsageError(f"{target}: this is a file; give the name of a folder")
-    try:
-        target.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SaveError(f"{target}: the folder cannot be made ({error.strerror})") from error
+    make_folder(target)
     for writer in writers:
         clear_leftovers(writer.path)
     check_space(target, sum(writer.size for writer in writers), f"the export of {len(writers)} files")

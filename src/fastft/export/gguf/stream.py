@@ -3,12 +3,13 @@
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
+from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from fastft.errors import UsageError
+from fastft.errors import SaveError, UsageError
 from fastft.export.gguf.file import FileWriter, padded
 from fastft.export.gguf.quants import quantize
 from fastft.export.gguf.tensors import FileTensor
@@ -43,6 +44,16 @@ def stream(
             bar.update(pending.result())
         for file in files:
             file.finish()
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it; raises UsageError for a file of that name, and SaveError."""
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"{folder}: this is a file; give the name of a folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SaveError(f"{folder}: the folder cannot be made ({error.strerror})") from error
 
 
 def _ahead(reader: ThreadPoolExecutor, tensors: Sequence[FileTensor]) -> Iterator[tuple[FileTensor, torch.Tensor]]:
