@@ -78,7 +78,6 @@ def test_right_arms_pass_parity_and_the_wrong_one_is_struck_out(done):
     for line in (fastft, peft):
         assert line["parity"]["ok"] is True and "struck_out" not in line
         assert line["parity"]["gradient_difference"] < 0.02
-    assert fastft["loss0"] != peft["loss0"]  # they do not share code
     assert wrong["parity"]["ok"] is False
     assert wrong["tokens_per_second"] is None and wrong["step_ms"] is None and wrong["mfu"] is None
     assert wrong["struck_out"]["tokens_per_second"] > 0

@@ -154,6 +154,13 @@ def test_benchmark_page_says_what_its_data_say():
     folder = ROOT / "docs/benchmarks"
     for data in folder.glob("*.json"):
         text, measured = data.with_suffix(".md").read_text("utf-8"), json.loads(data.read_text("utf-8"))
+        for line in measured.get("cells", ()):
+            rows = [row for row in text.splitlines() if row.startswith(f"| `{line['arm']}` |")]
+            if line.get("tokens_per_second"):
+                told = f"| {line['tokens_per_second']:,.1f} |", f"| {line['step_ms']:.2f} |", f"| {line['peak_gb']:.3f} |"
+                assert any(all(value in row for value in told) for row in rows), (data.name, line["arm"])
+        if "results" not in measured:
+            continue
         batch, length = re.search(r"--batch (\d+) --length (\d+)", measured["command"]).groups()
         for row in measured["results"]:
             line = next(line for line in text.splitlines() if line.startswith(f"| `{row['arm']}` |"))
