@@ -58,7 +58,9 @@ CASES = {
 
 def system_of_its_own(form, messages):
     """The format has a system message where the conversation has none; llama.cpp never adds one."""
-    return messages if messages[0]["role"] == "system" else [{"role": "system", "content": form.default_system}, *messages]
+    return (
+        messages if messages[0]["role"] == "system" else [{"role": "system", "content": form.default_system}, *messages]
+    )
 
 
 def preface(form, messages):

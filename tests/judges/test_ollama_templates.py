@@ -4,8 +4,13 @@ Ollama writes the first BOS itself, leaves a last message of the assistant's ope
 the evaluator writes as Python does. It joins messages of one role that follow each other, so none do here.
 """
 
+import json
+import os
+import shutil
+import subprocess
+
 import pytest
-from gotemplate import GoError, ollama
+from gotemplate import GoError, ollama, ollama_data
 from gotemplate import render as go
 
 from fastft.data.template import render
@@ -128,3 +133,55 @@ def test_the_evaluator(template, text):
             go(template, data)
     else:
         assert go(template, data) == text
+
+
+PROGRAM = """
+package main
+
+import ("bytes"; "encoding/json"; "os"; "text/template")
+
+func main() {
+	var cases []struct { Template string; Data map[string]any }
+	if err := json.NewDecoder(os.Stdin).Decode(&cases); err != nil { panic(err) }
+	texts := []string{}
+	functions := template.FuncMap{
+		"json": func(v any) string { b, _ := json.Marshal(v); return string(b) },
+		"currentDate": func() string { return "2024-07-26" },
+	}
+	for _, c := range cases {
+		var b bytes.Buffer
+		t, err := template.New("").Option("missingkey=error").Funcs(functions).Parse(c.Template)
+		if err == nil { err = t.Execute(&b, c.Data) }
+		if err != nil { panic(err) }
+		texts = append(texts, b.String())
+	}
+	json.NewEncoder(os.Stdout).Encode(texts)
+}
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("go") is None, reason="needs the Go toolchain; the evaluator stands in for it")
+def test_go_itself_agrees(tmp_path):
+    """Go's own text/template on every format, so that the evaluator above is judged too."""
+    cases, expected = [], []
+    for form in FORMATS:
+        asked = [(system + turns, None) for system in ([], SYSTEM) for turns in (*PROMPTS.values(), TURNS[:4])]
+        asked += [(SYSTEM + CALLED, [TOOL])] if form.tools else []
+        for messages, tools in asked:
+            for think in (None, False, True):
+                data = ollama_data(messages, tools=tools, think=think)
+                plain = json.loads(json.dumps(data, default=str))
+                for message in plain["Messages"]:
+                    for call in message["ToolCalls"]:
+                        if "{keywords}" not in form.tools.call:  # what Ollama's arguments print themselves as
+                            call["Function"]["Arguments"] = json.dumps(call["Function"]["Arguments"])
+                cases.append({"Template": form.ollama_template, "Data": plain})
+                expected.append(ollama(form.ollama_template, messages, tools=tools, think=think))
+    (tmp_path / "main.go").write_text(PROGRAM)
+    env = {**os.environ, "GOFLAGS": "-mod=mod", "GOCACHE": str(tmp_path / "cache"), "GO111MODULE": "off"}
+    ran = subprocess.run(
+        ["go", "run", "main.go"], input=json.dumps(cases), env=env, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert json.loads(ran.stdout) == expected

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastft.errors import SpecError
+from fastft.registry.chat import chat_formats
 from fastft.registry.convert import checked, load_spec_file, spec_from_dict, spec_to_dict, spec_to_text
 from fastft.registry.spec import (
     AttentionPoint,
@@ -27,6 +28,7 @@ GOOD = {"name": "mine", "model_types": ["mine"], "layer_classes": ["MineDecoderL
 
 identifiers = st.from_regex(r"[A-Za-z_][A-Za-z0-9_]{0,8}", fullmatch=True)
 maybe = st.none() | identifiers
+formats = st.none() | st.sampled_from([name for form in chat_formats() for name in (form.name, *form.aliases)])
 # any character that a file can hold, quotes, escapes, line ends and DEL among them
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 globs = st.from_regex(r"[A-Za-z][A-Za-z0-9*?/.-]{0,8}", fullmatch=True)
@@ -85,7 +87,7 @@ specs = st.builds(
     texts,
     some(globs),
     some(globs),
-    some(st.builds(Variant, texts, some(globs, 1), maybe)),
+    some(st.builds(Variant, texts, some(globs, 1), formats)),
     some(rms | layer),
     some(glus),
     some(attentions),
@@ -94,8 +96,7 @@ specs = st.builds(
     st.none() | values,
     some(identifiers, 1),
     some(identifiers),
-    texts.filter(bool) | st.none(),
-    texts.filter(bool) | st.none(),
+    formats,
     maybe,
     capabilities=capabilities,
 ).filter(one_role_a_class)

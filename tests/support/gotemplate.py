@@ -256,8 +256,13 @@ class Evaluator:
 
 
 def ollama(template, messages, *, tools=None, think=None, spaces=True, today="2024-07-26"):
-    """Render messages as Ollama gives them to a template; `think` is None where a request does not say."""
-    data = {
+    """Render messages as Ollama does; `think` is None where a request does not say."""
+    return render(template, ollama_data(messages, tools=tools, think=think, spaces=spaces), spaces=spaces, today=today)
+
+
+def ollama_data(messages, *, tools=None, think=None, spaces=True):
+    """Return what Ollama gives to a template."""
+    return {
         "System": "\n\n".join(m["content"] for m in messages if m["role"] == "system"),
         "Messages": [_message(message) for message in messages],
         "Tools": [Tool(tool, spaces) for tool in tools or []],
@@ -265,7 +270,6 @@ def ollama(template, messages, *, tools=None, think=None, spaces=True, today="20
         "ThinkLevel": "",
         "IsThinkSet": think is not None,
     }
-    return render(template, data, spaces=spaces, today=today)
 
 
 def _message(message):

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from datetime import date
 from functools import cache
 from typing import Any
 
@@ -12,8 +13,6 @@ from fastft.registry.chat import chat_formats, with_tokens
 from fastft.registry.chat_format import ChatFormat
 
 GENERATION = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
-# Fixed where a template would write the day's date, so that renderings of one template on two days are equal.
-_DATES = {"date_string": "26 Jul 2024", "current_date": "2024-07-26"}
 
 
 @frozen
@@ -93,12 +92,11 @@ def recognise_format(tokenizer: Any) -> ChatFormat | None:
     own = _renderings(template, tokens)
     if own[0] is None:
         return None
-    best, most = None, (-1, 0)
+    best, most = None, (0, 0)
     for form in chat_formats():
-        score = _agreement(form, own, tokens)
-        # Of formats that agree equally, the plainest: tools and reasoning that the template does not have are no gain.
-        rank = (score, -len(form.jinja))
-        if score >= 0 and rank > most or score >= 0 and best is None:
+        # Of formats that agree equally the plainest: tools, reasoning and images that the template lacks are no gain.
+        rank = (_agreement(form, own, tokens), -sum(map(bool, (form.tools, form.thinking, form.image))))
+        if rank[0] and (best is None or rank > most):
             best, most = form, rank
     return best and with_tokens(best, bos=tokens["bos_token"] or None, eos=tokens["eos_token"] or None)
 
@@ -121,6 +119,8 @@ def response_parts(tokenizer: Any) -> tuple[str, str]:
 
 # Recognition ----------------------------------------------------------------------------------------------------------
 
+# Llama's templates differ in the date that they fall back to.
+_DATE = {"date_string": "26 Jul 2024"}
 _USER, _ANSWER, _NEXT, _LAST, _SYSTEM = "first question", "first answer", "second question", "second answer", "rules"
 _TURNS = [
     {"role": "user", "content": _USER},
@@ -131,14 +131,33 @@ _TURNS = [
 _RULES = [{"role": "system", "content": _SYSTEM}]
 _TOOL = {"type": "function", "function": {"name": "look", "description": "Look.", "parameters": {"type": "object"}}}
 _REASONED = [*_TURNS[:3], {"role": "assistant", "content": _LAST, "reasoning_content": "because"}]
-# (messages, with a generation prompt, with tools, must agree)
-_PROBES: tuple[tuple[list[dict[str, Any]], bool, bool, bool], ...] = (
-    (_TURNS[:1], True, False, True),
-    (_TURNS[:3], True, False, True),
-    (_TURNS, False, False, True),
-    (_RULES + _TURNS[:3], True, False, False),
-    (_TURNS[:1], True, True, False),
-    (_REASONED, False, False, False),
+_SHOWN = [{"role": "user", "content": [{"type": "text", "text": _USER}, {"type": "image"}]}]
+
+
+@frozen
+class _Probe:
+    """A conversation to render by both.
+
+    Formats that disagree where they `must` agree are out, and so are those that disagree on what neither refuses with
+    `unless_refused`; `weight` counts towards the choice among the others.
+    """
+
+    messages: list[dict[str, Any]]
+    prompt: bool = True
+    tools: bool = False
+    must: bool = False
+    unless_refused: bool = False
+    weight: int = 1
+
+
+_PROBES = (
+    _Probe(_TURNS[:1], must=True),
+    _Probe(_TURNS[:3], must=True),
+    _Probe(_TURNS, prompt=False, must=True),
+    _Probe(_RULES + _TURNS[:3], unless_refused=True, weight=4),
+    _Probe(_TURNS[:1], tools=True, weight=2),
+    _Probe(_SHOWN),
+    _Probe(_REASONED, prompt=False),
 )
 
 
@@ -154,33 +173,41 @@ def _tokens(tokenizer: Any) -> dict[str, str]:
 
 
 @cache
-def _renderings_of(template: str, bos: str, eos: str) -> tuple[str | None, ...]:
+def _renderings_of(template: str, bos: str, eos: str, day: date) -> tuple[str | None, ...]:
+    """Return the text of every probe, None where it is refused; `day` is part of the key, as templates may show it."""
     found: list[str | None] = []
-    for messages, prompt, tools, _ in _PROBES:
+    for probe in _PROBES:
+        options = {"tools": [_TOOL] if probe.tools else None, "add_generation_prompt": probe.prompt}
         try:
-            options: dict[str, Any] = {"tools": [_TOOL] if tools else None, "add_generation_prompt": prompt}
-            found.append(render(template, messages, bos_token=bos, eos_token=eos, **_DATES, **options).text)
+            found.append(render(template, probe.messages, bos_token=bos, eos_token=eos, **_DATE, **options).text)
         except DataError:
             found.append(None)
     return tuple(found)
 
 
 def _renderings(template: str, tokens: Mapping[str, str]) -> tuple[str | None, ...]:
-    return _renderings_of(template, tokens["bos_token"], tokens["eos_token"])
+    return _renderings_of(template, tokens["bos_token"], tokens["eos_token"], date.today())
 
 
 def _agreement(form: ChatFormat, own: Sequence[str | None], tokens: Mapping[str, str]) -> int:
-    """Return on how many probes a format and a template agree, or -1 where they have to and do not."""
-    ours = _renderings(form.jinja, tokens)
+    """Return how well a format agrees with a template on the probes; 0 where it has to and does not."""
     ends = {*form.stop_tokens, tokens["eos_token"]} - {""}
-    score = 0
-    for (_, prompt, _, must), mine, theirs in zip(_PROBES, ours, own):
-        same = mine == theirs if prompt or mine is None or theirs is None else _same_but_end(mine, theirs, ends)
-        if must and not same:
-            return -1
-        # A template that refuses system messages may agree with a format that has a place for them.
-        score += bool(same)
+    score = 1
+    for probe, mine, theirs in zip(_PROBES, _renderings(form.jinja, tokens), own):
+        if mine is None or theirs is None or probe.prompt:
+            same = mine == theirs
+        else:
+            same = any(_same_but_end(text, theirs, ends) for text in (mine, _thoughtless(form, mine)))
+        if not same and (probe.must or (probe.unless_refused and mine is not None and theirs is not None)):
+            return 0
+        score += probe.weight * same
     return score
+
+
+def _thoughtless(form: ChatFormat, text: str) -> str:
+    """Return a text without the empty reasoning that a prompted answer has here; models' own templates leave it out."""
+    thinking = form.thinking
+    return text.replace(thinking.start + thinking.end, "") if thinking and thinking.prompted else text
 
 
 def _same_but_end(one: str, other: str, ends: set[str]) -> bool:
@@ -198,7 +225,7 @@ def _same_but_end(one: str, other: str, ends: set[str]) -> bool:
 
 def _parts_of(template: str, tokens: Mapping[str, str]) -> tuple[str, str]:
     def text(messages: Sequence[Mapping[str, Any]], prompt: bool = False) -> str:
-        return render(template, messages, add_generation_prompt=prompt, **tokens, **_DATES).text
+        return render(template, messages, add_generation_prompt=prompt, **tokens, **_DATE).text
 
     whole, asked, bare = text(_TURNS), text(_TURNS[:1], True), text(_TURNS[:1])
     places = [whole.find(content) for content in (_USER, _ANSWER, _NEXT, _LAST)]

@@ -34,8 +34,8 @@ def chat_format(name: str) -> ChatFormat:
 @cache
 def chat_formats() -> tuple[ChatFormat, ...]:
     """Return every chat format, by name."""
-    tables = {path.stem: tomllib.loads(path.read_text("utf-8")) for path in sorted(FOLDER.glob("*.toml"))}
-    return tuple(_made(name, _inherited(name, tables)) for name in tables)
+    tables = {path.stem: tomllib.loads(path.read_text("utf-8")) for path in FOLDER.glob("*.toml")}
+    return tuple(_made(name, _inherited(name, tables)) for name in sorted(tables))
 
 
 def with_tokens(form: ChatFormat, *, bos: str | None = None, eos: str | None = None) -> ChatFormat:

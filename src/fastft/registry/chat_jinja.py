@@ -180,7 +180,9 @@ def _opening(form: ChatFormat) -> list[str]:
         inside += _when("tools", _put(form.tools.preface))
     inside += _put_expression(_joined(_expression(form.system_preface), "opening.text", _expression(form.system_after)))
     if tools:
-        inside += _when("tools", _put_expression(_joined(f"({_quoted(tools.joint)} if opening.text else '')", "tool_list()")))
+        inside += _when(
+            "tools", _put_expression(_joined(f"({_quoted(tools.joint)} if opening.text else '')", "tool_list()"))
+        )
     inside += _put(turn.end)
     if form.default_system is not None or form.system_preface:
         return [*lines, *inside]
@@ -326,6 +328,8 @@ def _thought(form: ChatFormat, thinking: Thinking) -> tuple[list[str], str, str]
     """Return what comes before the sampled part, the answer without its reasoning, and the reasoning as sampled."""
     recent = "loop.index0 > last.user" if thinking.drop_earlier else "true"
     shown = f"{recent} and (reasoning or loop.last)" if thinking.always else f"{recent} and reasoning"
+    # An answer to a prompt that opens the reasoning cannot be without it.
+    shown = recent if thinking.always and thinking.prompted else shown
     lines = ["{%- set reasoning = thought(message) %}", f"{{%- set shown = {shown} %}}"]
     block = _joined("reasoning", _expression(thinking.end))
     if thinking.prompted:

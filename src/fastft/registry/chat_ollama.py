@@ -165,7 +165,12 @@ def _user(form: ChatFormat) -> Pieces:
     before = listing if tools and tools.own_turn else []
     inside = [] if tools and tools.own_turn else listing
     if form.system_rule in ("first_user", "last_user"):
-        wrapped = [*_text(form, form.system.start), *_do("$system"), *_text(form, form.system.end), *_do('$system = ""')]
+        wrapped = [
+            *_text(form, form.system.start),
+            *_do("$system"),
+            *_text(form, form.system.end),
+            *_do('$system = ""'),
+        ]
         inside += _if("$system" if form.system_rule == "first_user" else "and $system (eq $i $user)", wrapped)
     first = _if('ne $role "assistant"', [opener]) if opener else []
     return [*before, *first, *_text(form, start), *inside, *_do(".Content"), *_text(form, form.user.end)]
@@ -193,7 +198,9 @@ def _thought(form: ChatFormat) -> Pieces:
         return []
     shown = [thinking.start, *_do(".Thinking"), thinking.end]
     if thinking.drop_earlier:
-        return _if("and .Thinking (gt $i $user)", shown)
+        # An answer to a prompt that opens the reasoning cannot be without it.
+        certain = thinking.always and thinking.prompted
+        return _if("gt $i $user" if certain else "and .Thinking (gt $i $user)", shown)
     off = _if(_THOUGHTLESS, [thinking.off]) if thinking.off else None
     return _if(".Thinking", shown, off)
 

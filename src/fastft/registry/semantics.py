@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import attrs
 
-from fastft.errors import Problem
+from fastft.errors import Problem, did_you_mean
+from fastft.registry.chat import chat_formats
 from fastft.registry.spec import AttentionPoint, ModelSpec
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -29,6 +30,9 @@ def semantic_problems(spec: ModelSpec) -> Iterator[Found]:
         yield from _attention(("attentions", index), point)
     if spec.head.scale_inverse and spec.head.scale is None:
         yield _problem(("head", "scale_inverse"), True, "false, or a scale to divide by", "name it in head.scale")
+    yield from _chat_format(("chat_format",), spec.chat_format)
+    for index, variant in enumerate(spec.variants):
+        yield from _chat_format(("variants", index, "chat_format"), variant.chat_format)
     yield from _modules(("lora_targets",), spec.lora_targets)
     yield from _patterns(("patterns",), spec.patterns)
     yield from _patterns(("not_patterns",), spec.not_patterns)
@@ -95,6 +99,13 @@ def _attention(path: tuple[str | int, ...], point: AttentionPoint) -> Iterator[F
         yield _problem((*path, "window_layers"), point.window_layers, "nothing where there is no sliding_window")
     if point.rope_layers is not None and point.rope_function is None:
         yield _problem((*path, "rope_layers"), point.rope_layers, "nothing where there is no rope_function")
+
+
+def _chat_format(path: tuple[str | int, ...], name: str | None) -> Iterator[Found]:
+    known = [known for form in chat_formats() for known in (form.name, *form.aliases)]
+    if name is not None and name not in known:
+        remedy = did_you_mean(name, known)
+        yield _problem(path, name, "a chat format of `fastft registry formats`", remedy[:1].upper() + remedy[1:])
 
 
 def _patterns(path: tuple[str | int, ...], patterns: tuple[str, ...]) -> Iterator[Found]:

@@ -216,7 +216,6 @@ class ModelSpec:
     lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     keep_16bit: tuple[str, ...] = ("lm_head",)
     chat_format: str | None = None
-    ollama_template: str | None = None
     gguf_architecture: str | None = None
     gguf: GgufPoint = GgufPoint()
     trainer: str = "sft"
