@@ -16,7 +16,9 @@ OK, ERROR, CHECK_FAILED, WRONG_USAGE = 0, 1, 2, 3
 COMMANDS = (
     ("registry", "fastft.cli.registry"),
     ("env", "fastft.cli.env"),
+    ("plan", "fastft.cli.plan"),
     ("demo", "fastft.cli.demo"),
+    ("preview", "fastft.cli.preview"),
 )
 
 

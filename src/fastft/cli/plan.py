@@ -1,0 +1,180 @@
+"""`fastft plan`: what a training step will take on a GPU, from config.json alone, before any weights are there."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fastft.cli.output import CheckFailed, JsonOption, print_fields, print_json, print_table
+from fastft.environment import hub_offline, installed
+from fastft.errors import LoadError, Problem, UsageError
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
+
+GB = 10**9
+QUANTS = ("nf4", "int8", "none")
+
+
+@app.command()
+def plan(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Model folder, config.json, or hub id.")],
+    gpu: Annotated[str, typer.Option(help="Its memory (24GB, 80GiB) or name (H100, RTX 4090).")],
+    length: Annotated[int, typer.Option(help="Tokens in a row.", min=1)] = 4096,
+    batch: Annotated[int, typer.Option(help="Rows in a micro-batch.", min=1)] = 1,
+    quant: Annotated[str, typer.Option(help="nf4, int8 or none.")] = "nf4",
+    rank: Annotated[int, typer.Option(help="LoRA's rank, on all linears.", min=1)] = 16,
+    full: Annotated[bool, typer.Option("--full", help="Train every weight; with --quant none.")] = False,
+    optimizer: Annotated[str, typer.Option(help="adamw or adamw_8bit.")] = "adamw",
+    plan: Annotated[str, typer.Option("--plan", help="auto, keep, min, offload, or a budget such as 20GB.")] = "auto",
+    json: JsonOption = False,
+) -> None:
+    """Predict memory and time of a training step from the model's config; no weights are read or downloaded.
+
+    Exit code 2 means that it does not fit; what would help is then listed.
+    """
+    found = collect(model, gpu, length, batch, quant, rank, full, optimizer, plan)
+    if json:
+        print_json(found)
+    else:
+        _print(found)
+    if not found["fits"]:
+        needed, there = found["peak_bytes"] / GB, found["budget_bytes"] / GB
+        raise CheckFailed(f"{model} needs {needed:.2f} GB with this plan; {found['gpu']['name']} has {there:.2f} GB")
+
+
+def collect(
+    model: str,
+    gpu: str,
+    length: int,
+    batch: int,
+    quant: str,
+    rank: int,
+    full: bool,
+    optimizer: str,
+    plan: str,
+) -> dict[str, Any]:
+    """Return what `fastft plan --json` prints. Raises UsageError, SpecError and LoadError."""
+    from fastft.memory.devices import device_of
+    from fastft.memory.estimate import OPTIMIZER_BYTES, estimate, setup_of
+    from fastft.memory.plan import (
+        budget_of,
+        describe_modes,
+        longest,
+        named_modes,
+        plan_problem,
+        remedies,
+        solve,
+        usable,
+    )
+    from fastft.memory.shape import shape_of
+    from fastft.registry.resolve import resolve
+
+    problems = [problem for problem in (plan_problem(plan),) if problem]
+    if quant not in QUANTS:
+        problems.append(Problem("--quant", quant, f"one of {', '.join(QUANTS)}"))
+    elif full and quant != "none":
+        problems.append(Problem("--full", full, "--quant none", "Quantised weights cannot be trained."))
+    if optimizer not in OPTIMIZER_BYTES:
+        problems.append(Problem("--optimizer", optimizer, f"one of {', '.join(OPTIMIZER_BYTES)}"))
+    if problems:
+        raise UsageError(*problems)
+    device = device_of(gpu)
+    config = read_config(model)
+    spec = resolve(config)
+    setup = setup_of(
+        shape_of(config, spec), batch, length, quant=None if quant == "none" else quant, rank=rank, full=full,
+        optimizer=optimizer,
+    )  # fmt: skip
+    budget = usable(device.memory)
+    asked = budget_of(plan)
+    if plan == "auto" or asked is not None:
+        made = solve(setup, min(budget, asked or budget), device)
+        modes, predicted = made.modes, made.estimate
+    else:
+        modes = named_modes(plan, setup.shape.layers)
+        predicted = estimate(setup, modes, device)
+    limit = min(budget, asked or budget)
+    fits = predicted.peak <= limit
+    return {
+        "model": model,
+        "family": spec.name,
+        "gpu": {"name": device.name, "memory_bytes": device.memory},
+        "step": {"rows": batch, "length": length, "quant": None if quant == "none" else quant, "rank": setup.rank},
+        "budget_bytes": limit,
+        "fits": fits,
+        "parts": [{"name": part.name, "bytes": part.bytes} for part in predicted.parts],
+        "peak_bytes": predicted.peak,
+        "host_bytes": predicted.host,
+        "layers": describe_modes(modes),
+        "modes": [{"level": mode.level, "offload": mode.offload} for mode in modes],
+        "step_seconds": predicted.seconds,
+        "time_relative_to_keep": predicted.relative,
+        "longest_length": longest(setup, limit, device),
+        "remedies": []
+        if fits
+        else [
+            {"name": remedy.name, "saves_bytes": remedy.saves, "enough": remedy.fits}
+            for remedy in remedies(setup, modes, limit)
+        ],
+    }
+
+
+def read_config(model: str) -> dict[str, Any]:
+    """Return the config.json of a folder, a file or a hub id as a mapping; of a hub id that file alone is fetched.
+
+    Raises LoadError.
+    """
+    from json import loads
+
+    path = Path(model).expanduser()
+    path = path / "config.json" if path.is_dir() else path
+    if not path.is_file():
+        if path.name == "config.json":
+            raise LoadError(f"{path.parent}: no config.json in this folder; give the folder of a whole model")
+        path = _from_hub(model)
+    try:
+        config = loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise LoadError(f"{path}: cannot be read as JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise LoadError(f"{path}: holds no JSON object; give a model's config.json")
+    return config
+
+
+def _from_hub(model: str) -> Path:
+    if not installed("huggingface_hub"):
+        raise LoadError(f"model {model!r}: no such folder, and huggingface_hub is not installed to look it up")
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(model, "config.json", local_files_only=hub_offline()))
+    except (OSError, ValueError) as error:  # the hub's errors are of these two kinds
+        raise LoadError(
+            f"model {model!r}: no such folder, and its config.json is not to be had from the hub "
+            f"({type(error).__name__}); check the name and the network, or give the path of a config.json"
+        ) from error
+
+
+def _print(found: dict[str, Any]) -> None:
+    step = found["step"]
+    what = f"{step['rows']} x {step['length']} tokens"
+    weights = step["quant"] or "16 bits"
+    how = f"LoRA rank {step['rank']}" if step["rank"] else "every weight trained"
+    print_fields({"model": found["model"], "family": found["family"], "step": f"{what}, {weights}, {how}"})
+    rows = [(part["name"], f"{part['bytes'] / GB:.2f}") for part in found["parts"]]
+    print_table(("memory", "GB"), [*rows, ("peak", f"{found['peak_bytes'] / GB:.2f}")])
+    seconds, relative = found["step_seconds"], found["time_relative_to_keep"]
+    speed = f"{relative:.2f} times as long as with everything kept"
+    if seconds:
+        speed = f"{seconds:.3f} s, {step['rows'] * step['length'] / seconds:,.0f} tokens/s; {speed}"
+    fields = {
+        "layers": found["layers"],
+        "step time": speed,
+        "CPU memory": f"{found['host_bytes'] / GB:.2f} GB",
+        "of": f"{found['budget_bytes'] / GB:.2f} GB that {found['gpu']['name']} has for it",
+        "longest length": found["longest_length"] or "none fits",
+    }
+    print_fields(fields)
+    if found["remedies"]:
+        rows = [(r["name"], f"{r['saves_bytes'] / GB:.2f}", "yes" if r["enough"] else "") for r in found["remedies"]]
+        print_table(("what would help", "saves GB", "enough"), rows)
