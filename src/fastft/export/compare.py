@@ -77,8 +77,8 @@ _LIMITS = {
     "fp32": Limits(1e-5, 0.005, 0.002),
     "fp16": Limits(5e-5, 0.01, 0.005),
     "bf16": Limits(2e-3, 0.05, 0.01),
-    "q8_0": Limits(2e-3, 0.05, 0.01),
-    "q6_k": Limits(0.015, 0.15, 0.03),
+    "q8_0": Limits(5e-3, 0.1, 0.02),
+    "q6_k": Limits(0.02, 0.15, 0.03),
     "fp8": Limits(0.015, 0.15, 0.03),
     "q5": Limits(0.08, 0.3, 0.08),
     "q4": Limits(0.33, 0.5, 0.25),
@@ -87,7 +87,7 @@ _LIMITS = {
     "q3": Limits(1.0, 0.7, 0.8),
     "q2": Limits(4.8, 0.85, 6.0),
 }
-_ALIASES = {"f32": "fp32", "f16": "fp16", "iq4": "q4", "iq3": "q3", "iq2": "q2"}
+_ALIASES = {"f32": "fp32", "adapter": "fp32", "f16": "fp16", "iq4": "q4", "iq3": "q3", "iq2": "q2"}
 # What computing the reference itself in 16 bits costs, or in int8, which also rounds what goes into each layer.
 _NOISE = {"bfloat16": _LIMITS["bf16"], "float16": _LIMITS["fp16"], "int8": Limits(0.01, 0.15, 0.02)}
 

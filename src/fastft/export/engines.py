@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from attrs import evolve, frozen
+from attrs import frozen
 from torch import Tensor, nn
 
 from fastft.errors import LoadError, UsageError
@@ -18,7 +18,9 @@ from fastft.export.encode import decode
 from fastft.export.folder import find_weights, load_folder
 from fastft.export.stored import stored_tensors
 from fastft.model import files
-from fastft.state import base_model
+from fastft.state import base_model, get_state
+
+CONTEXT = 512  # tokens of the longest sequence that is asked
 
 
 @frozen
@@ -72,9 +74,9 @@ def _of_folder(path: Path, model: Any) -> Engine:
     config = files.read_json(found.folder / "config.json") if not found.adapter else {}
     method = (config.get("quantization_config") or {}).get("quant_method")
     if found.adapter:
-        (loaded, more), runner = load_folder(found), "transformers and PEFT"
-        found = evolve(found, notes=more)
-        kind = str(base_model(loaded).dtype).removeprefix("torch.")
+        dtype = str(base_model(model).dtype).removeprefix("torch.")
+        (loaded, _), kind = load_folder(found, held=(get_state(model).quant, dtype)), "adapter"
+        runner = "transformers and PEFT"
     elif method == "compressed-tensors":
         loaded, kind, runner = _dequantised(found), "fp8", "transformers, dequantised"
     else:
@@ -154,7 +156,7 @@ def _with_llama_cpp(path: Path, model: Any, tokenizer: Any) -> Iterator[Engine]:
     from fastft.export.gguf.file import read_gguf
 
     metadata = read_gguf(path).metadata
-    with llama_cpp.LlamaCpp(path, context=0) as loaded:
+    with llama_cpp.LlamaCpp(path, context=CONTEXT, threads=torch.get_num_threads()) as loaded:
         yield Engine(
             kind_of_gguf(path, metadata),
             "llama.cpp",

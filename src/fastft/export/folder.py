@@ -70,19 +70,22 @@ def run_record(folder: Path) -> dict[str, Any]:
     return {}
 
 
-def load_folder(found: Found) -> tuple[Any, tuple[str, ...]]:
+def load_folder(found: Found, held: tuple[str | None, str] | None = None) -> tuple[Any, tuple[str, ...]]:
     """Load the model in a folder, an adapter on its base as it was trained: quantised alike, in the same dtype.
 
-    Returns the model and notes on what was taken, or assumed.
+    `held` are the quant and the dtype to load it in, where these are known otherwise. Returns the model and notes on
+    what was taken, or assumed.
     """
     from fastft.model.load import load
 
     model = found.record.get("model", {})
     quant = model.get("quant") if found.adapter else None
     dtype = model.get("dtype") if found.adapter and model.get("dtype") in DTYPES else _stored_dtype(found)
+    if held is not None:
+        quant, dtype = held
     loaded, _ = load(str(found.folder), quant=None if _base_is_quantised(found) else quant, dtype=dtype)
     notes = found.notes
-    if found.adapter and not model:
+    if found.adapter and not model and held is None:
         notes += (
             f"no run.json tells how the base of {found.folder} was held in training; it was taken in 16 bits. Load the "
             "adapter with fastft.load(folder, quant=...) and pass the model if it was quantised",
