@@ -187,11 +187,10 @@ def _write(tables: Iterator[Any], path: Path) -> None:
 
 
 def pack_stream(dataset: Any, max_length: int) -> Any:
-    """Return a `datasets.IterableDataset` that packs another one as it is read, `WINDOW` rows at a time."""
+    """Return a `datasets.IterableDataset` that packs another one with `labels` as it is read, `WINDOW` rows at once."""
 
     def packed(batch: Mapping[str, Any]) -> dict[str, Any]:
-        ids = batch["input_ids"]
-        labels = batch.get("labels", ids)
+        ids, labels = batch["input_ids"], batch["labels"]
         rows = [rows.tolist() for rows in pack_lengths([len(row) for row in ids], max_length)]
         return {
             "input_ids": [[token for row in group for token in ids[row]] for group in rows],
@@ -199,4 +198,5 @@ def pack_stream(dataset: Any, max_length: int) -> Any:
             "seq_lengths": [[len(ids[row]) for row in group] for group in rows],
         }
 
-    return dataset.map(packed, batched=True, batch_size=WINDOW, remove_columns=list(dataset.column_names))
+    names = ["input_ids", "labels"]
+    return dataset.select_columns(names).map(packed, batched=True, batch_size=WINDOW, remove_columns=names)

@@ -15,10 +15,9 @@ from attrs import define, field
 from fastft.data import columns, training_collator
 from fastft.data.check import SHOWN, refuse_empty
 from fastft.data.mask import IGNORE, Span
+from fastft.data.pieces import Pieces
 from fastft.data.rendering import templates_of
 from fastft.errors import DataError, Problem, UsageError
-
-ANCHOR = "a"
 
 
 @define
@@ -35,7 +34,10 @@ class Responses:
     stops: frozenset[int]
     last: bool = False
     exact: bool = True
-    _pieces: dict[int, str] = field(factory=dict)
+    pieces: Pieces = field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self.pieces = Pieces(self.tokenizer)
 
     def __call__(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
         """Return the `labels` of a batch of rows: -100 outside responses, and where the rows' own labels have it."""
@@ -55,7 +57,7 @@ class Responses:
 
     def responses(self, ids: Sequence[int]) -> list[Span]:
         """Return the (first, last + 1) tokens of every response of a document."""
-        pieces = [self._piece(token) for token in ids]
+        pieces = self.pieces.of(ids)
         ends = list(accumulate(map(len, pieces)))
         text = "".join(pieces)
         begins = [match.end() for match in self._pattern(self.response_part).finditer(text)]
@@ -66,8 +68,7 @@ class Responses:
             low = bisect_right(ends, begin)  # the first token that ends behind the marker
             after = bisect_left(opens, begin)
             limit = opens[after] if after < len(opens) else len(text)
-            high = bisect_left(ends, limit)
-            high = min(high + (high < len(ids) and ends[high] <= limit), len(ids))
+            high = bisect_right(ends, limit)
             stop = next((place for place in range(low, high) if ids[place] in self.stops), None)
             high = high if stop is None else stop + 1
             if low < high:
@@ -80,17 +81,6 @@ class Responses:
         core = marker.strip()
         tail = marker[len(marker.rstrip()) :]
         return re.compile(re.escape(core) + (f"(?:{re.escape(tail)})?" if tail else ""))
-
-    def _piece(self, token: int) -> str:
-        """Return what a token adds to a text that it stands in the middle of."""
-        piece = self._pieces.get(token)
-        if piece is None:
-            anchor = self.tokenizer.encode(ANCHOR, add_special_tokens=False)[-1:]
-            options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
-            before = self.tokenizer.decode(anchor, **options)
-            piece = self.tokenizer.decode([*anchor, token], **options).removeprefix(before)
-            self._pieces[token] = piece
-        return piece
 
 
 def train_on_responses_only(

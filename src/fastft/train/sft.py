@@ -317,11 +317,9 @@ class SFTTrainer(trl.SFTTrainer):
             how = f"no effect, since the model was compiled before with the plan {plan!r}; fastft.compile(model, 'min')"
         print(f"fastft: gradient_checkpointing=True: {how}.")
 
-    # ---- data
-
     @functools.cached_property
     def packing_statistics(self) -> dict[str, dict[str, Any]]:
-        """How full the packed data sets are, by their names; see `fastft.data.packing.Packing.statistics`."""
+        """How full the packed data sets are, by name (`Packing.statistics`)."""
         return {}
 
     def _prepare_dataset(
