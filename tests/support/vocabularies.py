@@ -49,14 +49,20 @@ def real_tokenizer(name: str) -> PreTrainedTokenizerFast:
     ]
     backend.add_tokens(added)
     named = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad", "seperator": "sep", "cls": "cls"}
-    special = {f"{ours}_token": tokens[keys[f"{theirs}_token_id"]] for theirs, ours in named.items() if f"{theirs}_token_id" in keys}
+    special = {
+        f"{ours}_token": tokens[keys[f"{theirs}_token_id"]]
+        for theirs, ours in named.items()
+        if f"{theirs}_token_id" in keys
+    }
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend, clean_up_tokenization_spaces=name in ("llama-bpe", "gpt-2", "mpt", "refact", "starcoder"), **special
+        tokenizer_object=backend,
+        clean_up_tokenization_spaces=name in ("llama-bpe", "gpt-2", "mpt", "refact", "starcoder"),
+        **special,
     )
 
 
 def _byte_level(keys, name):
-    tokens, types = keys["tokens"], keys["token_type"]
+    tokens = keys["tokens"]
     vocabulary = {token: index for index, token in enumerate(tokens)}
     merges = [tuple(merge.split(" ", 1)) for merge in keys["merges"]]
     pre = _SPLITS[_LIKE.get(keys["pre"], keys["pre"])]
@@ -100,7 +106,7 @@ def _wordpiece(keys, name):
         token if kind != 1 else token[1:] if token.startswith("▁") else f"##{token}"
         for token, kind in zip(keys["tokens"], types)
     ]
-    texts = [f"[unused-{index}]" if not text else text for index, text in enumerate(texts)]
+    texts = [text if text else f"[unused-{index}]" for index, text in enumerate(texts)]
     backend = Tokenizer(models.WordPiece({text: index for index, text in enumerate(texts)}, unk_token="[UNK]"))
     backend.normalizer = normalizers.BertNormalizer(lowercase=True)
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()

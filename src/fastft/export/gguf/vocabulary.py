@@ -261,8 +261,10 @@ def _special(tokenizer: Any, ends: tuple[int, ...]) -> tuple[dict[str, Value], l
         ids["bos"] = ids["cls"]
     if ids["eos"] is None:
         ids["eos"] = ids["seperator"]
-    stops = [index for index in (turn_end(tokenizer), *ends) if index is not None and index != ids["eos"]]
-    stops = list(dict.fromkeys(stops))
+    # llama.cpp takes a token of its own choice for the end of a turn unless told
+    turn = turn_end(tokenizer)
+    others = [index for index in dict.fromkeys(ends) if index not in (ids["eos"], turn)]
+    stops = ([] if turn is None else [turn]) + others
     ids |= dict(zip(("eot", "eom"), stops))
     if len(stops) > 2:
         names = ", ".join(repr(tokenizer.convert_ids_to_tokens(index)) for index in stops[2:])
