@@ -79,6 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     path = fresh_file(args.out, f"{head['date'][:10]}-{file_stem(cells)}")
     lines: list[dict[str, Any]] = []
+    write_whole(path, {**head, "cells": lines})
     with tempfile.TemporaryDirectory(prefix="bench-", dir=args.work) as work:
         backend = args.backend or ("inductor" if device["memory"] else "aot_eager")
         run = Run(args.steps, args.warmup, args.limit, backend, Path(work), args.peers, args.warm)

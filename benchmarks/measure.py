@@ -11,7 +11,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -23,6 +23,7 @@ from benchmarks.cells import Task, task_from
 from benchmarks.machine import Clocks, versions
 
 BUCKETS = 4096
+PIECE = 2**24
 # Its value decides how memory is divided into blocks, and some arms set it themselves.
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
@@ -119,13 +120,11 @@ def train(task: Task, trainee: Trainee, device: str) -> tuple[Steps, dict[str, f
         with torch.autocast(device, dtype=torch.bfloat16):
             loss = trainee.loss(batch)
         loss.backward()
-        if index == 0:
-            steps.norm = gradient_norm(trainee.model)
         optimizer.step()
         synchronize(device)
         steps.seconds.append(time.perf_counter() - began)
         if index == 0:
-            steps.sketch = gradient_sketch(trainee.model)
+            steps.norm, steps.sketch = gradient_norm(trainee.model), gradient_sketch(trainee.model)
         optimizer.zero_grad(set_to_none=True)
         steps.losses.append(loss.item())
         if index == 0:
@@ -177,9 +176,19 @@ def mean_counts(task: Task, trainee: Trainee) -> tuple[Mapping[str, float], floa
 
 
 def gradient_norm(model: Any) -> float:
-    """Return the norm of all gradients, summed in fp64."""
-    squares = [p.grad.double().square().sum() for p in model.parameters() if p.grad is not None]
-    return math.sqrt(sum(square.item() for square in squares))
+    """Return the norm of all gradients; the squares of each piece are summed in fp32, the pieces in fp64."""
+    import torch
+
+    norms = [torch.linalg.vector_norm(piece.float()) for _, gradient in gradients(model) for piece in gradient]
+    return torch.stack(norms).double().square().sum().sqrt().item()
+
+
+def gradients(model: Any) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    """Yield each gradient, flat and in pieces of `PIECE` elements, under a name that is the same in every arm."""
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            place = name[name.find("layers.") :] if "layers." in name else name.split("model.")[-1]
+            yield place, parameter.grad.detach().flatten().split(PIECE)
 
 
 def gradient_sketch(model: Any) -> list[float]:
@@ -191,15 +200,12 @@ def gradient_sketch(model: Any) -> list[float]:
     import torch
 
     total = None
-    for name, parameter in model.named_parameters():
-        if parameter.grad is None:
-            continue
-        values = parameter.grad.detach().flatten().float()
-        place = name[name.find("layers.") :] if "layers." in name else name.split("model.")[-1]
-        generator = torch.Generator(values.device).manual_seed(crc32(place.encode()))
-        codes = torch.randint(0, 2 * BUCKETS, values.shape, generator=generator, device=values.device)
-        total = torch.zeros(BUCKETS, device=values.device, dtype=torch.float64) if total is None else total
-        total.index_add_(0, codes // 2, (values * (1 - 2 * (codes % 2))).double())
+    for place, pieces in gradients(model):
+        generator = torch.Generator(pieces[0].device).manual_seed(crc32(place.encode()))
+        for piece in pieces:
+            codes = torch.randint(0, 2 * BUCKETS, piece.shape, generator=generator, device=piece.device)
+            total = torch.zeros(BUCKETS, device=piece.device, dtype=torch.float64) if total is None else total
+            total.index_add_(0, codes // 2, piece.double() * (1 - 2 * (codes % 2)))
     return [] if total is None else [float(f"{value:.6g}") for value in total.tolist()]
 
 
