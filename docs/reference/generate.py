@@ -20,7 +20,18 @@ HERE = Path(__file__).parent
 API = {
     "Look up a model family": ("resolve", "register", "ModelSpec", "registry.convert.load_spec_file"),
     "Load and adapt": ("load", "model.load.describe", "add_lora", "add_tokens"),
-    "Data": ("chat_dataset", "data.collate.collate"),
+    "Data": (
+        "load_rows",
+        "data.recognise.recognise",
+        "data.recognise.Recognised",
+        "data.recognise.canonical",
+        "chat_dataset",
+        "text_dataset",
+        "standardize_sharegpt",
+        "standardize_data_formats",
+        "to_sharegpt",
+        "data.collate.collate",
+    ),
     "Compile": (
         "compile",
         "report",
