@@ -265,6 +265,8 @@ def test_json_lines(tmp_path):
         f"""{path}, line 6, column 13: expected JSON, got '{{"text": "d"'. Expecting ',' delimiter.""",
     ]
     assert file_told(path, stream=True) == lines[:1]
+    path.write_text('{"n": ' + "1" * 5000 + "}\n" + "[" * 100_000)
+    assert [line.split(": expected")[0] for line in file_told(path)] == [f"{path}, line 1", f"{path}, line 2"]
     path.write_text("{\n" * 1000)
     assert file_told(path)[-1] == "and 990 more rows"
 
@@ -311,6 +313,8 @@ def test_csv(tmp_path):
     ]
     path.write_text('question,answer\nq,a\n"q,a\nq,a\n')
     assert file_told(path)[0].startswith(f"{path}, line 3: expected cells in CSV, got 'unexpected end of data'")
+    path.write_bytes(b"a,b\r1,2\r")
+    assert "save it with line feeds" in file_told(path)[0]
     path.write_text("a,a\n1,2\n")
     assert file_told(path)[0].startswith(f"{path}, line 1: expected a header with a name of its own for each column")
     path.write_text("")

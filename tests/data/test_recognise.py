@@ -181,10 +181,11 @@ def test_keys_that_arrow_filled_in_are_absent_and_nothing_else_is():
             "tools": [{"name": "g", "p": {"y": {"t": "s"}}}],
         },
     ]  # fmt: skip
+    rows = [{**row, "chat_template_kwargs": {name: True}} for row, name in zip(rows, "ab", strict=True)]
     stored = Dataset.from_list(rows)
     filled = stored[0]["messages"][1]["tool_calls"][0]["function"]["arguments"]
     assert filled == {"x": 1, "y": None}  # or this test would show nothing
-    wanted = [{"messages": [USER, CALL, TOOL, BOT], "tools": rows[0]["tools"]}, rows[1]]
+    wanted = [{**rows[0], "messages": [USER, CALL, TOOL, BOT]}, rows[1]]
     assert list(canonical(stored, recognise(stored))) == wanted
     assert list(canonical(stored.to_iterable_dataset(), recognise(stored.to_iterable_dataset()))) == wanted
     # what the user wrote as null in a list is no filling

@@ -174,7 +174,11 @@ def test_folders_that_are_not_clear(folder, names, words):
     [
         (None, ["got None", "a list of rows"]),
         ({"text": "one"}, ["Put the row into a list"]),
+        ({"text": ["one", "two"]}, ["Dataset.from_dict(columns)"]),
         (b"rows", ["a list of rows"]),
+        ("a text\nof two lines", ["[{'text': text}]"]),
+        ("x" * 5000, ["[{'text': text}]", "(5,000 characters)"]),
+        (["a text", "another one"], ["[{'text': text} for text in texts]"]),
         ("./rows.jsnl", ["did you mean 'rows.jsonl'"]),
         ("rows.jsnl", ["did you mean 'rows.jsonl'", "the hub is switched off"]),
         ("none/*.jsonl", ["a pattern that some file fits"]),

@@ -119,6 +119,8 @@ def _parse(text: str, where: str, tell: Told, line: int = 0) -> Any:
         place = f"{where}, column {error.colno}" if line else f"{where}, line {error.lineno}, column {error.colno}"
         around = text[max(0, error.pos - 40) : error.pos + 40]
         tell(Problem(place, around, "JSON", f"{error.msg}."))
+    except ValueError as error:  # a number of more digits than Python reads
+        tell(Problem(where, short(text), "JSON that Python can read", f"{error}."))
     except RecursionError:
         tell(Problem(where, short(text), "JSON that is nested less deeply"))
     return None
@@ -204,7 +206,10 @@ def _csv(path: Path, tell: Told) -> Iterator[Row]:
             with _long_cells():
                 cells = next(reader, None)
         except csv.Error as error:
-            tell(Problem(f"{path}, line {started}", str(error), "cells in CSV", 'Quotes in a cell are doubled: "".'))
+            remedy = 'Quotes in a cell are doubled: "".'
+            if "new-line" in str(error):
+                remedy = "Its lines end with a carriage return alone; save it with line feeds."
+            tell(Problem(f"{path}, line {started}", short(str(error)), "cells in CSV", remedy))
             return
         if cells is None:
             break

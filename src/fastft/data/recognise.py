@@ -24,6 +24,7 @@ from fastft.data.kinds import (
 )
 from fastft.errors import DataError, Problem, did_you_mean
 
+BESIDE = ("tools", "chat_template_kwargs")  # columns of a conversation whose keys differ from row to row
 SAMPLE = 100  # rows looked at; canonical looks at all of them
 Fields = dict[str, str]
 
@@ -92,13 +93,13 @@ def _features(recognised: Recognised, given: Mapping[str, Any]) -> dict[str, Any
     from datasets import Json, Value
 
     written = _written(recognised)
-    used = {*recognised.fields.values(), *written, "tools"}
+    used = {*recognised.fields.values(), *written, *BESIDE}
     made = {name: feature for name, feature in given.items() if name not in used}
     texts = recognised.kind == "text" or (recognised.kind == "prompt_completion" and recognised.keys is None)
     for column in written:
         source = given.get(recognised.fields.get(column, column))
         made[column] = Value("string") if texts else turns_feature(source, recognised.keys or CHAT_KEYS)
-    return {**made, "tools": Json()} if "tools" in given else made
+    return {**made, **{name: Json() for name in BESIDE if name in given}}
 
 
 def _look(rows: Any) -> tuple[list[str], list[Mapping[str, Any]], int]:

@@ -17,6 +17,7 @@ SPLITS = {
     "test": ("test", "testing", "eval", "evaluation"),
 }
 ABOUT = ("readme", "license", "licence", "notice", "citation", "changelog", "contributing")
+PATH = 4096  # longest path, in characters
 ROWS = "a list of rows, each a dict, a datasets.Dataset or IterableDataset, a file, a folder, or a name of the hub"
 
 
@@ -59,6 +60,7 @@ def load_rows(
     else:
         rows = source if isinstance(source, list) else list(source)
         if rows and all(isinstance(path, str | Path) for path in rows):
+            _refuse_texts(rows)
             rows = _from_paths(rows, split, stream)
         else:
             rows = _without_split(rows, split)
@@ -71,7 +73,18 @@ def _parts(source: Mapping[Any, Any]) -> Mapping[Any, Any]:
         named = [name for name in source if any(name in (split, *words) for split, words in SPLITS.items())]
         if named or all(hasattr(part, "column_names") for part in source.values()):
             return source
-    raise DataError(Problem("rows", type(source).__name__, ROWS, "Put the row into a list."))
+    columns = source and all(isinstance(part, list) for part in source.values()) and "messages" not in source
+    remedy = "datasets.Dataset.from_dict(columns) makes rows of columns." if columns else "Put the row into a list."
+    raise DataError(Problem("rows", type(source).__name__, ROWS, remedy))
+
+
+def _refuse_texts(texts: Sequence[str | Path]) -> None:
+    """Raise `DataError` for texts where paths are meant."""
+    if any("\n" in str(text) or len(str(text)) > PATH for text in texts) or all(
+        " " in str(text) and Path(str(text)).suffix.lower() not in SUFFIXES for text in texts
+    ):
+        remedy = "Texts are rows: [{'text': text} for text in texts]."
+        raise DataError(Problem("rows", short(str(texts[0])), "paths of files, or rows", remedy))
 
 
 def _choose_split(parts: Mapping[str, Any], split: str | None, where: str) -> Any:
@@ -118,6 +131,8 @@ def _need_columns(columns: Sequence[str], there: Sequence[str]) -> None:
 
 def _from_text(text: str, split: str | None, config: str | None, stream: bool) -> Any:
     """Return the rows that a path, a pattern or a name stands for."""
+    if "\n" in text or len(text) > PATH:
+        raise DataError(Problem("rows", short(text), ROWS, "A text is a row: [{'text': text}]."))
     path = Path(text).expanduser()
     if path.is_dir() and not config:
         return _from_folder(path, split, stream)
