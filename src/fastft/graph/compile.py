@@ -99,7 +99,7 @@ def compile(
     if problem is not None:
         raise UsageError(problem)
     spec = get_state(model).spec or find(base.config)
-    settings = Settings(backend, plan, tuple(disable), chosen)
+    settings = Settings(backend, plan, disable=tuple(disable), implementations=chosen)
     layers = decoder_layers(base, spec) if spec else ()
     uncompile(model)
     if spec is None or not layers:
