@@ -20,7 +20,7 @@ def ordered_sum(terms: Tensor, fused: bool = False) -> Tensor:
     """
     if fused:
         return terms.sum(-2)
-    total = terms[..., 0, :].clone()
+    total = terms[..., 0, :] + 0.0  # a sum starts from +0
     for element in range(1, terms.shape[-2]):
         total.add_(terms[..., element, :])
     return total
