@@ -45,7 +45,8 @@ def get_chat_template(
     The format's stop token becomes the copy's EOS with `map_eos_token`. A stop token that the vocabulary lacks then
     takes the place of the EOS token: same id, new text, no embedding added. Without `map_eos_token` EOS stays, and the
     stop token has to be in the vocabulary. Formats that end turns with EOS itself take the tokenizer's.
-    `system_message` is the system message of conversations that bring none; None leaves the format's own.
+    `system_message` is the system message of conversations that bring none: None leaves the format's own, an empty text
+    is none at all.
 
     Raises SpecError for an unknown format and UsageError for anything else that cannot work.
     """
@@ -85,7 +86,7 @@ def _template(tokenizer: Any, given: Any, system_message: str | None) -> tuple[s
         if has_own_template(form) or form.system_rule == "refused":
             remedy = "Put a system message into each conversation."
             raise UsageError(Problem("system_message", system_message, f"None for the format {form.name!r}", remedy))
-        template = jinja_template(evolve(form, default_system=system_message))
+        template = jinja_template(evolve(form, default_system=system_message or None))
     else:
         template = form.jinja
     if "{eos}" not in form.assistant.end:

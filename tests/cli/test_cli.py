@@ -55,6 +55,8 @@ FROZEN = {
     "registry show": ["--json", "--spec", "name"],
     "registry resolve": ["--json", "--spec", "target"],
     "registry check": ["--json", "file"],
+    "registry formats": ["--json"],
+    "registry format": ["--json", "--template", "name"],
     "env": ["--json"],
 }
 
@@ -110,6 +112,28 @@ def test_resolve(capsys, tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "qwen3"}')
     found = json.loads(out(capsys, "registry", "resolve", str(tmp_path), "--json").out)
     assert (found["name"], found["spec"]["name"], found["target"]) == ("qwen3", "qwen3", str(tmp_path))
+
+
+def test_formats(capsys):
+    plain = out(capsys, "registry", "formats").out.splitlines()
+    assert plain[0].split() == ["NAME", "MODELS", "ROLES", "ALIASES"] and len(plain) >= 40
+    listed = json.loads(out(capsys, "registry", "formats", "--json").out)
+    assert [form["name"] for form in listed] == [line.split()[0] for line in plain[1:]]
+    assert all(form["response_part"] and form["stop_tokens"] for form in listed)
+
+
+def test_format(capsys):
+    plain = out(capsys, "registry", "format", "llama31").out
+    for part in ("name:", "llama-3.1", "<|start_header_id|>user<|end_header_id|>\\n\\n", "tools:", "stop_tokens:"):
+        assert part in plain
+    assert "raise_exception" not in plain and "False" not in plain
+    shown = json.loads(out(capsys, "registry", "format", "chatml", "--json").out)
+    assert shown["assistant"]["end"] == "<|im_end|>" and shown["assistant"]["after"] == "\n"
+    assert shown["refused_roles"] == ["tool"]
+    assert out(capsys, "registry", "format", "chatml", "--template", "jinja").out == shown["jinja"] + "\n"
+    assert out(capsys, "registry", "format", "chatml", "--template", "ollama").out == shown["ollama_template"] + "\n"
+    assert "'qwen-3'" in out(capsys, "registry", "format", "qwen-33", code=1).err
+    assert "jinja or ollama" in out(capsys, "registry", "format", "chatml", "--template", "go", code=1).err
 
 
 def test_spec_option(capsys, mine):
@@ -219,6 +243,7 @@ def test_env_without_torch():
 
 
 LOOK_UPS = [["registry", "list"], ["registry", "show", "llama"], ["registry", "resolve", "Qwen/Qwen3-8B"]]
+LOOK_UPS += [["registry", "formats"], ["registry", "format", "qwen-3"]]
 
 
 @pytest.mark.parametrize("arguments", LOOK_UPS, ids=" ".join)

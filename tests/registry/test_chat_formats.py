@@ -20,17 +20,19 @@ from fastft.registry.packaged import packaged_specs
 FORMATS = chat_formats()
 each_format = pytest.mark.parametrize("form", FORMATS, ids=lambda form: form.name)
 # The names of the field, and those that people bring along
-FAMILIAR = """chatml llama-2 llama-3 llama-3.1 mistral mistral-v1 mistral-v3 mistral-nemo gemma gemma2 gemma-3 gemma-3n gemma-4
-qwen-2.5 qwen-3 qwen3-instruct qwen3-thinking phi-3 phi-4 vicuna alpaca zephyr command-r command-a deepseek-v3 deepseek-r1
-gpt-oss granite granite-code glm-4 olmo starling yi lfm-2 lfm-2.5 smollm-3 llama llama3 llama-31 phi-35 phi-3.5 qwen-25
-qwen25 qwen2.5 gemma3 gemma3n gemma4 gemma-4-thinking gemma4-thinking gptoss yi-chat vicuna_old gemma_chatml
-gemma2_chatml qwen3 qwen-2.5-coder qwen25-coder Mistral LLAMA-3""".split()
+FAMILIAR = """
+chatml llama-2 llama-3 llama-3.1 mistral mistral-v1 mistral-v3 mistral-nemo gemma gemma2 gemma-3 gemma-3n
+gemma-4 qwen-2.5 qwen-3 qwen3-instruct qwen3-thinking phi-3 phi-4 vicuna alpaca zephyr command-r command-a
+deepseek-v3 deepseek-r1 gpt-oss granite granite-code glm-4 olmo starling yi lfm-2 lfm-2.5 smollm-3 llama
+llama3 llama-31 phi-35 phi-3.5 qwen-25 qwen25 qwen2.5 gemma3 gemma3n gemma4 gemma-4-thinking gemma4-thinking
+gptoss yi-chat vicuna_old gemma_chatml gemma2_chatml qwen3 qwen-2.5-coder qwen25-coder Mistral LLAMA-3
+"""
 
 
 # Look-up --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", FAMILIAR)
+@pytest.mark.parametrize("name", FAMILIAR.split())
 def test_familiar_names(name):
     assert chat_format(name) in FORMATS
 

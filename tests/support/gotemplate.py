@@ -1,8 +1,8 @@
 """An evaluator of Go's text/template, for the part of it that Ollama's templates use.
 
-Written from the language's documentation: text, actions with trim markers, if/else if/else, range with index and value,
-variables with `:=` and `=`, fields, calls with parentheses, and the functions and, or, not, eq, ne, lt, le, gt, ge, len,
-index, slice, json and currentDate. Anything else is an error, so a template cannot pass by being misread.
+Written from the language's documentation: text, actions with trim markers, if/else if/else, range with index and
+value, variables with `:=` and `=`, fields, calls with parentheses, and the functions and, or, not, eq, ne, lt, le, gt,
+ge, len, index, slice, json and currentDate. Anything else is an error, so a template cannot pass by being misread.
 """
 
 import json

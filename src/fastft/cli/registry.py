@@ -1,4 +1,4 @@
-"""`fastft registry`: look up what fastft knows of a model family, and check a spec of one's own."""
+"""`fastft registry`: look up what fastft knows of model families and chat formats, and check a spec of one's own."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -7,7 +7,8 @@ import typer
 
 from fastft.cli.output import CheckFailed, JsonOption, print_fields, print_json, print_table
 from fastft.environment import installed
-from fastft.errors import UsageError
+from fastft.errors import Problem, UsageError
+from fastft.registry.chat_format import ChatFormat
 from fastft.registry.spec import ModelSpec
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
@@ -20,7 +21,7 @@ SpecFiles = Annotated[
 
 @app.callback()
 def _registry() -> None:
-    """Look up model families, and check specs."""
+    """Look up model families and chat formats, and check specs."""
 
 
 @app.command("list")
@@ -97,6 +98,71 @@ def check(
         typer.echo(str(report))
     if not report.ok:
         raise CheckFailed(f"{file}: not every claim of spec {spec.name!r} holds")
+
+
+@app.command("formats")
+def list_formats(json: JsonOption = False) -> None:
+    """List the known chat formats."""
+    from fastft.registry.chat import chat_formats
+
+    if json:
+        print_json([_format_summary(form) for form in chat_formats()])
+        return
+    rows = [(form.name, form.title, ", ".join(form.roles), ", ".join(form.aliases)) for form in chat_formats()]
+    print_table(("name", "models", "roles", "aliases"), rows)
+
+
+@app.command("format")
+def show_format(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name or alias of a chat format.")],
+    template: Annotated[
+        str, typer.Option("--template", metavar="KIND", help="Print that template alone: jinja or ollama.")
+    ] = "",
+    json: JsonOption = False,
+) -> None:
+    """Show all that is known of one chat format."""
+    from attrs import asdict
+
+    from fastft.registry.chat import chat_format
+
+    form = chat_format(name)
+    templates = {"jinja": form.jinja, "ollama": form.ollama_template}
+    if template not in ("", *templates):
+        raise UsageError(Problem("--template", template, "jinja or ollama"))
+    fields = {**_format_summary(form), **asdict(form)}
+    if template and json:
+        print_json({"name": form.name, template: templates[template]})
+    elif template:
+        typer.echo(templates[template])
+    elif json:
+        print_json(fields)
+    else:
+        print_fields({name: _shown(value) for name, value in fields.items() if value and name not in _TEMPLATES})
+
+
+_TEMPLATES = ("jinja", "ollama_template")
+
+
+def _format_summary(form: ChatFormat) -> dict[str, Any]:
+    return {
+        "name": form.name,
+        "title": form.title,
+        "aliases": list(form.aliases),
+        "roles": list(form.roles),
+        "refused_roles": list(form.refused_roles),
+        "stop_tokens": list(form.stop_tokens),
+        "instruction_part": form.instruction_part,
+        "response_part": form.response_part,
+    }
+
+
+def _shown(value: Any) -> Any:
+    """Return a field for people: line feeds in markers written out, and nothing that is empty or false."""
+    if isinstance(value, dict):
+        return {name: _shown(item) for name, item in value.items() if item not in ("", None, False, {}, ())}
+    if isinstance(value, list | tuple):
+        return [_shown(item) for item in value]
+    return value.replace("\n", "\\n") if isinstance(value, str) else value
 
 
 def _load(files: list[Path] | None) -> tuple[ModelSpec, ...]:

@@ -47,9 +47,9 @@ class Thinking:
     """How reasoning (`reasoning_content`, or a part of the content between the markers) stands before an answer.
 
     Reasoning is rendered in answers to the last user's turn and, with `drop_earlier`, left out of those before it.
-    `always`: the last answer has the markers even where there is no reasoning. `prompted`: the generation prompt opens the reasoning already, so
-    `start` is not sampled. `off` is what the generation prompt gets for `enable_thinking=false`; `on` is what a format
-    puts at the start of its system turn for `enable_thinking=true`.
+    `always`: the last answer has the markers even where there is no reasoning. `prompted`: the generation prompt opens
+    the reasoning already, so `start` is not sampled. `off` is what the generation prompt gets for
+    `enable_thinking=false`; `on` is what a format puts at the start of its system turn for `enable_thinking=true`.
     """
 
     start: str
@@ -71,9 +71,9 @@ class Tools:
     `each` is a tool's JSON (`{tool}`), indented by `indent` spaces.
     A call is `call` with `{name}`, `{arguments}` (JSON), `{keywords}` (`name=value, ...`) and `{id}`; several are
     joined by `call_joint` between `calls_start` and `calls_end`, which stand after content and `content_joint`.
-    `single` refuses more than one call a turn, `alone` content beside a call. A result is `result` with `{content}`, `{content_json}` and `{id}`, between the markers
-    of `turn`; `grouped` puts results that follow one another into one turn.
-    `id_length`: calls and results need an id of so many letters and digits.
+    `single` refuses more than one call a turn, `alone` content beside a call. A result is `result` with `{content}`,
+    `{content_json}` and `{id}`, between the markers of `turn`; `grouped` puts results that follow one another into one
+    turn. `id_length`: calls and results need an id of so many letters and digits.
     """
 
     call: str
@@ -106,7 +106,8 @@ class ChatFormat:
     `prefix` follows BOS, once. `system_rule` says where a system message goes: a `turn` of its own, into the
     `first_user` or `last_user` turn between the markers of `system`, or nowhere (`refused`). `default_system` is the
     system message of a conversation that brings none, and `system_preface` what every system turn starts with, so
-    that there is always one; `system_after` follows the text. `date` is the default of the template's argument `date_string`, which `{date}` shows.
+    that there is always one; `system_after` follows the text. `date` is the default of the template's argument
+    `date_string`, which `{date}` shows.
     `alternate`: user and assistant take turns, or rendering is an error. `trim`: white space round contents is cut.
     `image` is the marker of an image part, empty where there is none and image parts are an error.
     `instruction_part` and `response_part` are the texts before a user's content and before the assistant's answer.

@@ -207,7 +207,8 @@ def _last_user(form: ChatFormat) -> list[str]:
 def _fold(form: ChatFormat) -> list[str]:
     if form.system_rule not in ("first_user", "last_user"):
         return []
-    default = _expression(form.system.start + form.default_system + form.system.end) if form.default_system else "''"
+    start, end = _expression(form.system.start), _expression(form.system.end)
+    default = _joined(start, _quoted(form.default_system), end) if form.default_system else "''"
     return [f"{{%- set fold = namespace(system={default}) %}}"]
 
 

@@ -5,6 +5,7 @@ messages joined) and `.Tools`, and adds BOS itself. A last message of the assist
 """
 
 import re
+
 from attrs import frozen
 
 from fastft.registry.chat_format import ChatFormat, Tools
