@@ -33,6 +33,8 @@ _EXPORTS = {
     "merge": "fastft.export.merge",
     "save_adapter": "fastft.export.merge",
     "verify_export": "fastft.export.verify",
+    "push": "fastft.export.hub",
+    "write_modelfile": "fastft.export.modelfile",
     "SFTTrainer": "fastft.train.sft",
     "SFTConfig": "fastft.train.sft",
     "FastLanguageModel": "fastft.facade",

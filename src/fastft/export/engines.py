@@ -75,7 +75,7 @@ def _of_folder(path: Path, model: Any) -> Engine:
     method = (config.get("quantization_config") or {}).get("quant_method")
     if found.adapter:
         dtype = str(base_model(model).dtype).removeprefix("torch.")
-        (loaded, _), kind = load_folder(found, held=(get_state(model).quant, dtype)), "adapter"
+        loaded, kind = load_folder(found, held=(get_state(model).quant, dtype)), "adapter"
         runner = "transformers and PEFT"
     elif method == "compressed-tensors":
         loaded, kind, runner = _dequantised(found), "fp8", "transformers, dequantised"

@@ -70,11 +70,11 @@ def run_record(folder: Path) -> dict[str, Any]:
     return {}
 
 
-def load_folder(found: Found, held: tuple[str | None, str] | None = None) -> tuple[Any, tuple[str, ...]]:
+def load_folder(found: Found, held: tuple[str | None, str] | None = None) -> Any:
     """Load the model in a folder, an adapter on its base as it was trained: quantised alike, in the same dtype.
 
-    `held` are the quant and the dtype to load it in, where these are known otherwise. Returns the model and notes on
-    what was taken, or assumed.
+    `held` are the quant and the dtype to load it in, where these are known otherwise. `assumptions` says what is taken
+    for granted without it.
     """
     from fastft.model.load import load
 
@@ -83,14 +83,18 @@ def load_folder(found: Found, held: tuple[str | None, str] | None = None) -> tup
     dtype = model.get("dtype") if found.adapter and model.get("dtype") in DTYPES else _stored_dtype(found)
     if held is not None:
         quant, dtype = held
-    loaded, _ = load(str(found.folder), quant=None if _base_is_quantised(found) else quant, dtype=dtype)
-    notes = found.notes
-    if found.adapter and not model and held is None:
-        notes += (
-            f"no run.json tells how the base of {found.folder} was held in training; it was taken in 16 bits. Load the "
-            "adapter with fastft.load(folder, quant=...) and pass the model if it was quantised",
-        )
-    return loaded, notes
+    return load(str(found.folder), quant=None if _base_is_quantised(found) else quant, dtype=dtype)[0]
+
+
+def assumptions(found: Found) -> tuple[str, ...]:
+    """Return what a reader should know of how `load_folder` loads a folder."""
+    if not found.adapter or found.record.get("model"):
+        return found.notes
+    return (
+        *found.notes,
+        f"no run.json tells how the base of {found.folder} was held in training; it was taken in 16 bits. Load the "
+        "adapter with fastft.load(folder, quant=...) and pass the model if it was quantised",
+    )
 
 
 def _base_folder(found: Found) -> Path:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastft.errors import Problem, UsageError
 from fastft.export.compare import Distance, Limits, distance, limits_of
 from fastft.export.engines import CONTEXT, Engine, check_artefact, engine, run_model, token_ids
-from fastft.export.folder import find_weights, load_folder
+from fastft.export.folder import assumptions, find_weights, load_folder
 from fastft.state import base_model, get_state
 
 Message = Mapping[str, Any]
@@ -172,8 +172,9 @@ def verify_export(
 
 def _reference(model: Any, tokenizer: Any, notes: list[str]) -> tuple[Any, Any, str]:
     if isinstance(model, str | Path):
-        model, more = load_folder(find_weights(Path(model).expanduser()))
-        notes += more
+        found = find_weights(Path(model).expanduser())
+        model = load_folder(found)
+        notes += assumptions(found)
     if not isinstance(model, nn.Module):
         raise UsageError(Problem("model", type(model).__name__, "a model, or the path of a folder"))
     state = get_state(model)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastft.errors import LoadError, Problem, UsageError, did_you_mean
 from fastft.export import deltas
 from fastft.export.dense import dense_like, dense_weight
-from fastft.export.folder import Found, find_weights, load_folder
+from fastft.export.folder import Found, assumptions, find_weights, load_folder
 from fastft.export.stored import StoredTensor, stored_tensors
 from fastft.model import files
 from fastft.state import ModelState, base_model, get_state
@@ -352,9 +352,8 @@ def _of_folder(folder: Path, base: str) -> WeightSource:
 
 
 def _loaded(found: Found, base: str) -> WeightSource:
-    model, notes = load_folder(found)
-    source = _of_model(model, base)
-    return evolve(source, notes=(*source.notes, *notes))
+    source = _of_model(load_folder(found), base)
+    return evolve(source, notes=(*source.notes, *assumptions(found)))
 
 
 def _of_file(weight: Weight, tensor: StoredTensor) -> Weight:
