@@ -296,6 +296,9 @@ def test_utf8(tmp_path):
             line = file_told(path)[0]
             assert line.startswith(f"{path}, line 2, byte {data.index(b'caf') + 3} of the file: expected UTF-8, got ")
             assert "caf\\xe9" in line and line.endswith("Save the file as UTF-8, or put the damaged bytes right.")
+    path = tmp_path / "first.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"text": "\xff"}')
+    assert file_told(path)[0].startswith(f"{path}, line 1, byte 13 of the file")
     path = tmp_path / "a.json"
     path.write_bytes(b'[{"text":\n"\xff"}]')
     assert file_told(path)[0].startswith(f"{path}, line 2, byte 11 of the file")

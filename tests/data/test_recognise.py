@@ -192,18 +192,22 @@ def test_keys_that_arrow_filled_in_are_absent_and_nothing_else_is():
     assert canonical(rows, recognise(rows))[0]["messages"][1] == {**CALL, "content": None}
 
 
-def test_images_in_a_data_set_keep_their_type():
+@pytest.mark.parametrize(
+    "keys, roles", [(("role", "content"), ("user", "assistant")), (("from", "value"), ("human", "gpt"))]
+)
+def test_images_in_a_data_set_keep_their_type(keys, roles):
     from PIL import Image as Picture
 
     part = {"type": Value("string"), "text": Value("string"), "image": Image()}
-    features = Features({"messages": List({"role": Value("string"), "content": List(part)})})
+    features = Features({"messages": List({keys[0]: Value("string"), keys[1]: List(part)})})
     picture = Picture.new("RGB", (2, 2), (255, 0, 0))
     parts = [{"type": "text", "text": "see", "image": None}, {"type": "image", "text": None, "image": picture}]
     answer = [{"type": "text", "text": "red", "image": None}]
-    turns = [{"role": "user", "content": parts}, {"role": "assistant", "content": answer}]
+    turns = [dict(zip(keys, turn, strict=True)) for turn in zip(roles, (parts, answer), strict=True)]
     stored = Dataset.from_list([{"messages": turns}], features=features)
     made = canonical(stored, recognise(stored))
-    assert made.features == features
+    assert made.features == Features({"messages": List({"role": Value("string"), "content": List(part)})})
+    assert [turn["role"] for turn in made[0]["messages"]] == ["user", "assistant"]
     assert made[0]["messages"][0]["content"][1]["image"].getpixel((1, 1)) == (255, 0, 0)
 
 
