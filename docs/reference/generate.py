@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args, get_origin
 import attrs
 
 import fastft
-from fastft.registry import spec
+from fastft.registry import chat_format, spec
 
 HERE = Path(__file__).parent
 # Headings of the API page -> full names; those of `fastft` itself come first under each.
@@ -31,6 +31,17 @@ API = {
         "standardize_data_formats",
         "to_sharegpt",
         "data.collate.collate",
+    ),
+    "Chat formats": (
+        "chat_templates.get_chat_template",
+        "registry.chat.chat_format",
+        "registry.chat.chat_formats",
+        "registry.chat.with_tokens",
+        "data.template.recognise_format",
+        "data.template.response_parts",
+        "data.template.render",
+        "data.template.Rendered",
+        "data.template.without_generation_markers",
     ),
     "Compile": (
         "compile",
@@ -56,7 +67,7 @@ API = {
     ),
 }
 COMMANDS = ((), ("registry",), ("registry", "list"), ("registry", "show"), ("registry", "resolve"))
-COMMANDS += (("registry", "check"), ("env",), ("demo",))
+COMMANDS += (("registry", "check"), ("registry", "formats"), ("registry", "format"), ("env",), ("demo",))
 RECORDS = (
     spec.ModelSpec,
     spec.NormPoint,
@@ -66,6 +77,13 @@ RECORDS = (
     spec.ConfigValue,
     spec.Variant,
     spec.Capability,
+)
+CHAT_RECORDS = (
+    chat_format.ChatFormat,
+    chat_format.Turn,
+    chat_format.AnswerTurn,
+    chat_format.Thinking,
+    chat_format.Tools,
 )
 
 
@@ -224,6 +242,20 @@ def spec_page() -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
+def chat_page() -> str:
+    """Return the page of the chat format's records."""
+    lines = [
+        "# The fields of a chat format",
+        "",
+        "Written from the code by `docs/reference/generate.py`. The formats and how to choose one:",
+        "[choose a chat format](../how-to/chat-formats.md).",
+        "",
+    ]
+    for record in CHAT_RECORDS:
+        lines += [f"## {record.__name__}", "", inspect.getdoc(record) or "", "", fields_table(record), ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
 if __name__ == "__main__":
-    for page, text in (("api.md", api()), ("cli.md", cli()), ("spec.md", spec_page())):
+    for page, text in (("api.md", api()), ("cli.md", cli()), ("spec.md", spec_page()), ("chat-format.md", chat_page())):
         (HERE / page).write_text("\n".join(line.rstrip() for line in text.split("\n")), encoding="utf-8")

@@ -385,3 +385,9 @@ def test_without_markers_the_text_is_the_same(form):
 
 def test_own_templates_are_few():
     assert [form.name for form in FORMATS if has_own_template(form)] == ["gpt-oss"]
+
+
+def test_the_how_to_page_lists_every_format():
+    page = (Path(__file__).parents[2] / "docs/how-to/chat-formats.md").read_text("utf-8")
+    rows = re.findall(r"^\| `([^`]*)` \| ([^|]*) \|", page, re.MULTILINE)
+    assert rows == [(form.name, form.title) for form in FORMATS]
