@@ -27,8 +27,9 @@ def draw(data: Mapping[str, Any], path: Path) -> list[Path]:
             for number, (arm, points) in enumerate(series.items()):
                 axes.plot(*zip(*sorted(points)), marker="osD^v<>"[number // 10 % 7], color=f"C{number % 10}", label=arm)
             axes.set(title=heading, xlabel=x, ylabel=y)
-            axes.set_ylim(bottom=0)
-            axes.set_xlim(left=0)
+            every = [point for points in series.values() for point in points]
+            axes.set_xlim(0, 1.08 * max(a for a, _ in every))
+            axes.set_ylim(0, 1.08 * max(b for _, b in every))
             axes.grid(alpha=0.3)
             axes.legend(fontsize="small")
         target = path.with_name(f"{path.stem}-{name}.png")

@@ -6,6 +6,7 @@ import fastft
 from benchmarks.arms import Trainee
 from benchmarks.cells import Task
 from benchmarks.weights import build
+from fastft.state import get_state
 from fastft.train import step
 
 
@@ -15,9 +16,13 @@ def prepare(task: Task, options: tuple[str, ...], device: str) -> Trainee:
     model = fastft.compile(build(task.cell, device), plan=int(plan) if plan.isdigit() else plan, backend=task.backend)
 
     def facts() -> dict[str, Any]:
-        report = fastft.report(model)
+        report, planned = fastft.report(model), get_state(model).compiled.planned
+        predicted = planned.predicted() if planned else None
         return {
             "plan": str(report.plan),
+            "kept": report.modes,
+            "predicted_peak_gb": round(predicted.peak / 1e9, 3) if predicted else None,
+            "predicted_step_ms": round(predicted.seconds * 1e3, 2) if predicted and predicted.seconds else None,
             "applied": report.applied(),
             "refused": [f"{rewrite.rule} {rewrite.module}: {rewrite.reason}" for rewrite in report.refused()],
             "attention": report.attention,
