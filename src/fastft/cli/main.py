@@ -19,6 +19,8 @@ COMMANDS = (
     ("plan", "fastft.cli.plan"),
     ("demo", "fastft.cli.demo"),
     ("preview", "fastft.cli.preview"),
+    ("export", "fastft.cli.export"),
+    ("verify", "fastft.cli.verify"),
 )
 
 

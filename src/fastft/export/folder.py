@@ -97,7 +97,8 @@ def assumptions(found: Found) -> tuple[str, ...]:
     )
 
 
-def _base_folder(found: Found) -> Path:
+def base_folder(found: Found) -> Path:
+    """Return the folder itself, or that of the base of the adapter in it. Raises `LoadError`."""
     from fastft.model.load import _base_of
 
     if not found.adapter:
@@ -107,10 +108,10 @@ def _base_folder(found: Found) -> Path:
 
 
 def _base_is_quantised(found: Found) -> bool:
-    return bool(files.read_json(_base_folder(found) / "config.json").get("quantization_config"))
+    return bool(files.read_json(base_folder(found) / "config.json").get("quantization_config"))
 
 
 def _stored_dtype(found: Found) -> str | None:
-    config = files.read_json(_base_folder(found) / "config.json")
+    config = files.read_json(base_folder(found) / "config.json")
     name = config.get("dtype") or config.get("torch_dtype")
     return name if name in DTYPES else None

@@ -53,8 +53,7 @@ def push(
     """
     folder = Path(folder).expanduser()
     kind, problems = _kind(folder)
-    if not isinstance(repo_id, str) or not _ID.fullmatch(repo_id):
-        problems.append(Problem("repo_id", repo_id, "'owner/name'"))
+    problems += _id_problems(repo_id)
     token, wrong = _token(token)
     config = files.read_json(folder / files.ADAPTER_CONFIG) if kind == "adapter" else {}
     base = base_model or _hub_name(config.get("base_model_name_or_path") or _exported(folder).get("base_model"))
@@ -71,6 +70,20 @@ def push(
     return _send(api, folder, repo_id, kind, card, {**config, "base_model_name_or_path": base} if config else {}, {
         "private": private, "message": commit_message or f"Upload {kind} model", "revision": revision,
     })  # fmt: skip
+
+
+def check_push(repo_id: str, token: str | None = None) -> None:
+    """Raise what `push` would raise of the name, the token and the hub, before there is a folder to push."""
+    problems: list[Problem | str] = [*_id_problems(repo_id)]
+    token, wrong = _token(token)
+    if problems or wrong:
+        raise UsageError(*problems, *wrong)
+    _answering(token)
+
+
+def _id_problems(repo_id: Any) -> list[Problem]:
+    right = isinstance(repo_id, str) and _ID.fullmatch(repo_id)
+    return [] if right else [Problem("repo_id", repo_id, "'owner/name'")]
 
 
 def _kind(folder: Path) -> tuple[str, list[Problem | str]]:

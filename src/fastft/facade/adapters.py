@@ -9,6 +9,7 @@ from torch import nn
 
 from fastft.errors import Problem, UsageError
 from fastft.facade.names import IDLE_IN_ADAPTERS, REFUSED_IN_ADAPTERS, plan_for, sort_out
+from fastft.facade.saving import with_methods
 from fastft.model.adapters import DEFAULT_SEED, PASSED_ON, add_lora, linear_names, problems_of
 from fastft.state import base_model, get_state, update_state
 
@@ -144,7 +145,7 @@ def _attach(
         model = add_lora(model, **arguments, **passed)
     if plan is not None:
         update_state(model, plan=plan)
-    return model.train()
+    return with_methods(model.train())
 
 
 def _renamed(problem: Problem | str) -> Problem | str:

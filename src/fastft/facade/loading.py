@@ -9,6 +9,7 @@ import torch
 
 from fastft.errors import Problem, UsageError
 from fastft.facade.names import IDLE_IN_LOADING, REFUSED_IN_LOADING, plan_for, sort_out
+from fastft.facade.saving import with_methods
 from fastft.model import files
 from fastft.model.config import dtype_problem
 from fastft.model.load import PASSED_ON, load
@@ -90,7 +91,7 @@ def from_pretrained(
     update_state(model, plan=plan or get_state(model).plan)
     if max_seq_length is DEFAULT_LENGTH:
         _cap_length(model, tokenizer)
-    return model, tokenizer
+    return with_methods(model), tokenizer
 
 
 def _cap_length(model: Any, tokenizer: Any) -> None:

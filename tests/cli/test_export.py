@@ -1,0 +1,100 @@
+"""`fastft export` and `fastft verify`: what they write, print and return."""
+
+import json
+
+import pytest
+import torch
+
+import fastft
+from fastft.cli.main import main
+from fastft.demo import MODEL_FOLDER
+from fastft.export.merge import save_adapter
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adapter") / "adapter"
+    model, _ = fastft.load(MODEL_FOLDER, dtype="bfloat16")
+    model = fastft.add_lora(model, r=4)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.02)
+    return str(save_adapter(model, folder))
+
+
+def run(capsys, *arguments):
+    code = main([str(argument) for argument in arguments])
+    printed = capsys.readouterr()
+    return code, printed.out, printed.err
+
+
+def test_merge_then_verify(adapter, tmp_path, capsys):
+    code, out, _ = run(capsys, "export", "merged", adapter, tmp_path / "m", "--precision", "fp16", "--json")
+    assert code == 0
+    report = json.loads(out)
+    assert report["precision"] == "fp16"
+    assert (tmp_path / "m" / "model.safetensors").is_file()
+    code, out, _ = run(capsys, "verify", tmp_path / "m", "--model", adapter, "--text-tokens", "64")
+    assert code == 0
+    assert "fp16" in out and "  ok" in out
+    prompts, text = tmp_path / "p.jsonl", tmp_path / "t.txt"
+    lines = ['"A text"', '[{"role": "user", "content": "Hi"}]', "", '{"messages": [{"role": "user", "content": "x"}]}']
+    prompts.write_text("\n".join(lines))
+    text.write_text("Numbers and words. " * 10)
+    arguments = ["verify", tmp_path / "m", MODEL_FOLDER, "--model", adapter, "--prompts", prompts, "--text", text]
+    code, out, err = run(capsys, *arguments, "--json")
+    assert code == 2  # the second is the base without the adapter
+    report = json.loads(out)
+    assert report["prompts"] == 3
+    assert [artefact["ok"] for artefact in report["artefacts"]] == [True, False]
+    assert "check failed: model differ" in err
+
+
+def test_lora(adapter, tmp_path, capsys):
+    code, out, _ = run(capsys, "export", "lora", adapter, tmp_path / "copy")
+    assert (code, out.strip()) == (0, f"{tmp_path / 'copy'}: written")
+    assert (tmp_path / "copy" / "adapter_model.safetensors").is_file()
+    code, out, _ = run(capsys, "export", "lora", adapter, tmp_path / "gguf", "--gguf", "--json")
+    assert code == 0
+    assert json.loads(out)["path"] == str(tmp_path / "gguf" / "adapter.gguf")
+    assert (tmp_path / "gguf" / "adapter.gguf").read_bytes()[:4] == b"GGUF"
+
+
+def test_gguf_with_its_modelfile(adapter, tmp_path, capsys):
+    options = ["--quant", "f16", "--system", "Be brief.", "--num-ctx", "256", "--json"]
+    code, out, _ = run(capsys, "export", "gguf", adapter, tmp_path / "g", *options)
+    assert code == 0
+    report = json.loads(out)
+    assert [file["quant"] for file in report["files"]] == ["f16"]
+    made = (tmp_path / "g" / "Modelfile").read_text()
+    assert made.startswith("FROM ./adapter-f16.gguf\n")
+    assert "PARAMETER num_ctx 256\n" in made
+    code, out, _ = run(capsys, "export", "gguf", adapter, tmp_path / "h", "-q", "f16", "-q", "q8_0")
+    assert code == 0
+    assert {path.name for path in (tmp_path / "h").iterdir()} == {
+        "adapter-f16.gguf", "adapter-q8_0.gguf", "Modelfile.adapter-f16", "Modelfile.adapter-q8_0",
+    }  # fmt: skip
+
+
+def test_wrong_use(adapter, tmp_path, capsys):
+    code, _, err = run(capsys, "export", "merged", adapter, tmp_path / "m", "--precision", "bf17")
+    assert code == 1
+    assert "did you mean 'bf16'" in err
+    code, _, err = run(capsys, "export", "gguf", adapter, tmp_path / "g", "-q", "f16", "--chat-format", "gemma")
+    assert code == 1
+    assert "no token of this tokenizer" in err
+    assert "--no-modelfile" in err
+    assert not (tmp_path / "g").exists()
+    code, _, err = run(capsys, "export", "gguf", adapter, tmp_path / "g", "-q", "f16", "-q", "q8_0", "--ollama", "x")
+    assert (code, "takes one --quant" in err) == (1, True)
+    (tmp_path / "bad.jsonl").write_text("{\n3\n")
+    code, _, err = run(capsys, "verify", adapter, "--model", adapter, "--prompts", tmp_path / "bad.jsonl")
+    assert code == 1
+    assert "bad.jsonl:1: not JSON" in err
+    assert "bad.jsonl:2" in err
+    code, _, err = run(capsys, "verify", tmp_path / "absent", "--model", adapter)
+    assert (code, "no such file or folder" in err) == (1, True)
+    assert run(capsys, "verify", adapter)[0] == 3
+    assert run(capsys, "export", "other")[0] == 3
