@@ -134,7 +134,7 @@ def _with_stop(tokenizer: Any, stop: str, format_name: Any, map_eos_token: bool)
 
 
 def _renamed_token(tokenizer: Any, old: str, new: str) -> Any:
-    """Return a tokenizer of the same class whose token `old` has the text `new` and the same id."""
+    """Give the token `old` of a tokenizer the text `new`, keeping its id, and return the tokenizer."""
     import json
 
     from tokenizers import Tokenizer
@@ -149,15 +149,12 @@ def _renamed_token(tokenizer: Any, old: str, new: str) -> Any:
         table["model"]["vocab"] = [[new if word == old else word, score] for word, score in vocabulary]
     if table.get("post_processor"):
         table["post_processor"] = _replaced(table["post_processor"], old, new)
-    special = {name: new if token == old else token for name, token in tokenizer.special_tokens_map.items()}
-    return type(tokenizer)(
-        tokenizer_object=Tokenizer.from_str(json.dumps(table)),
-        model_max_length=tokenizer.model_max_length,
-        padding_side=tokenizer.padding_side,
-        truncation_side=tokenizer.truncation_side,
-        clean_up_tokenization_spaces=tokenizer.clean_up_tokenization_spaces,
-        **special,
-    )
+    # The copy that is ours keeps its class and settings; its backend has no public setter.
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(table))
+    for name, token in tokenizer.special_tokens_map.items():
+        if token == old:
+            setattr(tokenizer, name, new)
+    return tokenizer
 
 
 def _replaced(value: Any, old: str, new: str) -> Any:

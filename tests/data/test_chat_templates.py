@@ -37,7 +37,15 @@ def llama():
     inner.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A </s> $B", special_tokens=[("<s>", 1), ("</s>", 2)]
     )
-    return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        pad_token="</s>",
+        padding_side="left",
+        model_input_names=["input_ids", "attention_mask"],
+    )
 
 
 def state(tokenizer):
@@ -82,10 +90,17 @@ def test_a_stop_token_that_the_vocabulary_lacks(llama, tmp_path):
     assert made("a b")["input_ids"] == llama("a b")["input_ids"]
     assert made("a", "b")["input_ids"] == llama("a", "b")["input_ids"]
     assert made("a<|im_end|>b", add_special_tokens=False)["input_ids"].count(2) == 1
+    assert made.model_input_names == llama.model_input_names and made.padding_side == llama.padding_side == "left"
+    assert (made.pad_token, made.pad_token_id, llama.pad_token) == ("<|im_end|>", 2, "</s>")
     made.save_pretrained(tmp_path)
     from transformers import AutoTokenizer
 
     again = AutoTokenizer.from_pretrained(tmp_path)
+    assert (again.pad_token, again.padding_side, again("a b")["input_ids"]) == (
+        "<|im_end|>",
+        "left",
+        llama("a b")["input_ids"],
+    )
     assert (again.eos_token, again.eos_token_id) == ("<|im_end|>", 2) and again.chat_template == made.chat_template
     text = json.loads((tmp_path / "tokenizer.json").read_text("utf-8"))
     assert [token["content"] for token in text["added_tokens"] if token["id"] == 2] == ["<|im_end|>"]

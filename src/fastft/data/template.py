@@ -51,7 +51,7 @@ def render(
             add_generation_prompt=add_generation_prompt,
             **variables,
         )
-    except (TemplateError, TypeError, AttributeError) as error:
+    except (TemplateError, TypeError, AttributeError, LookupError, ValueError) as error:
         # A template that meets a value it did not expect fails with Python's own errors.
         short = repr(list(messages))
         short = short if len(short) <= 120 else short[:117] + "..."
