@@ -7,6 +7,7 @@ from torch import fx
 
 from fastft.graph.capture import copy_graph
 from fastft.graph.passes.context import Context
+from fastft.graph.passes.feed_forward import replace_feed_forwards
 from fastft.graph.passes.glu import replace_glus
 from fastft.graph.passes.lora import replace_lora_linears
 from fastft.graph.passes.norm import replace_norms
@@ -28,6 +29,7 @@ class Pass:
 
 
 PASSES = (
+    Pass("feed_forward", replace_feed_forwards, "op"),
     Pass("lora", replace_lora_linears, "op"),
     Pass("glu", replace_glus, "torch"),
     Pass("norm", replace_norms, "torch"),

@@ -37,7 +37,7 @@ def replace_lora_linears(graph_module: fx.GraphModule, context: Context) -> tupl
     groups: dict[tuple[str, fx.Node], list[Projection]] = {}
     for name, module, nodes in collect(graph_module.graph, context.binding, is_lora_linear):
         try:
-            found = _projection(make_region(name, module, nodes, context.binding))
+            found = lora_projection(make_region(name, module, nodes, context.binding))
         except NotARegionError as error:
             found = str(error)
         if isinstance(found, str):
@@ -59,7 +59,7 @@ def is_lora_linear(name: str, module: nn.Module) -> bool:
     )
 
 
-def _projection(region: Region) -> Projection | str:
+def lora_projection(region: Region) -> Projection | str:
     """Return the parts of a LoRA linear, or the reason why it cannot be fused."""
     module = region.module
     active = [name for name in module.active_adapters if name in module.lora_A]

@@ -12,11 +12,10 @@ temporary in the forward and again in the backward, so that only x and x A^T are
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastft.errors import Problem, UsageError
-from fastft.kernels.nf4 import dequantize_into
+from fastft.kernels.lora.gemm import accumulating_mm, input_gradient, lora_product, regroup, stack
 
 
 def lora_linears(
@@ -95,39 +94,6 @@ def _check(
         raise UsageError(*problems)
 
 
-def _dense(weight: Tensor, state: list[Tensor], n: int, k: int, dtype: torch.dtype) -> Tensor:
-    """Return the weight [n, k] in `dtype`: itself, or a temporary when it is in NF4 or in another dtype."""
-    if not state:
-        return weight.to(dtype)
-    absmax, code2, absmax2, offset = state if len(state) == 4 else (state[0], None, None, None)
-    return dequantize_into(weight, absmax, code2, absmax2, offset, n, k, dtype)
-
-
-def _regroup(flat: list[Tensor], counts: list[int]) -> list[list[Tensor]]:
-    ends = [sum(counts[: i + 1]) for i in range(len(counts))]
-    return [flat[end - count : end] for end, count in zip(ends, counts)]
-
-
-def _stack(a: list[Tensor], dtype: torch.dtype) -> Tensor:
-    return torch.cat([matrix.to(dtype) for matrix in a]) if len(a) > 1 else a[0].to(dtype)
-
-
-def _project(x: Tensor, weight: Tensor, state: list[Tensor], bias: Tensor | None, n: int) -> Tensor:
-    weight = _dense(weight, state, n, x.shape[1], x.dtype)  # freed on return, before the next one is made
-    return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
-
-
-def _accumulating_mm(lhs: Tensor, rhs: Tensor, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
-    """Return scale * lhs @ rhs in `dtype`, rounded once.
-
-    On CUDA a GEMM of 16-bit factors may reduce its partial sums in 16 bits; asked for an fp32 result it does not.
-    """
-    if lhs.is_cuda and lhs.dtype in (torch.bfloat16, torch.float16):
-        return torch.mm(lhs, rhs, out_dtype=torch.float32).mul_(scale).to(dtype)
-    out = torch.empty(lhs.shape[0], rhs.shape[1], dtype=lhs.dtype, device=lhs.device)
-    return torch.addmm(out, lhs, rhs, beta=0, alpha=scale, out=out).to(dtype)
-
-
 @torch.library.custom_op("fastft::lora_linears", mutates_args=())
 def _lora_linears(
     x: Tensor,
@@ -142,13 +108,13 @@ def _lora_linears(
 ) -> list[Tensor]:
     """Return the outputs, and x A^T [..., sum of ranks] last, which the backward wants."""
     with torch.autocast(x.device.type, enabled=False):
-        rows, states, bias = x.reshape(-1, x.shape[-1]), _regroup(quant, quant_counts), iter(biases)
-        xa = torch.mm(rows, _stack(a, x.dtype).t())
+        rows, states, bias = x.reshape(-1, x.shape[-1]), regroup(quant, quant_counts), iter(biases)
+        xa = torch.mm(rows, stack(a, x.dtype).t())
         outputs, start = [], 0
         for i, weight in enumerate(weights):
             n, r = b[i].shape
-            y = _project(rows, weight, states[i], next(bias) if has_bias[i] else None, n)
-            y.addmm_(xa[:, start : start + r], b[i].to(x.dtype).t(), alpha=scales[i])
+            own = next(bias) if has_bias[i] else None
+            y = lora_product(rows, weight, states[i], own, xa[:, start : start + r], b[i], scales[i])
             outputs.append(y.view(*x.shape[:-1], n))
             start += r
         return [*outputs, xa.view(*x.shape[:-1], start)]
@@ -181,7 +147,7 @@ def _lora_linears_backward(
     starts: where the columns of each projection begin in xa [..., R].
     """
     with torch.autocast(x.device.type, enabled=False):
-        rows, states, dtype = x.reshape(-1, x.shape[-1]), _regroup(quant, quant_counts), x.dtype
+        rows, states, dtype = x.reshape(-1, x.shape[-1]), regroup(quant, quant_counts), x.dtype
         xa, dys = xa.reshape(-1, xa.shape[-1]), [dy.reshape(-1, dy.shape[-1]) for dy in grads]
         gs, dbs = [], []
         for i, dy in enumerate(dys):
@@ -189,34 +155,17 @@ def _lora_linears_backward(
             # Each into memory of its own: into a slice of a wider matrix, CUDA's GEMM would round twice.
             g_i = torch.empty(rows.shape[0], r, dtype=dtype, device=x.device)
             gs.append(torch.addmm(g_i, dy, b[i].to(dtype), beta=0, alpha=scales[i], out=g_i))
-            dbs.append(_accumulating_mm(dy.t(), xa[:, starts[i] : starts[i] + r], b[i].dtype, scales[i]))
+            dbs.append(accumulating_mm(dy.t(), xa[:, starts[i] : starts[i] + r], b[i].dtype, scales[i]))
         g = torch.cat(gs, dim=1) if len(gs) > 1 else gs[0]
-        dx = _input_gradient(dys, g, rows, weights, a, b, states).view(x.shape) if needs_x else x.new_empty(0)
-        da = _accumulating_mm(g.t(), rows, a[0].dtype)
-        dws = [_accumulating_mm(dys[i].t(), rows, weights[i].dtype) for i in range(len(dys)) if needs_weight[i]]
+        dx = input_gradient(dys, weights, states, g, stack(a, dtype)).view(x.shape) if needs_x else x.new_empty(0)
+        da = accumulating_mm(g.t(), rows, a[0].dtype)
+        dws = [accumulating_mm(dys[i].t(), rows, weights[i].dtype) for i in range(len(dys)) if needs_weight[i]]
         dbias = [dys[i].sum(0, dtype=_sum_dtype(dtype)) for i in range(len(dys)) if needs_bias[i]]
         return [dx, da, *dbs, *dws, *dbias]
 
 
 def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
-
-
-def _input_gradient(
-    dys: list[Tensor],
-    g: Tensor,
-    rows: Tensor,
-    weights: list[Tensor],
-    a: list[Tensor],
-    b: list[Tensor],
-    states: list[list[Tensor]],
-) -> Tensor:
-    dx = torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
-    for i, dy in enumerate(dys):
-        weight = _dense(weights[i], states[i], b[i].shape[0], rows.shape[1], rows.dtype)
-        torch.addmm(dx, dy, weight, beta=float(i > 0), out=dx)
-        del weight  # a dequantised weight is freed before the next one is made
-    return dx.addmm_(g, _stack(a, rows.dtype))
 
 
 @_lora_linears_backward.register_fake
@@ -240,7 +189,7 @@ def _backward(ctx, grads):
     count = len(ctx.scales)
     x, xa, *rest = ctx.saved_tensors
     weights, a, b = rest[:count], rest[count : 2 * count], rest[2 * count : 3 * count]
-    states = _regroup(rest[3 * count :], ctx.quant_counts)
+    states = regroup(rest[3 * count :], ctx.quant_counts)
     needs_x, needs_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
     needed_bias = iter(ctx.needs_input_grad[2])
     needs_bias = [next(needed_bias) if present else False for present in ctx.has_bias]

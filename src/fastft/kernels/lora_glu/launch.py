@@ -1,0 +1,29 @@
+"""Launch settings of the gated feed-forward's LoRA kernels: data, chosen by a function of the sizes."""
+
+from attrs import frozen
+
+from fastft.kernels.rows import ceil_div
+
+MAX_RANK = 32
+"""Largest rank whose products the kernels make in passing: beyond it a tile's sums do not fit the registers."""
+
+
+@frozen
+class Launch:
+    """Tiles of `rows` by `columns`; `splits` programs share the columns of one row of tiles, `warps` warps each.
+
+    stages: tiles that are loaded ahead.
+    """
+
+    rows: int = 64
+    columns: int = 64
+    splits: int = 4
+    warps: int = 4
+    stages: int = 3
+
+
+def launch(count: int, width: int, processors: int) -> Launch:
+    """Settings for `count` rows of `width` on a device with so many multiprocessors: about eight programs for each."""
+    default = Launch()
+    wanted = ceil_div(8 * processors, max(1, ceil_div(count, default.rows)))
+    return Launch(splits=max(1, min(wanted, ceil_div(width, 4 * default.columns))))

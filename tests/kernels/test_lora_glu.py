@@ -1,0 +1,229 @@
+"""A gated feed-forward of LoRA linears as two ops: values and every gradient against fp64, on dense and NF4 weights."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastft.environment import triton_interpreted
+from fastft.errors import UsageError
+from fastft.kernels import lora_glu
+from fastft.kernels.dispatch import use_triton
+from fastft.kernels.lora_glu import op
+from fastft.kernels.nf4 import nf4_dequantize
+
+_spec = importlib.util.spec_from_file_location("matrix_judge", Path(__file__).parent / "matrix_judge.py")
+judge = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(judge)
+DEVICE = judge.DEVICE
+EPS32 = 2.0**-23
+
+#        rows     K   N    ranks         scales
+CASES = {
+    "usual": ((2, 40), 64, 128, (16, 16, 16), (2.0, 2.0, 2.0)),
+    "ranks-differ": ((70,), 48, 192, (3, 20, 8), (0.5, 1.5, 1.0)),
+    "odd": ((3, 25), 37, 51, (1, 5, 2), (1.7, 0.3, 2.0)),
+    "few-rows": ((7,), 64, 64, (16, 16, 16), (1.0, 1.0, 1.0)),
+    "rank-beyond-the-kernel": ((33,), 64, 64, (40, 8, 4), (1.0, 1.0, 1.0)),
+}
+
+
+def random_nf4(n, k, generator):
+    blocks = -(-n * k // 64)
+    packed = torch.randint(0, 256, (-(-n * k // 2), 1), dtype=torch.uint8, generator=generator)
+    absmax = torch.randint(0, 256, (blocks,), dtype=torch.uint8, generator=generator)
+    state = [absmax, torch.linspace(-1, 1, 256), torch.rand(-(-blocks // 256), generator=generator) * 0.05]
+    return packed.to(DEVICE), [t.to(DEVICE) for t in (*state, torch.tensor(0.15))]
+
+
+def make(case, quant, dtype, adapter_dtype, activation="silu"):
+    """Return the arguments of feed_forward on the device, and dy."""
+    g = torch.Generator().manual_seed(sum(map(ord, case)))
+    shape, narrow, wide, ranks, scales = CASES[case]
+
+    def leaf(*size, to, grad=True, scale=1.0):
+        return (torch.randn(*size, generator=g) * scale).to(DEVICE, to).requires_grad_(grad)
+
+    x = leaf(*shape, narrow, to=dtype)
+    weights, states, a, b = [], [], [], []
+    for rank, (out, into) in zip(ranks, [(wide, narrow), (wide, narrow), (narrow, wide)]):
+        weight, state = leaf(out, into, to=dtype, grad=False, scale=into**-0.5), []
+        if quant == "nested":
+            weight, state = random_nf4(out, into, g)
+        weights.append(weight)
+        states.append(state)
+        a.append(leaf(rank, into, to=adapter_dtype, scale=into**-0.5))
+        b.append(leaf(out, rank, to=adapter_dtype, scale=0.3))
+    dy = torch.randn(*shape, narrow, generator=g).to(DEVICE, dtype)
+    return [x, weights, a, b, list(scales), states, activation], dy
+
+
+def leaves(args):
+    return [args[0], *args[2], *args[3]]
+
+
+def run(function, args, dy):
+    y = function(*args)
+    return [y, *torch.autograd.grad(y, leaves(args), dy)]
+
+
+def dense(args, dtype):
+    """Return the same arguments with weights dequantised as the model sees them, all in `dtype`."""
+    x, weights, a, b, scales, states, activation = args
+
+    def to(t):
+        return t.detach().to(dtype).requires_grad_(t.requires_grad)
+
+    made = [
+        nf4_dequantize(w, *state, q.shape[0], p.shape[1], x.dtype) if state else w
+        for w, state, p, q in zip(weights, states, a, b)
+    ]
+    return [to(x), [w.to(dtype) for w in made], *([to(t) for t in group] for group in (a, b)), scales, None, activation]
+
+
+def plain(x, weights, a, b, scales, _, activation):
+    """Compute it in the textbook's way, out of place."""
+
+    def linear(value, i):
+        return value @ weights[i].t() + scales[i] * ((value @ a[i].to(value.dtype).t()) @ b[i].to(value.dtype).t())
+
+    functional = torch.nn.functional
+    activate = functional.silu
+    if activation != "silu":
+        approximate = "tanh" if activation == "gelu_tanh" else "none"
+
+        def activate(value):
+            return functional.gelu(value, approximate=approximate)
+
+    return linear(activate(linear(x, 0)) * linear(x, 1), 2)
+
+
+def eager_args(args, dtype, adapter_dtype):
+    made = dense(args, dtype)
+    made[2:4] = [[t.detach().to(adapter_dtype).requires_grad_() for t in group] for group in args[2:4]]
+    return made
+
+
+DTYPES = [
+    pytest.param(torch.float32, torch.float32, id="fp32"),
+    pytest.param(torch.bfloat16, torch.float32, id="bf16-adapters-fp32"),
+    pytest.param(torch.float16, torch.float16, id="fp16"),
+]
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("quant", ["dense", "nested"])
+@pytest.mark.parametrize(("dtype", "adapter_dtype"), DTYPES)
+def test_values_and_gradients(case, quant, dtype, adapter_dtype, poisoned_empty):
+    args, dy = make(case, quant, dtype, adapter_dtype)
+    truth = run(plain, dense(args, torch.float64), dy.double())
+    eager = run(plain, eager_args(args, dtype, adapter_dtype), dy)
+    names = ["y", "dx", "dA gate", "dA up", "dA down", "dB gate", "dB up", "dB down"]
+    for function in (lora_glu.feed_forward, lora_glu.ref.feed_forward):
+        got = run(function, args, dy)
+        assert [t.dtype for t in got] == [t.dtype for t in eager]
+        for name, value, budget, exact in zip(names, got, eager, truth):
+            judge.assert_within(f"{function.__module__} {name}", value, budget, exact, slack=1.25, floor=8 * EPS32)
+
+
+@pytest.mark.parametrize("activation", ["gelu_tanh", "gelu"])
+def test_other_activations(activation):
+    dtype = torch.float16 if use_triton(torch.empty(1, device=DEVICE)) else torch.float32
+    args, dy = make("ranks-differ", "dense", dtype, torch.float32, activation)
+    truth = run(plain, dense(args, torch.float64), dy.double())
+    eager = run(plain, eager_args(args, dtype, torch.float32), dy)
+    for value, budget, exact in zip(run(lora_glu.feed_forward, args, dy), eager, truth):
+        judge.assert_within(activation, value, budget, exact, slack=1.25, floor=8 * EPS32)
+
+
+@pytest.mark.parametrize("scale", [30.0, -30.0, 3e3])
+def test_large_gates_stay_finite(scale):
+    dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+    args, dy = make("usual", "dense", dtype, torch.float32)
+    args[0] = (args[0].detach() * scale).requires_grad_()
+    truth = run(plain, dense(args, torch.float64), dy.double())
+    eager = run(plain, eager_args(args, dtype, torch.float32), dy)
+    for value, budget, exact in zip(run(lora_glu.feed_forward, args, dy), eager, truth):
+        judge.assert_within(f"{scale}", value, budget, exact, slack=1.25, floor=8 * EPS32)
+
+
+def test_only_matrix_products_are_kept_between_forward_and_backward():
+    args, _ = make("usual", "nested", torch.float32, torch.float32)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        lora_glu.feed_forward(*args)
+    own = {t.data_ptr() for group in (*args[1:4], *args[5]) for t in group} | {args[0].data_ptr()}
+    extra = sorted(tuple(t.shape) for t in kept if t.data_ptr() not in own)
+    assert extra == sorted([(2, 40, 128), (2, 40, 128), (2, 40, 32), (2, 40, 16)])
+
+
+def test_an_input_that_needs_no_gradient():
+    args, dy = make("usual", "nested", torch.float32, torch.float32)
+    full = run(lora_glu.feed_forward, args, dy)
+    args[0] = args[0].detach()
+    y = lora_glu.feed_forward(*args)
+    for value, same in zip(torch.autograd.grad(y, leaves(args)[1:], dy), full[2:]):
+        assert torch.equal(value, same) or DEVICE == "cuda" and judge.rms_ratio(value, same) < 1e-6
+
+
+def test_deterministic_algorithms_give_the_same_bits_twice():
+    args, dy = make("usual", "nested", torch.float16, torch.float32)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        assert not op._fused(torch.empty(4, 4, dtype=torch.float16, device=DEVICE), 4)
+        first, second = (run(lora_glu.feed_forward, args, dy) for _ in range(2))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+@pytest.mark.parametrize("quant", ["dense", "nested"])
+def test_opcheck(quant):
+    args, dy = make("odd", quant, torch.float32, torch.float32)
+    x, weights, a, b, scales, states, activation = args
+    counts = [len(state) for state in states[:2]]
+    flat = [t for state in states[:2] for t in state]
+    wide = b[0].shape[0]
+    torch.library.opcheck(torch.ops.fastft.linears, (x, weights[:2], a[:2], flat, counts, [wide, wide]))
+    made = lora_glu.op.linears(x, weights[:2], a[:2], states[:2], [wide, wide])
+    gate0, up0, xa = (t.detach().requires_grad_() for t in made)
+    down = (gate0, up0, xa, b[0], b[1], a[2], b[2], weights[2], states[2], scales, activation)
+    torch.library.opcheck(torch.ops.fastft.lora_glu_down, down)
+    ha = torch.randn(*x.shape[:-1], a[2].shape[0], device=DEVICE)
+    given = [t.detach() for t in (dy, gate0, up0, xa, ha, b[0], b[1], a[2], b[2], weights[2])]
+    torch.library.opcheck(torch.ops.fastft.lora_glu_down_backward, (*given, states[2], scales, activation))
+    dys = [torch.randn_like(gate0), torch.randn_like(up0)]
+    for needs_x in (True, False):
+        given = (dys, torch.randn_like(xa), x.detach(), weights[:2], [t.detach() for t in a[:2]], flat, counts)
+        torch.library.opcheck(torch.ops.fastft.linears_backward, (*given, needs_x))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_whole(dynamic):
+    args, dy = make("usual", "nested", torch.float32, torch.float32)
+    want = run(lora_glu.feed_forward, args, dy)
+    compiled = torch.compile(lora_glu.feed_forward, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for value, same in zip(run(compiled, args, dy), want):
+        assert judge.rms_ratio(value, same) < 1e-6
+
+
+def test_every_mistake_is_told_at_once():
+    args, _ = make("usual", "dense", torch.float32, torch.float32)
+    args[2][0] = args[2][0][:, :-1]
+    args[3][1] = args[3][1][:-1]
+    args[6] = "relu"
+    with pytest.raises(UsageError, match=r"activation(.|\n)*a\[0\](.|\n)*b\[1\]"):
+        lora_glu.feed_forward(*args)
+
+
+def test_the_kernels_run_where_they_should():
+    probe = torch.empty(4, 4, dtype=torch.float16, device=DEVICE)
+    assert op._fused(probe, 32) == use_triton(probe)
+    assert not op._fused(probe, 33) and not op._fused(probe.float(), 8)
+
+
+def test_again_in_the_interpreter():
+    if DEVICE == "cuda" or triton_interpreted():
+        pytest.skip("the kernels ran above")
+    judge.rerun_interpreted(__file__, "interpreter or bf16 or compiles or fp32 or opcheck or large or told")
