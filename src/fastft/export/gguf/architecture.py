@@ -228,7 +228,7 @@ def _rope(
     if kind == "llama3" and architecture in _LLAMA3:
         return keys, {"rope_freqs": _llama3_factors(rope, heads.rotated)}, ()
     if kind == "longrope" and architecture in _LONGROPE:
-        more, tensors = _longrope(rope, config, heads.rotated)
+        more, tensors = _longrope(rope, config)
         original = more["rope.scaling.original_context_length"].value
         note = (
             f"llama.cpp takes the long rope factors when its context is set beyond {original} tokens, transformers "
@@ -290,7 +290,7 @@ def _llama3_factors(rope: dict[str, Any], rotated: int) -> torch.Tensor:
     return torch.where(waves < original / high, torch.ones_like(waves), factors)
 
 
-def _longrope(rope: dict[str, Any], config: Any, rotated: int) -> tuple[dict[str, Value], dict[str, torch.Tensor]]:
+def _longrope(rope: dict[str, Any], config: Any) -> tuple[dict[str, Value], dict[str, torch.Tensor]]:
     """Return the keys and the two tables of LongRoPE (Ding et al. 2024, arXiv 2402.13753)."""
     original = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
     original = original or config.max_position_embeddings
@@ -302,9 +302,6 @@ def _longrope(rope: dict[str, Any], config: Any, rotated: int) -> tuple[dict[str
         f"rope_factors_{length}": torch.tensor(rope[f"{length}_factor"], dtype=torch.float32)
         for length in ("long", "short")
     }
-    wrong = [Problem(name, len(table), f"{rotated // 2} factors") for name, table in tables.items()]
-    if any(len(table) != rotated // 2 for table in tables.values()):
-        raise UsageError(*wrong)
     keys = {
         "rope.scaling.original_context_length": u32(original),
         "rope.scaling.attn_factor": f32(magnitude),

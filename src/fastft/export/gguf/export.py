@@ -9,7 +9,8 @@ import torch
 from attrs import frozen
 
 from fastft.errors import Problem, UsageError, did_you_mean
-from fastft.export.gguf.architecture import Architecture, architecture_of, check_supported
+from fastft.export.gguf import mixture as mixtures
+from fastft.export.gguf.architecture import Architecture, architecture_of, check_supported, heads_of
 from fastft.export.gguf.file import (
     FileWriter,
     TensorEntry,
@@ -20,6 +21,7 @@ from fastft.export.gguf.file import (
     text,
     u32,
 )
+from fastft.export.gguf.mixture import MIXTURES, ModelFacts, mixture, tensor_types
 from fastft.export.gguf.stream import make_folder, stream
 from fastft.export.gguf.tensors import FileTensor, plan_tensors
 from fastft.export.gguf.vocabulary import vocabulary_of
@@ -30,8 +32,6 @@ from fastft.registry.spec import ModelSpec
 # Names for people who do not want to know the types.
 ALIASES = {"not_quantized": "f16", "fast_quantized": "q8_0", "quantized": "q4_k_m"}
 _QUANTISATION_VERSION = 2
-# llama.cpp's number of each file type
-_FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7, "bf16": 32}
 
 
 @frozen
@@ -60,6 +60,7 @@ def export_gguf(
     *,
     name: str | None = None,
     base: str = "dequantised",
+    importance: Mapping[str, torch.Tensor] | None = None,
     pre_tokenizer: str | None = None,
     device: str | torch.device | None = None,
     progress: bool = True,
@@ -72,6 +73,7 @@ def export_gguf(
     * `quants`: llama.cpp's file types (`quant_names()`), or "not_quantized" (f16), "fast_quantized" (q8_0) and
       "quantized" (q4_k_m).
     * `name`: of the model and the files; by default that of the checkpoint.
+    * `importance`: how much an error in each column of a tensor counts, by GGUF's names (an importance matrix).
     * `pre_tokenizer`: llama.cpp's name of the way text is split, for a tokenizer that fastft does not recognise.
     * `device`: where quantisers run; by default a GPU if there is one.
 
@@ -92,17 +94,18 @@ def export_gguf(
     vocabulary = vocabulary_of(
         tokenizer, _rows(source, tensors), pre_tokenizer, source.folder, _ends(source.generation_config)
     )
+    facts = _facts(source, spec)
     metadata = _general(name, spec, source) | architecture.metadata | vocabulary.metadata
     writers = [
         FileWriter(
             target / f"{name}-{quant}.gguf",
-            metadata | {"general.file_type": u32(_FILE_TYPES[quant])},
-            _entries(quant, tensors),
+            metadata | {"general.file_type": u32(mixture(quant).file_type)},
+            _entries(quant, tensors, facts, importance is not None),
         )
         for quant in chosen
     ]
     _prepare(target, writers)
-    stream(tensors, writers, _device(device), progress)
+    stream(tensors, writers, _device(device), importance, progress)
     reports = tuple(
         GgufFileReport(quant, writer.path, writer.size, _counted(writer.tensors))
         for quant, writer in zip(chosen, writers)
@@ -112,13 +115,13 @@ def export_gguf(
 
 def quant_names() -> tuple[str, ...]:
     """Return the names of the file types that can be written."""
-    return tuple(_FILE_TYPES)
+    return tuple(MIXTURES)
 
 
 def chosen_quants(quants: str | Sequence[str]) -> tuple[str, ...]:
     """Return the file types asked for, each once; raises UsageError that lists every wrong name."""
     asked = [quants] if isinstance(quants, str) else list(quants)
-    known = [*_FILE_TYPES, *ALIASES]
+    known = [*MIXTURES, *mixtures.ALIASES, *ALIASES]
     problems = []
     for quant in asked:
         if str(quant).lower() not in known:
@@ -128,7 +131,8 @@ def chosen_quants(quants: str | Sequence[str]) -> tuple[str, ...]:
         problems.append(Problem("quants", quants, f"at least one of {', '.join(known)}"))
     if problems:
         raise UsageError(*problems)
-    return tuple(dict.fromkeys(ALIASES.get(str(quant).lower(), str(quant).lower()) for quant in asked))
+    lower = (str(quant).lower() for quant in asked)
+    return tuple(dict.fromkeys(mixture(ALIASES.get(quant, quant)).name for quant in lower))
 
 
 def model_name(model_or_folder: Any, source: WeightSource) -> str:
@@ -180,9 +184,16 @@ def _device(device: str | torch.device | None) -> torch.device:
     return torch.device(device) if device is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _entries(quant: str, tensors: Sequence[FileTensor]) -> list[TensorEntry]:
-    plain = [len(tensor.shape) == 1 or tensor.name.endswith("_norm.weight") for tensor in tensors]
-    return [tensor_entry(t.name, t.shape, "f32" if is_plain else quant) for t, is_plain in zip(tensors, plain)]
+def _facts(source: WeightSource, spec: ModelSpec) -> ModelFacts:
+    config = source.config.get_text_config()
+    heads = heads_of(config)
+    return ModelFacts(str(spec.gguf_architecture), config.num_hidden_layers, heads.queries, heads.keys)
+
+
+def _entries(quant: str, tensors: Sequence[FileTensor], facts: ModelFacts, importance: bool) -> list[TensorEntry]:
+    shapes = {tensor.name: tensor.shape for tensor in tensors}
+    types = tensor_types(shapes, quant, facts, importance=importance)
+    return [tensor_entry(name, shape, types[name] or "f32") for name, shape in shapes.items()]
 
 
 def _counted(entries: Sequence[TensorEntry]) -> dict[str, int]:

@@ -65,7 +65,7 @@ def export_lora_gguf(
     writer = FileWriter(path, metadata, entries)
     make_folder(path.parent)
     check_space(path.parent, writer.size, "the adapter")
-    stream(tensors, [writer], torch.device("cpu"), progress)
+    stream(tensors, [writer], torch.device("cpu"), progress=progress)
     return path
 
 

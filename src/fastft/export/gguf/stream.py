@@ -3,10 +3,12 @@
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
+from math import prod
 from pathlib import Path
 
 import numpy as np
 import torch
+from attrs import frozen
 from tqdm.auto import tqdm
 
 from fastft.errors import SaveError, UsageError
@@ -14,9 +16,17 @@ from fastft.export.gguf.file import FileWriter, padded
 from fastft.export.gguf.quants import quantize
 from fastft.export.gguf.tensors import FileTensor
 
+_COMPILE_FROM = 100_000_000  # weights
+# Float formats are casts; torch rounds to the nearest, ties to even, as ggml does.
+_FLOATS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+
 
 def stream(
-    tensors: Sequence[FileTensor], writers: Sequence[FileWriter], device: torch.device, progress: bool = True
+    tensors: Sequence[FileTensor],
+    writers: Sequence[FileWriter],
+    device: torch.device,
+    importance: Mapping[str, torch.Tensor] | None = None,
+    progress: bool = True,
 ) -> None:
     """Write `tensors` to every file, each in the type the file asks for, and give the files their names.
 
@@ -24,6 +34,7 @@ def stream(
     Raises UsageError that names the tensor for NaN and infinity, and SaveError; then no file is left.
     """
     types = [{entry.name: entry.type for entry in writer.tensors} for writer in writers]
+    encoder = _Encoder(device, importance or {}, _worth_compiling(writers))
     total = sum(padded(entry.size) for writer in writers for entry in writer.tensors)
     with ExitStack() as stack:
         files = [stack.enter_context(writer) for writer in writers]
@@ -35,7 +46,7 @@ def stream(
         pending: Future[int] | None = None
         for tensor, values in _ahead(reader, tensors):
             kinds = [kind[tensor.name] for kind in types]
-            made = _encoded(tensor, values, tuple(dict.fromkeys(kinds)), device)
+            made = encoder.encoded(tensor, values, tuple(dict.fromkeys(kinds)))
             del values
             if pending is not None:
                 bar.update(pending.result())
@@ -77,16 +88,39 @@ def _put(files: Sequence[FileWriter], name: str, data: Sequence[np.ndarray]) -> 
     return sum(padded(part.nbytes) for part in data)
 
 
-def _encoded(
-    tensor: FileTensor, values: torch.Tensor, kinds: Sequence[str], device: torch.device
-) -> Mapping[str, np.ndarray]:
-    """Return the tensor's bytes in each of `kinds`; `values` are fp32 of any device."""
-    rows = values.to(device).reshape(-1, values.shape[-1])
-    made = {}
-    for kind in kinds:
-        try:
-            data = quantize(rows, kind)
-        except UsageError as error:
-            raise UsageError(f"{tensor.weight} ({tensor.name} as {kind}): {error}") from error
-        made[kind] = data.cpu().numpy()
-    return made
+@frozen(eq=False)
+class _Encoder:
+    """How values become bytes: on which device, with what importance of columns, by compiled code or not."""
+
+    device: torch.device
+    importance: Mapping[str, torch.Tensor]
+    compiled: bool
+
+    def encoded(self, tensor: FileTensor, values: torch.Tensor, kinds: Sequence[str]) -> Mapping[str, np.ndarray]:
+        """Return the tensor's bytes in each of `kinds`; `values` are fp32 of any device."""
+        rows = values.to(self.device).reshape(-1, values.shape[-1])
+        made = {}
+        for kind in kinds:
+            try:
+                data = _cast(rows, _FLOATS[kind]) if kind in _FLOATS else None
+                if data is None:
+                    data = quantize(rows, kind, self.importance.get(tensor.name), compiled=self.compiled)
+            except UsageError as error:
+                raise UsageError(f"{tensor.weight} ({tensor.name} as {kind}): {error}") from error
+            made[kind] = data.cpu().numpy()
+        return made
+
+
+def _worth_compiling(writers: Sequence[FileWriter]) -> bool:
+    """Say whether compiled searches save more time than compiling takes."""
+    weights = sum(
+        prod(entry.shape) for writer in writers for entry in writer.tensors if entry.type not in (*_FLOATS, "q8_0")
+    )
+    return weights > _COMPILE_FROM
+
+
+def _cast(rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
+    """Return the bytes of `rows` in a float format, None where a number is not finite there (the quantiser tells)."""
+    data = rows.contiguous().to(dtype)
+    low, high = data.aminmax()
+    return data.view(torch.uint8) if bool(low.isfinite() & high.isfinite()) else None
