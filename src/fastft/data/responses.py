@@ -35,6 +35,7 @@ class Responses:
     last: bool = False
     exact: bool = True
     pieces: Pieces = field(init=False)
+    _patterns: dict[str, re.Pattern[str]] = field(factory=dict)
 
     def __attrs_post_init__(self) -> None:
         self.pieces = Pieces(self.tokenizer)
@@ -76,11 +77,19 @@ class Responses:
         return spans[-1:] if self.last else spans
 
     def _pattern(self, marker: str) -> re.Pattern[str]:
-        if self.exact:
-            return re.compile(re.escape(marker))
-        core = marker.strip()
-        tail = marker[len(marker.rstrip()) :]
-        return re.compile(re.escape(core) + (f"(?:{re.escape(tail)})?" if tail else ""))
+        """Return what finds a marker. Some tokenizers begin a word with a blank behind every special token."""
+        if marker in self._patterns:
+            return self._patterns[marker]
+        core = marker if self.exact else marker.strip()
+        special = sorted(self.tokenizer.get_added_vocab(), key=len, reverse=True)
+        parts = re.split("(" + "|".join(map(re.escape, special)) + ")", core) if special else [core]
+        found = [
+            re.escape(part) + (" ?" if place % 2 and any(parts[place + 1 :]) else "")
+            for place, part in enumerate(parts)
+        ]
+        tail = "" if self.exact else marker[len(marker.rstrip()) :]
+        self._patterns[marker] = re.compile("".join(found) + (f"(?:{re.escape(tail)})?" if tail else ""))
+        return self._patterns[marker]
 
 
 def train_on_responses_only(
@@ -117,16 +126,16 @@ def train_on_responses_only(
     if return_function:
         return responses
     if not hasattr(trainer, "train_dataset"):
-        return _masked(trainer, responses, "data", num_proc, max_unlearnable)
-    train = _masked(trainer.train_dataset, responses, "train", num_proc, max_unlearnable)
+        return _masked(trainer, responses, "the data", num_proc, max_unlearnable)
+    train = _masked(trainer.train_dataset, responses, "the training data", num_proc, max_unlearnable)
     evaluation = getattr(trainer, "eval_dataset", None)
     if isinstance(evaluation, Mapping):
         evaluation = {
-            name: _masked(part, responses, f"eval {name}", num_proc, max_unlearnable)
+            name: _masked(part, responses, f"the evaluation data {name!r}", num_proc, max_unlearnable)
             for name, part in evaluation.items()
         }
     elif evaluation is not None:
-        evaluation = _masked(evaluation, responses, "eval", num_proc, max_unlearnable)
+        evaluation = _masked(evaluation, responses, "the evaluation data", num_proc, max_unlearnable)
     if hasattr(train, "__len__"):
         probed = [train[index] for index in range(min(training_collator.PROBED, len(train)))]
         training_collator.refuse_other_labels(trainer.data_collator, probed, scaffold.stops)
@@ -168,7 +177,7 @@ def _masked(dataset: Any, responses: Responses, name: str, num_proc: int | None,
     names = getattr(dataset, "column_names", None) or ()
     if "input_ids" not in names:
         remedy = "Tokenise it first; a trainer does so when it is made."
-        raise DataError(Problem(f"{name} data, columns", list(names), "'input_ids' among them", remedy))
+        raise DataError(Problem(f"{name}, columns", list(names), "'input_ids' among them", remedy))
     if not hasattr(dataset, "__len__"):
         return dataset.map(responses, batched=True)
     refuse_empty(dataset, name)
@@ -178,7 +187,7 @@ def _masked(dataset: Any, responses: Responses, name: str, num_proc: int | None,
     if len(lost) > allowed * len(made):
         raise DataError(*_without_response(lost, len(made), responses, name, allowed))
     if lost:
-        print(f"fastft: {len(lost)} of {len(made)} rows of the {name} data have no response to learn: left out.")
+        print(f"fastft: {len(lost)} of {len(made)} rows of {name} have no response to learn: left out.")
         made = made.select((bearing > 0).nonzero()[0])
         refuse_empty(made, name)
     refuse_untrained_stop(made, responses.stops, responses.tokenizer, name)
@@ -195,7 +204,7 @@ def _without_response(
     )
     shown = ", ".join(map(str, lost[:SHOWN])) + (", ..." if len(lost) > SHOWN else "")
     parts = f"instruction_part={responses.instruction_part!r}, response_part={responses.response_part!r}"
-    where = f"{name} rows without a response to learn ({parts})"
+    where = f"{name}, rows without a response to learn ({parts})"
     got = f"{len(lost)} of {total} ({len(lost) / total:.2%}): rows {shown}"
     return [Problem(where, got, f"at most {allowed:.2%}", remedy)]
 
@@ -209,7 +218,7 @@ def refuse_untrained_stop(dataset: Any, stops: Collection[int], tokenizer: Any, 
         return
     names = sorted(tokenizer.convert_ids_to_tokens(sorted(stops)))
     remedy = "The model would never learn to stop: let the labels hold the token that ends an answer."
-    where = f"{name} data: loss-bearing stop tokens, of {present:,} in {len(dataset):,} rows"
+    where = f"{name}: loss-bearing stop tokens, of {present:,} in {len(dataset):,} rows"
     raise DataError(Problem(where, 0, f"at least one of {names}", remedy))
 
 

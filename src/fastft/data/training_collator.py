@@ -49,10 +49,12 @@ def refuse_other_labels(
     rows = [{name: row[name] for name in ("input_ids", "labels", "seq_lengths") if name in row} for row in rows]
     if not rows or any("labels" not in row for row in rows):
         return
-    found = collator([dict(row) for row in rows]).get("labels")
-    if found is None:
-        return
-    kept = Counter(found[found != IGNORE].tolist())
+    kept: Counter[int] = Counter()
+    for row in rows:  # one at a time: some collators cannot pad labels
+        found = collator([dict(row)]).get("labels")
+        if found is None:
+            return
+        kept.update(found[found != IGNORE].tolist())
     most = Counter(label for row in rows for label in row["labels"] if label != IGNORE)
     least = Counter(label for row in rows for label in _targets(row))  # a document's first token is never predicted
     if not (least - kept or kept - most):

@@ -44,4 +44,4 @@ def check_labels(data: Any, collator: Any, processing_class: Any, refuse_without
     if type(collator) is not CountingCollator:
         refuse_other_labels(collator, [data[row] for row in range(min(PROBED, len(data)))], stops)
     if refuse_without_stop:
-        refuse_untrained_stop(data, stops, tokenizer, "train")
+        refuse_untrained_stop(data, stops, tokenizer, "the training data")

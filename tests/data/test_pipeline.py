@@ -1,0 +1,171 @@
+"""Over processes, from the cache, and as a stream: the same rows, errors that name them, and little memory."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from datasets import Dataset
+
+import fastft
+from fastft.data import pipeline
+from fastft.data.chat import chat_dataset, tokenised
+from fastft.data.tokenise import Encoder
+from fastft.errors import DataError
+
+
+@pytest.fixture
+def large(monkeypatch):
+    """A hundred rows are many."""
+    monkeypatch.setattr(pipeline, "LARGE", 100)
+    monkeypatch.setattr(pipeline, "BATCH", 30)
+
+
+@pytest.fixture
+def work(monkeypatch):
+    """Count the batches that are encoded in this process."""
+    done = []
+    table = Encoder.table
+
+    def counted(self, rows, indices):
+        done.append(len(rows))
+        return table(self, rows, indices)
+
+    monkeypatch.setattr(Encoder, "table", counted)
+    return done
+
+
+@pytest.mark.parametrize("num_proc", [1, 2])
+def test_the_same_rows_however_they_come(num_proc, large, build_tokenizer, chats):
+    tokenizer, rows = build_tokenizer(), chats(250)
+    expected = [chat_dataset(rows[start : start + 50], tokenizer)[:] for start in range(0, 250, 50)]
+    expected = {name: sum((part[name] for part in expected), []) for name in ("input_ids", "labels")}  # noqa: RUF017
+    for source in (rows, tuple(rows), iter(rows), Dataset.from_list(rows)):
+        made = chat_dataset(source, tokenizer, num_proc=num_proc, progress=False)
+        assert made[:] == expected
+        assert made.cache_files
+    stream = chat_dataset(Dataset.from_list(rows).to_iterable_dataset(), tokenizer)
+    assert [row["labels"] for row in stream] == expected["labels"]
+    assert set(stream.column_names) == {"input_ids", "labels"}
+
+
+def test_the_same_content_is_tokenised_once(large, work, build_tokenizer, chats, marked):
+    rows = chats(120)
+
+    def again(rows=rows, tokenizer=None, train_on="assistant", **options):
+        work.clear()
+        chat_dataset(rows, tokenizer or build_tokenizer(), train_on, num_proc=1, progress=False, **options)
+        return sum(work)
+
+    assert again() == 120
+    assert again() == 0  # another tokenizer object, the same content
+    assert again([dict(row) for row in rows]) == 0
+    assert again(iter(rows)) == 0
+    assert again(train_on="last") == 120 and again(max_length=500) == 120
+    assert again(rows[:-1] + chats(1)) == 120
+    changed = build_tokenizer("bytes", marked.replace("<|im_start|>", "<|im_start|> "))
+    assert again(tokenizer=changed) == 120 and again(tokenizer=changed) == 0
+    added = build_tokenizer()
+    added.add_tokens(["What"])
+    assert again(tokenizer=added) == 120
+    assert again() == 0
+    data = Dataset.from_list(rows)
+    assert again(data) == 120 and again(Dataset.from_list(rows)) == 0
+
+
+def test_errors_name_the_row_of_the_whole_set(large, build_tokenizer, chats):
+    rows = chats(250)
+    rows[70]["messages"][1]["content"] = ""
+    rows[203] = {"mesages": []}
+    for source in (rows, iter(rows)):
+        with pytest.raises(DataError) as caught:
+            chat_dataset(source, build_tokenizer(), num_proc=2, progress=False)
+        text = str(caught.value)
+        assert "row 70, messages[1].content" in text and "row 203, fields" in text and len(caught.value.problems) == 2
+    with pytest.raises(DataError, match="eval row 70"):
+        tokenised(rows, build_tokenizer(), "assistant", "eval")
+    lazy = chat_dataset(iter_dataset(rows[:100]), build_tokenizer())
+    with pytest.raises(DataError, match="row 70, messages"):
+        list(lazy)
+
+
+def iter_dataset(rows):
+    from datasets import IterableDataset
+
+    return IterableDataset.from_generator(lambda: iter(rows))
+
+
+def test_rows_that_json_cannot_hold(large, build_tokenizer, chats):
+    rows = [{**row, "extra": {1, 2}} for row in chats(120)]
+    expected = chat_dataset(chats(99), build_tokenizer())
+    made = chat_dataset(rows, build_tokenizer(), num_proc=1, progress=False)
+    assert made["labels"][:99] == expected["labels"][:]
+    for row in ({"a": [1, None, "\ud800é"], "b": {"c": 1.5}}, {1, 2}, "text"):
+        assert pipeline.unspooled(pipeline.spooled_bytes(row)) == row
+
+
+def test_counts_over_the_whole_set(large, build_tokenizer, chats, capsys):
+    tokenizer, rows = build_tokenizer(), chats(120)
+    for row in rows[:6]:
+        row["messages"][0]["content"] = "What " * 100
+    options = {"max_length": 60, "overlong": "truncate", "num_proc": 1, "progress": False}
+    with pytest.raises(DataError, match=r"got '6 of 120 \(5.00%\)'"):
+        chat_dataset(rows, tokenizer, **options)
+    made = chat_dataset(rows, tokenizer, max_unlearnable=0.05, **options)
+    assert len(made) == 114 and "6 of 120 rows have nothing left to learn" in capsys.readouterr().out
+    assert made["labels"][:] == chat_dataset(rows[6:], tokenizer, **options)["labels"][:]
+
+
+def test_a_stop_token_that_is_never_learnt(build_tokenizer, chats):
+    long = chats(3, answer="It is {n}. " * 30)
+    with pytest.raises(DataError, match=r"stop token, learnt in 3 rows.*<\|im_end\|>.*got '0 times'.*Raise max_length"):
+        chat_dataset(long, build_tokenizer(), max_length=60, overlong="truncate")
+    assert len(chat_dataset([*long, *chats(1)], build_tokenizer(), max_length=60, overlong="truncate")) == 4
+    bare = "{%- for m in messages %}{{- m['role'] + ': ' + m['content'] + '\n' }}{%- endfor %}"
+    with pytest.raises(DataError, match="stop token"):
+        chat_dataset(chats(3), build_tokenizer("bytes", bare), "all")
+
+
+STREAM = """
+import resource, sys
+sys.path.insert(0, {tests!r})
+from conftest import build
+import datasets
+from fastft.data.chat import chat_dataset
+datasets.config.HF_DATASETS_CACHE = {cache!r}
+
+def rows(count):
+    for n in range(count):
+        turns = [("user", f"What is {{n}}? " * 20), ("assistant", "a " * 60)]
+        yield {{"messages": [{{"role": role, "content": content}} for role, content in turns]}}
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+import fastft.data.pipeline
+fastft.data.pipeline.LARGE = 1000
+tokenizer, seen, marks = build(), 0, []
+if {lazy}:
+    data = chat_dataset(datasets.IterableDataset.from_generator(rows, gen_kwargs={{"count": 8000}}), tokenizer)
+    for row in data:
+        seen += 1
+        if seen in (2000, 8000):
+            marks.append(peak())
+else:
+    for count in (2000, 8000):
+        made = chat_dataset(rows(count), tokenizer, num_proc=1, progress=False)
+        marks.append(peak())
+print(marks[1] - marks[0], marks[0])
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs resource")
+@pytest.mark.parametrize("lazy", [True, False], ids=["IterableDataset", "generator"])
+def test_memory_does_not_grow_with_a_stream(lazy, tmp_path):
+    """6,000 more rows are 18 MB of ids and labels in int32 alone."""
+    script = STREAM.format(tests=str(Path(__file__).parent), cache=str(tmp_path), lazy=lazy)
+    environment = {"PYTHONPATH": str(Path(fastft.__file__).parents[1]), "PATH": "", "HF_HUB_OFFLINE": "1"}
+    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=False)
+    assert out.returncode == 0, out.stderr[-2000:]
+    grown, before = map(float, out.stdout.split()[-2:])
+    assert grown < 9, (grown, before)
