@@ -48,6 +48,10 @@ class SaveError(FastftError, OSError):
     """A file that could not be written; what stood there before is untouched."""
 
 
+class OutOfMemoryError(FastftError, MemoryError):
+    """A step that needs more memory than the device has: what used it, and what would save some, in order of cost."""
+
+
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """Return "did you mean 'x'?" for the choice nearest to `word`, or an empty string."""
     near = get_close_matches(str(word), list(choices), n=1, cutoff=0.6)

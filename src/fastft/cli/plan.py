@@ -7,7 +7,7 @@ import typer
 
 from fastft.cli.output import CheckFailed, JsonOption, print_fields, print_json, print_table
 from fastft.environment import hub_offline, installed
-from fastft.errors import LoadError, Problem, UsageError
+from fastft.errors import LoadError, Problem, UsageError, did_you_mean
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
@@ -55,67 +55,66 @@ def collect(
 ) -> dict[str, Any]:
     """Return what `fastft plan --json` prints. Raises UsageError, SpecError and LoadError."""
     from fastft.memory.devices import device_of
-    from fastft.memory.estimate import OPTIMIZER_BYTES, estimate, setup_of
-    from fastft.memory.plan import (
-        budget_of,
-        describe_modes,
-        longest,
-        named_modes,
-        plan_problem,
-        remedies,
-        solve,
-        usable,
-    )
+    from fastft.memory.estimate import setup_of
+    from fastft.memory.plan import budget_of, longest, planned, remedies, usable
     from fastft.memory.shape import shape_of
     from fastft.registry.resolve import resolve
 
-    problems = [problem for problem in (plan_problem(plan),) if problem]
-    if quant not in QUANTS:
-        problems.append(Problem("--quant", quant, f"one of {', '.join(QUANTS)}"))
-    elif full and quant != "none":
-        problems.append(Problem("--full", full, "--quant none", "Quantised weights cannot be trained."))
-    if optimizer not in OPTIMIZER_BYTES:
-        problems.append(Problem("--optimizer", optimizer, f"one of {', '.join(OPTIMIZER_BYTES)}"))
-    if problems:
-        raise UsageError(*problems)
+    _check_arguments(quant, full, optimizer, plan)
     device = device_of(gpu)
     config = read_config(model)
     spec = resolve(config)
-    setup = setup_of(
-        shape_of(config, spec), batch, length, quant=None if quant == "none" else quant, rank=rank, full=full,
-        optimizer=optimizer,
-    )  # fmt: skip
-    budget = usable(device.memory)
-    asked = budget_of(plan)
-    if plan == "auto" or asked is not None:
-        made = solve(setup, min(budget, asked or budget), device)
-        modes, predicted = made.modes, made.estimate
-    else:
-        modes = named_modes(plan, setup.shape.layers)
-        predicted = estimate(setup, modes, device)
-    limit = min(budget, asked or budget)
-    fits = predicted.peak <= limit
+    weights = None if quant == "none" else quant
+    shape = shape_of(config, spec)
+    setup = setup_of(shape, batch, length, quant=weights, rank=rank, full=full, optimizer=optimizer)
+    limit = min(usable(device.memory), budget_of(plan) or device.memory)
+    made = planned(setup, plan, limit, device)
     return {
         "model": model,
         "family": spec.name,
         "gpu": {"name": device.name, "memory_bytes": device.memory},
-        "step": {"rows": batch, "length": length, "quant": None if quant == "none" else quant, "rank": setup.rank},
+        "step": {"rows": batch, "length": length, "quant": weights, "rank": setup.rank},
         "budget_bytes": limit,
-        "fits": fits,
-        "parts": [{"name": part.name, "bytes": part.bytes} for part in predicted.parts],
-        "peak_bytes": predicted.peak,
-        "host_bytes": predicted.host,
-        "layers": describe_modes(modes),
-        "modes": [{"level": mode.level, "offload": mode.offload} for mode in modes],
-        "step_seconds": predicted.seconds,
-        "time_relative_to_keep": predicted.relative,
+        "fits": made.fits,
+        **_told(made),
         "longest_length": longest(setup, limit, device),
         "remedies": []
-        if fits
+        if made.fits
         else [
             {"name": remedy.name, "saves_bytes": remedy.saves, "enough": remedy.fits}
-            for remedy in remedies(setup, modes, limit)
+            for remedy in remedies(setup, made.modes, limit)
         ],
+    }
+
+
+def _check_arguments(quant: str, full: bool, optimizer: str, plan: str) -> None:
+    from fastft.memory.estimate import OPTIMIZER_BYTES
+    from fastft.memory.plan import plan_problem
+
+    problems = [problem for problem in (plan_problem(plan),) if problem]
+    if quant not in QUANTS:
+        problems.append(Problem("--quant", quant, f"one of {', '.join(QUANTS)}", did_you_mean(quant, QUANTS)))
+    elif full and quant != "none":
+        problems.append(Problem("--full", full, "--quant none beside it", "Quantised weights cannot be trained."))
+    if optimizer not in OPTIMIZER_BYTES:
+        known = tuple(OPTIMIZER_BYTES)
+        problems.append(Problem("--optimizer", optimizer, f"one of {', '.join(known)}", did_you_mean(optimizer, known)))
+    if problems:
+        raise UsageError(*problems)
+
+
+def _told(made: Any) -> dict[str, Any]:
+    """Return a plan and its prediction as plain values."""
+    from fastft.memory.plan import describe_modes
+
+    return {
+        "parts": [{"name": part.name, "bytes": part.bytes} for part in made.estimate.parts],
+        "peak_bytes": made.estimate.peak,
+        "host_bytes": made.estimate.host,
+        "layers": describe_modes(made.modes),
+        "modes": [{"level": mode.level, "offload": mode.offload} for mode in made.modes],
+        "step_seconds": made.estimate.seconds,
+        "time_relative_to_keep": made.estimate.relative,
     }
 
 

@@ -80,30 +80,59 @@ def named_modes(plan: str, layers: int) -> tuple[Mode, ...]:
 def solve(setup: Setup, budget: int, device: Device | None = None, host: int | None = None) -> Plan:
     """Return the fastest plan whose predicted peak is at most `budget` bytes; the smallest one if none fits.
 
-    Two neighbouring modes on the hull of time over memory share the layers, the larger one first in the model's
-    order reversed: what the last layers keep is used up before the first layers' backward needs room. `host` is the
-    CPU memory that may be used, None any.
+    Two neighbouring modes on the hull of time over memory share the layers, and one layer may take a third that fills
+    the room left. The last layers get the larger mode: what they keep is used up before the first layers' backward
+    needs room. `host` is the CPU memory that may be used, None any.
     """
-    best: tuple[float, int, tuple[Mode, ...], Estimate] | None = None
-    least: tuple[int, tuple[Mode, ...], Estimate] | None = None
-    for modes in _candidates(setup, budget, device):
+    best: Plan | None = None
+    least: Plan | None = None
+    for modes in (*_candidates(setup, budget, device, True), *_candidates(setup, budget, device, False)):
         made = estimate(setup, modes, device)
         if host is not None and made.host > host:
             continue
-        if least is None or made.peak < least[0]:
-            least = (made.peak, modes, made)
-        key = (made.relative, made.peak)
-        if made.peak <= budget and (best is None or key < best[:2]):
-            best = (*key, modes, made)
-    if best is not None:
-        return Plan(best[2], best[3], budget, True)
-    return Plan(least[1], least[2], budget, False)
+        found = Plan(modes, made, budget, made.peak <= budget)
+        if least is None or made.peak < least.estimate.peak:
+            least = found
+        if found.fits and (best is None or _cost(found) < _cost(best)):
+            best = found
+    if best is None:
+        return least
+    return _topped_up(best, setup, device, host)
 
 
-def _candidates(setup: Setup, budget: int, device: Device | None) -> Iterator[tuple[Mode, ...]]:
+def _cost(plan: Plan) -> tuple[float, int]:
+    return plan.estimate.relative, plan.estimate.peak
+
+
+def _topped_up(plan: Plan, setup: Setup, device: Device | None, host: int | None) -> Plan:
+    """Return the plan with one more layer in the fastest other mode for which there is room left."""
+    first = plan.modes[-1]
+    rest = [index for index, mode in enumerate(plan.modes) if mode != first]
+    best = plan
+    for index in rest[-1:]:
+        for level in LEVELS:
+            for offload in (False, True):
+                modes = (*plan.modes[:index], Mode(level, offload), *plan.modes[index + 1 :])
+                made = estimate(setup, modes, device)
+                found = Plan(modes, made, plan.budget, made.peak <= plan.budget)
+                if found.fits and (host is None or made.host <= host) and _cost(found) < _cost(best):
+                    best = found
+    return best
+
+
+def planned(setup: Setup, plan: str | int, budget: int, device: Device | None = None) -> Plan:
+    """Return the modes of a plan by name, or those solved for `budget` bytes where it is "auto" or an amount."""
+    if plan == "auto" or budget_of(plan) is not None:
+        return solve(setup, budget, device)
+    modes = named_modes(plan, setup.shape.layers)
+    made = estimate(setup, modes, device)
+    return Plan(modes, made, budget, made.peak <= budget)
+
+
+def _candidates(setup: Setup, budget: int, device: Device | None, offload: bool) -> Iterator[tuple[Mode, ...]]:
     """Yield mixtures of two modes: of each pair that with most layers of the larger mode that fits, and the ends."""
     layers = setup.shape.layers
-    for larger, smaller in _pairs(setup, device):
+    for larger, smaller in _pairs(setup, device, offload):
         low, high = 0, layers  # layers of the larger mode
         yield _mixed(larger, smaller, low, layers)
         while low < high:
@@ -122,14 +151,14 @@ def _mixed(larger: Mode, smaller: Mode, count: int, layers: int) -> tuple[Mode, 
     return tuple(modes)
 
 
-def _pairs(setup: Setup, device: Device | None) -> list[tuple[Mode, Mode]]:
+def _pairs(setup: Setup, device: Device | None, offload: bool) -> list[tuple[Mode, Mode]]:
     """Return neighbours on the lower hull of (device bytes, seconds) of a layer, the fastest first."""
     speeds = device if device is not None and device.flops else REFERENCE
     points = []
     for level in LEVELS:
-        for offload in (False, True):
-            mode = Mode(level, offload)
-            size = 0 if offload else saved_bytes(setup, level)
+        for moved in (False, True) if offload else (False,):
+            mode = Mode(level, moved)
+            size = 0 if moved else saved_bytes(setup, level)
             points.append((step_seconds(setup, [mode], speeds), size, mode))
     points.sort(key=lambda point: point[:2])
     hull: list[tuple[float, int, Mode]] = []
@@ -140,7 +169,7 @@ def _pairs(setup: Setup, device: Device | None) -> list[tuple[Mode, Mode]]:
             hull.pop()
         hull.append(point)
     ends = [(one[2], other[2]) for one, other in pairwise(hull)] or [(hull[0][2], hull[0][2])]
-    smallest = Mode("min", True)
+    smallest = Mode("min", offload)
     return ends if ends[-1][1] == smallest else [*ends, (ends[-1][1], smallest)]
 
 

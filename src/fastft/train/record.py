@@ -17,7 +17,7 @@ from fastft.environment import version_of
 from fastft.errors import SaveError
 from fastft.graph.head import find_spec
 from fastft.state import get_state
-from fastft.train import card, checkpoint, flops, plots, step
+from fastft.train import card, checkpoint, flops, memory, plots, step
 
 VERSIONS = ("fastft", "torch", "transformers", "peft", "trl", "accelerate", "datasets", "bitsandbytes", "triton")
 TOKENS = ("all", "non_padding", "loss_bearing")
@@ -91,6 +91,7 @@ class RecordCallback(TrainerCallback):
         self.intervals: list[tuple[float, dict[str, int]]] = []
         self.totals: dict[str, int] = {}
         self.began = 0.0
+        self.predicted: dict[str, Any] = {"predicted_bytes": None}
         self.extra: dict[str, Any] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
@@ -151,6 +152,7 @@ class RecordCallback(TrainerCallback):
         """Write the picture, the manifest and the card."""
         if state.is_world_process_zero:
             self.record["rewrites"] = rewrites(model)
+            self.predicted = memory.predicted(model)
             self.finish("stopped early" if state.global_step < state.max_steps else "finished", state)
 
     def finish(self, status: str, state: Any) -> None:
@@ -184,7 +186,7 @@ class RecordCallback(TrainerCallback):
             "flops": flops.flops(self.work, counts) if counts else 0.0,
             "mfu": self._mfu(*steady),
             "train_seconds": seconds,
-            "memory": {"predicted_bytes": None, "measured_peak_bytes": peak_memory(), "kind": memory_kind()},
+            "memory": {**self.predicted, "measured_peak_bytes": peak_memory(), "kind": memory_kind()},
         }
 
     def _speed(self) -> dict[str, Any]:

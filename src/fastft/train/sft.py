@@ -24,7 +24,7 @@ from fastft.data.training_collator import CountingCollator
 from fastft.errors import Problem, SaveError, UsageError
 from fastft.model.quantize import quiet
 from fastft.state import base_model, get_state
-from fastft.train import arguments, card, checkpoint, flops, hygiene, optimizers, preparation, step
+from fastft.train import arguments, card, checkpoint, flops, hygiene, memory, optimizers, preparation, step
 from fastft.train import resume as resuming
 from fastft.train.record import RecordCallback, Tally
 
@@ -227,11 +227,34 @@ class SFTTrainer(trl.SFTTrainer):
         try:
             with quiet(), hygiene.unpatched(self.model):
                 return super().train(*args, **kwargs)
+        except torch.OutOfMemoryError as error:
+            memory.let_go(error, self.model)
+            told = memory.out_of_memory(error, self.model, self._rescue())
+            self._record_failure(told)
+            raise told from error
         except BaseException as error:
-            if self.recorder.record and self.is_world_process_zero():
-                with contextlib.suppress(SaveError):
-                    self.recorder.write_record("failed", f"{type(error).__name__}: {error}")
+            self._record_failure(error)
             raise
+
+    def _record_failure(self, error: BaseException) -> None:
+        if self.recorder.record and self.is_world_process_zero():
+            with contextlib.suppress(SaveError):
+                self.recorder.write_record("failed", f"{type(error).__name__}: {error}")
+
+    def _rescue(self) -> str:
+        """Save what was trained up to the last whole step, unless it is saved already, and say where it is."""
+        done, folder = self.state.global_step, Path(self.args.output_dir)
+        if not done or self.args.world_size > 1:
+            last = checkpoint.checkpoints(folder)
+            return f"The last checkpoint is {last[-1]}." if last else "No step had been completed."
+        target = folder / f"checkpoint-{done}"
+        try:
+            if target not in checkpoint.checkpoints(folder):
+                with quiet():
+                    self._save_checkpoint(self.model, None)
+        except (SaveError, RuntimeError) as problem:
+            return f"Step {done} could not be saved: {problem}"
+        return f"Step {done}, the last whole one, is saved in {target}; resume=True goes on from it."
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
@@ -303,7 +326,8 @@ class SFTTrainer(trl.SFTTrainer):
         state = get_state(self.model)
         if state.compiled is None:
             with quiet():
-                compile_layers(self.model, plan="min" if recompute else "auto")
+                largest = memory.largest_batch(self.args, self.train_dataset)
+                compile_layers(self.model, plan="min" if recompute else "auto", batch=largest)
             state = get_state(self.model)
         if not recompute:
             return

@@ -1,0 +1,109 @@
+"""`fastft plan`: what it prints and its exit codes, from a config.json alone and without torch."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+
+import fastft
+from fastft.cli.main import app, main
+
+LLAMA_8B = {
+    "model_type": "llama", "num_hidden_layers": 32, "hidden_size": 4096, "intermediate_size": 14336,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B))
+    return str(tmp_path)
+
+
+def told(capsys, *arguments):
+    code = main(["plan", *map(str, arguments)])
+    return code, capsys.readouterr()
+
+
+def test_options_are_frozen():
+    command = typer.main.get_command(app).get_command(None, "plan")
+    names = sorted(name for parameter in command.params for name in parameter.opts)
+    assert names == [
+        "--batch", "--full", "--gpu", "--json", "--length", "--optimizer", "--plan", "--quant", "--rank", "model",
+    ]  # fmt: skip
+
+
+def test_what_fits_is_told_in_a_table_and_as_json(folder, capsys):
+    code, out = told(capsys, folder, "--gpu", "24GB", "--length", 8192)
+    assert code == 0 and all(word in out.out for word in ("weights", "5.70", "longest length", "1 x 8192 tokens, nf4"))
+    code, out = told(capsys, folder, "--gpu", "24GB", "--length", 8192, "--json")
+    found = json.loads(out.out)
+    assert code == 0 and found["fits"] and found["remedies"] == [] and len(found["modes"]) == 32
+    assert sum(part["bytes"] for part in found["parts"]) == found["peak_bytes"] <= found["budget_bytes"] < 24e9
+    assert found["longest_length"] > 8192 and found["step_seconds"] is None
+    code, out = told(capsys, folder, "--gpu", "24GB", "--length", found["longest_length"] + 256, "--json")
+    assert code == 2
+
+
+def test_what_cannot_fit_has_exit_code_2_and_remedies(folder, capsys):
+    code, out = told(capsys, folder, "--gpu", "16GB", "--quant", "none")
+    assert code == 2 and "check failed" in out.err and 'quant="nf4"' in out.out and "yes" in out.out
+    code, out = told(capsys, folder, "--gpu", "16GB", "--quant", "none", "--json")
+    remedies = {remedy["name"]: remedy for remedy in json.loads(out.out)["remedies"]}
+    assert code == 2 and remedies['quant="nf4"']["saves_bytes"] > 9e9 and remedies['quant="nf4"']["enough"]
+
+
+def test_a_known_gpu_gives_a_time_and_a_named_plan_is_taken(folder, capsys):
+    found = {}
+    for plan in ("keep", "min", "offload", "12GB"):
+        code, out = told(capsys, folder, "--gpu", "H200", "--batch", 4, "--plan", plan, "--json")
+        found[plan] = json.loads(out.out)
+        assert code == 0
+    assert found["keep"]["step_seconds"] < found["offload"]["step_seconds"] < found["min"]["step_seconds"]
+    assert found["keep"]["peak_bytes"] > found["min"]["peak_bytes"] > found["offload"]["peak_bytes"]
+    assert found["12GB"]["peak_bytes"] <= 12e9 and found["12GB"]["budget_bytes"] == 12e9
+    assert found["min"]["layers"] == "32 layers min"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--gpu", "24GX"], ["gpu", "24GX", "RTX 4090"]),
+        (["--gpu", "24GB", "--quant", "nf5", "--optimizer", "adam", "--plan", "kep"],
+         ["did you mean 'nf4'", "did you mean 'adamw'", "did you mean 'keep'"]),
+        (["--gpu", "24GB", "--full"], ["--quant none"]),
+    ],
+)  # fmt: skip
+def test_mistakes_are_named_together(folder, capsys, arguments, words):
+    code, out = told(capsys, folder, *arguments)
+    assert code == 1 and all(word in out.err for word in words)
+
+
+def test_configs_that_cannot_be_read(tmp_path, capsys):
+    code, out = told(capsys, tmp_path, "--gpu", "24GB")
+    assert code == 1 and "no config.json" in out.err
+    (tmp_path / "config.json").write_text("{")
+    assert "cannot be read as JSON" in told(capsys, tmp_path, "--gpu", "24GB")[1].err
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "hidden_size": 64}')
+    code, out = told(capsys, tmp_path, "--gpu", "24GB")
+    assert code == 1 and "num_hidden_layers" in out.err and "vocab_size" in out.err
+    (tmp_path / "config.json").write_text('{"model_type": "unheard_of"}')
+    assert "no spec is known" in told(capsys, tmp_path, "--gpu", "24GB")[1].err
+
+
+def test_it_needs_no_torch(folder):
+    code = (
+        "import sys; sys.modules['torch'] = None\n"
+        "from fastft.cli.main import main\n"
+        f"assert main(['plan', {folder!r}, '--gpu', '24GB']) == 0"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={"PYTHONPATH": str(Path(fastft.__file__).parents[1])},
+    )
+    assert done.returncode == 0, done.stderr

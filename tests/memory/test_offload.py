@@ -1,0 +1,119 @@
+"""Saved tensors that wait in CPU memory: the gradients are the same, buffers are reused, and what stays stays."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from fastft.memory.offload import Offloader
+
+CPU = torch.device("cpu")
+
+
+class Block(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.first, self.second = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+
+    def forward(self, x, table):
+        return x + self.second(torch.tanh(self.first(x) * table))
+
+
+def chain(layers, x, table, offloader=None, which=()):
+    for index, layer in enumerate(layers):
+        if offloader is None or index not in which:
+            x = layer(x, table)
+            continue
+        with offloader.layer(lambda layer=layer: [table, *layer.parameters()]):
+            x = layer(x, table)
+    return x
+
+
+@pytest.fixture
+def problem():
+    torch.manual_seed(0)
+    layers = nn.ModuleList(Block(64) for _ in range(4)).double()
+    return layers, torch.randn(8, 32, 64, dtype=torch.float64, requires_grad=True), torch.rand(128).double()
+
+
+def gradients(layers, x):
+    return [x.grad, *(parameter.grad for parameter in layers.parameters())]
+
+
+@pytest.mark.parametrize("which", [(0, 1, 2, 3), (0, 1, 2), (1, 3), (2,)])
+def test_gradients_are_bitwise_those_without(problem, which):
+    layers, x, table = problem
+    other, y = copy.deepcopy(layers), x.detach().clone().requires_grad_()
+    chain(layers, x, table).square().sum().backward()
+    offloader = Offloader(CPU, least_bytes=1024)
+    chain(other, y, table, offloader, which).square().sum().backward()
+    assert offloader.moved_bytes > 0
+    for expected, got in zip(gradients(layers, x), gradients(other, y), strict=True):
+        assert torch.equal(expected, got)
+
+
+def test_no_buffer_is_made_after_the_first_step(problem):
+    layers, x, table = problem
+    offloader = Offloader(CPU, least_bytes=1024)
+    sizes = []
+    for _ in range(3):
+        chain(layers, x, table, offloader, range(4)).sum().backward()
+        free = sum(buffer.numel() for buffers in offloader.pool.free.values() for buffer in buffers)
+        sizes.append((offloader.pool.allocated_bytes, free, offloader.moved_bytes))
+    allocated, free, moved = sizes[0]
+    assert allocated == free == moved > 0  # every buffer has come back
+    assert [size[0] for size in sizes] == [allocated] * 3 and sizes[2][2] == 3 * moved
+
+
+def test_parameters_shared_and_small_tensors_stay(problem):
+    layers, x, table = problem
+    offloader = Offloader(CPU, least_bytes=8 * 32 * 128 * 8)  # the widened results alone
+    chain(layers, x, table, offloader, range(4)).sum().backward()
+    # A block saves: its input, the widened product, and tanh of it; the first is smaller, tables and weights stay.
+    assert offloader.moved_bytes == 4 * 2 * 8 * 32 * 128 * 8
+
+
+def test_a_second_backward_and_a_forward_without_one(problem):
+    layers, x, table = problem
+    offloader = Offloader(CPU, least_bytes=1024)
+    chain(layers, x, table, offloader, range(4))  # dropped
+    held = offloader.pool.allocated_bytes
+    loss = chain(layers, x, table, offloader, range(4)).square().sum()
+    first = torch.autograd.grad(loss, x, retain_graph=True)[0]
+    assert torch.equal(first, torch.autograd.grad(loss, x)[0])
+    del loss
+    chain(layers, x, table, offloader, range(4)).sum().backward()
+    assert offloader.pool.allocated_bytes <= 2 * held
+
+
+def test_what_views_only_a_part_of_its_memory_stays():
+    offloader = Offloader(CPU, least_bytes=1)
+    whole = torch.randn(16, 16, requires_grad=True)
+    with offloader.layer(lambda: [whole]):
+        half = (whole * 2)[:, :8]
+        out = (half * half).sum()
+    out.backward()
+    assert offloader.moved_bytes == 0
+    torch.testing.assert_close(whole.grad[:, :8], 8 * whole.detach()[:, :8])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_the_forward_keeps_two_layers_and_the_gradients():
+    torch.manual_seed(0)
+    layers = nn.ModuleList(Block(256) for _ in range(12)).cuda()
+    x, table = torch.randn(64, 512, 256, device="cuda", requires_grad=True), torch.rand(512, device="cuda")
+    chain(layers, x, table).square().sum().backward()
+    expected = [gradient.clone() for gradient in gradients(layers, x)]
+    x.grad, _ = None, layers.zero_grad()
+    offloader = Offloader(x.device)
+    for _ in range(3):
+        x.grad, _ = None, layers.zero_grad()
+        before = torch.cuda.memory_allocated()
+        out = chain(layers, x, table, offloader, range(11)).square().sum()
+        held = torch.cuda.memory_allocated() - before
+        out.backward()
+    assert held < 4 * (64 * 512 * 512 * 4 * 2 + 64 * 512 * 256 * 4)
+    for wanted, got in zip(expected, gradients(layers, x), strict=True):
+        assert torch.equal(wanted, got)

@@ -1,0 +1,92 @@
+"""Memory in training: the record's prediction, the batch that is planned for, and an out-of-memory that loses nothing."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import TrainerCallback
+
+from fastft.errors import OutOfMemoryError
+from fastft.graph.compile import compile as compile_layers
+from fastft.state import get_state
+from fastft.train import memory
+from fastft.train.sft import SFTConfig, SFTTrainer
+
+
+class RunsOut(TrainerCallback):
+    """Fails as the allocator does, before one step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+
+
+def trainer(build_model, tokenizer, dataset, settings, **changes):
+    model = compile_layers(build_model(), backend="aot_eager")
+    args = SFTConfig(**{**settings, "max_steps": 4, **changes})
+    return SFTTrainer(model, args, train_dataset=dataset, processing_class=tokenizer)
+
+
+def test_the_record_holds_the_prediction(build_model, tokenizer, dataset, settings):
+    made = trainer(build_model, tokenizer, dataset, settings, max_steps=1)
+    made.train()
+    found = json.loads((Path(settings["output_dir"]) / "run.json").read_text())["memory"]
+    planned = get_state(made.model).compiled.planned
+    assert found["predicted_bytes"] == planned.predicted().peak == sum(found["predicted_parts"].values())
+    assert found["predicted_for"] == {"rows": planned.largest[0], "length": planned.largest[1]}
+    assert found["plan"] == "auto" and found["layers"].endswith("keep") and found["measured_peak_bytes"] > 0
+    assert memory.predicted(build_model()) == {"predicted_bytes": None}
+
+
+def test_out_of_memory_saves_the_last_step_and_tells_what_would_help(build_model, tokenizer, dataset, settings):
+    whole = trainer(build_model, tokenizer, dataset, settings)
+    whole.train()
+    losses = [row["loss"] for row in whole.state.log_history if "loss" in row]
+    folder = Path(settings["output_dir"]) / "second"
+    made = trainer(build_model, tokenizer, dataset, settings, output_dir=str(folder), save_strategy="no")
+    made.add_callback(RunsOut(2))
+    with pytest.raises(OutOfMemoryError) as caught:
+        made.train()
+    text = str(caught.value)
+    for part in (
+        "CUDA out of memory. Tried to allocate 2.00 GiB.",
+        "weights",
+        "peak",
+        'plan="min": saves',
+        "checkpoint-2",
+    ):
+        assert part in text
+    assert "more" not in text.splitlines()[0] and isinstance(caught.value.__cause__, torch.OutOfMemoryError)
+    run = json.loads((folder / "run.json").read_text())
+    assert run["status"] == "failed" and "out of memory" in run["error"]
+    again = trainer(build_model, tokenizer, dataset, settings, output_dir=str(folder), save_strategy="no")
+    again.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
+    assert [row["loss"] for row in again.state.log_history if "loss" in row] == losses
+
+
+def test_out_of_memory_before_the_first_step(build_model, tokenizer, dataset, settings):
+    made = trainer(build_model, tokenizer, dataset, settings)
+    made.add_callback(RunsOut(0))
+    with pytest.raises(OutOfMemoryError, match="No step had been completed"):
+        made.train()
+    assert not list(Path(settings["output_dir"]).glob("checkpoint-*"))
+
+
+def test_largest_batch():
+    rows = Dataset.from_dict({"input_ids": [[1] * 5, [1] * 9, [1] * 2]})
+    args = SimpleNamespace(per_device_train_batch_size=4, max_length=8, packing=False)
+    assert memory.largest_batch(args, rows) == (4, 8)
+    args.max_length = None
+    assert memory.largest_batch(args, rows) == (4, 9)
+    args.packing = True
+    assert memory.largest_batch(args, rows) is None
+    args.max_length = 16
+    assert memory.largest_batch(args, rows) == (4, 16)
+    args.packing = False
+    assert memory.largest_batch(args, iter(())) is None
