@@ -22,7 +22,9 @@ NEEDED = ("torch", "transformers", "peft", "safetensors")
 
 Model = Annotated[str, typer.Argument(help="Folder of a run, an adapter or a model, or a model id of the hub.")]
 Out = Annotated[Path, typer.Argument(help="Folder to write; it appears when it is whole.")]
-Quants = Annotated[list[str], typer.Option("--quant", "-q", help="A quant; may be given several times.")]
+Quants = Annotated[
+    list[str] | None, typer.Option("--quant", "-q", help="A quant, q4_k_m by default; may be given several times.")
+]
 Base = Annotated[
     str, typer.Option(help="What adapters are merged into: dequantised (what training saw) or original (16 bits).")
 ]
@@ -78,9 +80,7 @@ def lora(
 def gguf(
     model: Model,
     out: Out,
-    quant: Annotated[list[str], typer.Option("--quant", "-q", help="A quant; may be given several times.")] = [
-        "q4_k_m"
-    ],  # noqa: B006
+    quant: Quants = None,
     base: Base = "dequantised",
     modelfile: Annotated[bool, typer.Option(help="Write a Modelfile for Ollama beside each file.")] = True,
     chat_format: Annotated[str | None, typer.Option(help="Its chat format; by default that of the tokenizer.")] = None,
@@ -97,6 +97,7 @@ def gguf(
     from fastft.export.gguf.export import export_gguf
     from fastft.export.modelfile import create_ollama_model, write_modelfile
 
+    quant = quant or ["q4_k_m"]
     if ollama and (len(quant) > 1 or not modelfile):
         raise UsageError("--ollama takes one --quant, with its Modelfile")
     with _quiet(json):

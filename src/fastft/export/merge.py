@@ -19,7 +19,7 @@ from fastft.model import files
 
 SHARD_BYTES = 5 * 10**9
 _ALIASES = {"bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float32": "fp32", "4bit": "nf4", "int4": "nf4"}
-_CHUNK = 2**22  # numbers that are compared at once
+_CHUNK = 2**18  # numbers that are compared at once
 
 
 @frozen
