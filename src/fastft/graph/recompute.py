@@ -82,7 +82,7 @@ def choose(graph: fx.Graph, level: str) -> Cut:
         for user in node.users:
             if user in backward:
                 flow.add_edge(out, "sink")
-            elif user.op != "output":
+            elif user.op != "output":  # a result of the forward is there for others, not for the backward
                 flow.add_edge(out, (user, 0))
     if "sink" not in flow:
         return Cut((), frozenset())
@@ -226,5 +226,5 @@ def _backward_nodes(graph: fx.Graph) -> set[fx.Node]:
         node = pending.pop()
         if node not in found:
             found.add(node)
-            pending.extend(node.users)
+            pending.extend(user for user in node.users if user.op != "output")
     return found
