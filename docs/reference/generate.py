@@ -26,6 +26,11 @@ API = {
         "data.recognise.Recognised",
         "data.recognise.canonical",
         "chat_dataset",
+        "train_on_responses_only",
+        "truncation_table",
+        "data.truncation.TruncationTable",
+        "preview",
+        "data.preview.Preview",
         "text_dataset",
         "standardize_sharegpt",
         "standardize_data_formats",
@@ -67,7 +72,7 @@ API = {
     ),
 }
 COMMANDS = ((), ("registry",), ("registry", "list"), ("registry", "show"), ("registry", "resolve"))
-COMMANDS += (("registry", "check"), ("registry", "formats"), ("registry", "format"), ("env",), ("demo",))
+COMMANDS += (("registry", "check"), ("registry", "formats"), ("registry", "format"), ("env",), ("demo",), ("preview",))
 RECORDS = (
     spec.ModelSpec,
     spec.NormPoint,

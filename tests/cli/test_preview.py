@@ -25,7 +25,7 @@ def test_text_json_and_page(data, tmp_path, capsys):
     model = ["--model", str(MODEL_FOLDER)]
     assert main(["preview", data, *model, "--rows", "1"]) == 0
     text = capsys.readouterr().out
-    assert "⟦It is.<|im_end|>⟧" in text and "No." not in text and "8,192" in text and "2 rows" in text
+    assert "[[It is.<|im_end|>]]" in text and "No." not in text and "8,192" in text and "2 rows" in text
     assert main(["preview", data, *model, "--json", "--train-on", "all", "--max-length", "8"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert [len(row["tokens"]) for row in found["rows"]] == [8, 8] and found["rows"][0]["learnt"] == 7

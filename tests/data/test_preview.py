@@ -46,9 +46,9 @@ def test_rows_are_those_of_the_collator(train_on, build_tokenizer, chats):
         }
         assert said["user"] == f"What is {number}?" and said["assistant"] == f"It is {number} 😀."
     assert found.truncation.rows == 5 and found.packing["rows"] == 5 and found.whole
-    assert str(found).count("⟦") == str(found).count("⟧") > 0
+    assert str(found).count("[[") == str(found).count("]]") > 0
     if train_on == "assistant":
-        assert "⟦It is 0 😀.<|im_end|>⟧" in str(found) and "⟦It is 1" in str(found)
+        assert "[[It is 0 😀.<|im_end|>]]" in str(found) and "[[It is 1" in str(found)
 
 
 def test_cut_rows_ids_and_a_stream(build_tokenizer, chats, capsys):

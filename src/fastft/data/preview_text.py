@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fastft.data.preview import Preview, PreviewRow
 
-OPEN, CLOSE = "\u27e6", "\u27e7"
+OPEN, CLOSE = "[[", "]]"
 
 
 def plain(preview: "Preview") -> str:
