@@ -50,7 +50,8 @@ def compiled_steps() -> Steps:
 
 def _checked(plain: Step, **options: bool) -> Step:
     """Return `plain` compiled; the first result for every shape is compared with that of `plain` itself."""
-    compiled = torch.compile(partial(plain, **options), fullgraph=True, dynamic=False)
+    # `plain` itself, not a partial of it: Dynamo counts versions by code, and all partials are the same code to it
+    compiled = partial(torch.compile(plain, fullgraph=True, dynamic=False), **options)
     right: dict[tuple[int, ...], bool] = {}
 
     def step(x: Tensor, *arguments: object) -> tuple[Tensor, ...]:
