@@ -147,6 +147,8 @@ EXPLAINED = {
     "tokenizer.ggml.eot_token_id": "from the chat template and the generation config",
     "tokenizer.ggml.eom_token_id": "from the generation config",
     "tokenizer.ggml.padding_token_id": "the tokenizer's, not that of config.json",
+    "tokenizer.ggml.unknown_token_id": "the tokenizer's; byte-level ones never use it",
+    "tokenizer.ggml.token_type": "the unknown token is of type unknown, not control",
     "tokenizer.ggml.scores": "of control tokens, which are never merged",
     "vocab_size": "always stated",
     "attention.key_length": "always stated",
@@ -191,6 +193,8 @@ def sentencepiece_model(folder, name):
 def test_same_file_as_llama_cpp_s_converter(name, tmp_path):
     vocabulary, source = CONVERTED[name], vocabularies.source()
     tokenizer = vocabularies.real_tokenizer(vocabulary)
+    if name == "glm4":  # the converter looks for it
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<|user|>"]})
     model = gguf_model(name, max(tokenizer.get_vocab().values()) + 1, torch.bfloat16)
     folder, theirs = tmp_path / "model", tmp_path / "theirs.gguf"
     model.save_pretrained(folder)
