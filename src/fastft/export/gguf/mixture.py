@@ -8,7 +8,7 @@ between) get more bits. The rules are a function of names and shapes; nothing is
 import re
 from collections.abc import Mapping, Sequence
 
-from attrs import frozen
+from attrs import field, frozen
 
 from fastft.errors import Problem, UsageError, did_you_mean
 from fastft.export.gguf.quants.types import TYPES
@@ -165,7 +165,7 @@ class _Rules:
     model: ModelFacts
     importance: bool
     tied: bool
-    place: Mapping[str, int] = {}  # noqa: RUF012 (frozen by attrs)
+    place: Mapping[str, int] = field(factory=dict)
     values: int = 0
 
     def counted(self, names: list[str]) -> "_Rules":

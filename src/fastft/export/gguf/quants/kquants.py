@@ -93,7 +93,7 @@ def _searched(name: str, x: Tensor, importance: Importance | None, steps: Steps)
 
 
 def _scaled_bytes(found: Tensor, most: int, guarded: bool) -> tuple[Tensor, Tensor]:
-    """Round the groups' positive scales [groups, blocks] to 0 .. most times a shared one; returns both (int32, fp32)."""
+    """Round positive scales [groups, blocks] to 0 .. most times a shared one; returns both (int32, fp32)."""
     shared = found.amax(0).clamp_(min=0.0)
     positive = shared > 0
     inverse = torch.where(positive, divide(most, shared), 0.0)
@@ -118,7 +118,7 @@ def _kept(levels: Tensor, scale: Tensor, found: Callable[[], Tensor]) -> Tensor:
 
 
 def quantize_q2_k(x: Tensor, importance: Importance | None, steps: Steps) -> Tensor:
-    """Return the blocks [84, blocks] of x [256, blocks]: 16 scales | offsets << 4, 64 bytes of 2-bit levels, d, dmin."""
+    """Return the blocks [84, blocks] of x [256, blocks]: 16 scales | offsets << 4, 64 of 2-bit levels, d, dmin."""
     affine, weights = _searched("q2_k", x, importance, steps)
     if importance is None:
         (scale, d), (offset, dmin) = (_scaled_bytes(part, 15, False) for part in (affine.scale, affine.minus))
@@ -146,9 +146,7 @@ def quantize_q5_k(x: Tensor, importance: Importance | None, steps: Steps) -> Ten
     return torch.cat((head, pack_bits(fifth), pack_nibbles(levels & 15)))
 
 
-def _scales_and_levels(
-    name: str, x: Tensor, importance: Importance | None, steps: Steps
-) -> tuple[Tensor, Tensor]:
+def _scales_and_levels(name: str, x: Tensor, importance: Importance | None, steps: Steps) -> tuple[Tensor, Tensor]:
     """Return the first 16 bytes of q4_k and q5_k blocks, and the levels [8, 32, blocks]."""
     affine, weights = _searched(name, x, importance, steps)
     if importance is None:
@@ -161,9 +159,8 @@ def _scales_and_levels(
     packed = pack_six(scale.to(torch.uint8), offset.to(torch.uint8))
     scale, offset = unpack_six(packed)
     most = GRIDS[name][0].levels
-    levels = _settled(
-        x.view(8, 32, -1), as_half(d) * scale, as_half(dmin) * offset, most, lambda: affine.levels(x.view(8, 32, -1), most)
-    )
+    groups = x.view(8, 32, -1)
+    levels = _settled(groups, as_half(d) * scale, as_half(dmin) * offset, most, lambda: affine.levels(groups, most))
     return torch.cat((half_bytes(d), half_bytes(dmin), packed)), levels
 
 

@@ -36,7 +36,7 @@ class Steps:
 
 @frozen
 class Grid:
-    """Which scales an offset search tries: those that spread the group over levels + low + delta * i, i = 0 .. steps."""
+    """Which scales are tried: those that spread a group over levels + low + delta * i, for i = 0 .. steps."""
 
     levels: int  # the largest level
     low: float
@@ -298,8 +298,8 @@ def table_index(value: Tensor, table: tuple[int, ...]) -> Tensor:
     The middles are multiples of one half, and comparing with them gives what comparing the two distances would.
     """
     index = torch.zeros_like(value)
-    for lower, upper in zip(table, table[1:], strict=False):
-        index = index + (~(value < (lower + upper) / 2)).float()  # so NaN has the last index
+    for place in range(1, len(table)):
+        index = index + (~(value < (table[place - 1] + table[place]) / 2)).float()  # so NaN has the last index
     return index
 
 
@@ -316,8 +316,9 @@ def table_step(
     best, best_scale = state
     value = inverse.unsqueeze(-2) * x
     level = torch.full_like(value, float(table[0]))
-    for lower, upper in zip(table, table[1:], strict=False):
-        level = level + torch.where(value < (lower + upper) / 2, 0.0, float(upper - lower))
+    for place in range(1, len(table)):
+        middle, rise = (table[place - 1] + table[place]) / 2, float(table[place] - table[place - 1])
+        level = level + torch.where(value < middle, 0.0, rise)
     weighted = weight * level
     sum_xl = ordered_sum(weighted * x, fused)
     sum_l2 = ordered_sum(weighted * level, fused)

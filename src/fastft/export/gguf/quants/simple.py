@@ -46,9 +46,7 @@ def _symmetric(x: Tensor, importance: Importance | None, steps: Steps, most: int
     return scale, level.to(torch.uint8)
 
 
-def _affine(
-    x: Tensor, importance: Importance | None, steps: Steps, most: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def _affine(x: Tensor, importance: Importance | None, steps: Steps, most: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return the scale, the smallest value (both [blocks]) and the levels 0 .. most (uint8) of blocks [32, blocks]."""
     if importance is not None:
         weight = importance_weights(x, importance.weight, importance.row_mean_square)
