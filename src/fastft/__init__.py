@@ -32,6 +32,8 @@ _EXPORTS = {
     "sft": "fastft.train.sft",
     "merge": "fastft.export.merge",
     "save_adapter": "fastft.export.merge",
+    "export_gguf": "fastft.export.gguf.export",
+    "export_lora_gguf": "fastft.export.gguf.lora",
     "verify_export": "fastft.export.verify",
     "push": "fastft.export.hub",
     "write_modelfile": "fastft.export.modelfile",
