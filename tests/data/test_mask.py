@@ -93,6 +93,21 @@ def test_prompt_with_completion(pair, turns):
         assert chat_dataset(several, marked)[:] == chat_dataset([{"messages": messages}], marked)[:]
 
 
+def test_a_template_that_only_resembles_a_known_format(build_tokenizer, unmarked):
+    """It renders some rows otherwise: those are errors that say so, and all others are used."""
+    twisted = unmarked.replace(
+        "+ message['role'] +", "+ message['role'] + ('!' if 'twist' in message['content'] else '') +"
+    )
+    tokenizer = build_tokenizer("bytes", twisted)
+    plain, other = row([("user", "a"), ("assistant", "b")]), row([("user", "twist"), ("assistant", "b")])
+    assert chat_dataset([plain], tokenizer)[:] == chat_dataset([plain], build_tokenizer())[:]
+    with pytest.raises(
+        DataError, match=r"^row 1, messages: expected the rendering of the known format.*get_chat_templ"
+    ):
+        chat_dataset([plain, other], tokenizer)
+    assert len(chat_dataset([plain, other], tokenizer, "all")) == 2
+
+
 @pytest.mark.parametrize("inside", ["\n", "\n\n", " "])
 def test_blanks_behind_the_stop_token_are_not_sampled(build_tokenizer, marked, inside):
     wide = marked.replace(

@@ -89,6 +89,12 @@ def test_errors_name_the_row_of_the_whole_set(large, build_tokenizer, chats):
         list(lazy)
 
 
+def test_no_rows(build_tokenizer):
+    for source in ([], iter([]), Dataset.from_dict({"text": []})):
+        with pytest.raises(DataError, match="at least one row"):
+            chat_dataset(source, build_tokenizer())
+
+
 def iter_dataset(rows):
     from datasets import IterableDataset
 

@@ -71,7 +71,6 @@ def chat_dataset(
     if _is_stream(rows):
         return _streamed(rows, encoder)
     found = pipeline.encoded(rows, encoder, num_proc, progress)
-    refuse_empty(found)
     found = _sound_rows(found, max_length, max_unlearnable)
     _need_stops(found, encoder)
     return found.select_columns(["input_ids", "labels"])

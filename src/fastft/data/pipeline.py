@@ -15,6 +15,7 @@ from typing import Any
 
 from attrs import frozen
 
+from fastft.data.check import refuse_empty
 from fastft.data.rendering import own_templates
 from fastft.data.tokenise import Encoder
 from fastft.environment import version_of
@@ -60,6 +61,7 @@ def encoded(rows: Any, encoder: Encoder, num_proc: int | None = None, progress: 
         batches = (rows_of(batch, columns) for batch in rows.iter(BATCH))
         return _here(batches, encoder)
     head = list(itertools.islice(iter(rows), LARGE))
+    refuse_empty(head)
     if len(head) < LARGE:
         return _here((head[start : start + BATCH] for start in range(0, len(head), BATCH)), encoder)
     rest = rows[LARGE:] if isinstance(rows, list | tuple) else rows
@@ -88,7 +90,7 @@ def _mapped(rows: Any, digest: str, encoder: Encoder, num_proc: int | None, prog
 
     fingerprint = _fingerprint(digest, encoder)
     columns = tuple(rows.column_names)
-    processes = num_proc or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    processes = num_proc or _cores()
     shown = is_progress_bar_enabled()
     try:
         if not progress and shown:
@@ -109,6 +111,11 @@ def _mapped(rows: Any, digest: str, encoder: Encoder, num_proc: int | None, prog
     finally:
         if not progress and shown:
             enable_progress_bar()
+
+
+def _cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def features() -> Any:

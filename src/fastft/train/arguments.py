@@ -138,6 +138,7 @@ def _wrong_numbers(args: Any) -> list[Problem]:
         "loraplus_ratio": 0,
         "weight_decay": 0,
         "label_smoothing_factor": 0,
+        "max_unlearnable": 0,
     }
     problems = []
     for name, bound in least.items():

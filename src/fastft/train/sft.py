@@ -394,7 +394,8 @@ def sft(
 ) -> SftResult:
     """Fine-tune `model` on `train` and leave model, checkpoints and run record in `output_dir`.
 
-    `train` and `eval` are token ids (`chat_dataset`'s result) or rows, which `chat_dataset` renders with `train_on`.
+    `train` and `eval` are token ids (`chat_dataset`'s result) or what `chat_dataset` takes, which renders it with
+    `train_on`.
     `options`: epochs, steps, batch_size, eval_batch_size, learning_rate, accumulate, packing, max_length, schedule,
     warmup_steps, optimizer, weight_decay, seed, log_every, save_every, eval_every, keep_checkpoints, report_to,
     embedding_learning_rate, loraplus_ratio, early_stopping_patience, label_smoothing, or any field of `SFTConfig`; or
