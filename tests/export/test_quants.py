@@ -190,8 +190,8 @@ def test_shapes_and_names_are_checked_together():
         quantize(torch.zeros(2, 96), "q4_k", torch.zeros(7))
     with pytest.raises(UsageError, match="negative"):
         quantize(torch.zeros(2, 256), "q4_k", -torch.ones(256))
-    with pytest.raises(UsageError, match=r"q4_x.*did you mean 'q4_"):
-        quantize(torch.zeros(2, 256), "q4_x")
+    with pytest.raises(UsageError, match=r"did you mean 'q4_k'"):
+        quantize(torch.zeros(2, 256), "q4_kk")
     with pytest.raises(UsageError, match="144 bytes for shape"):
         dequantize(torch.zeros(143, dtype=torch.uint8), "q4_k", (1, 256))
 
@@ -214,7 +214,7 @@ def test_compiled_steps_give_the_same_bytes(ggml, name, caplog):
     for weights in (None, importance):
         got = quantize(x, name, weights, compiled=True, strict=False)
         assert torch.equal(got, ggml_bytes(ggml, x, name, weights))
-    assert not caplog.records  # the compiled steps were taken
+    assert "is not used" not in caplog.text and "no C++" not in caplog.text
 
 
 def test_a_compiled_step_that_differs_is_not_used(monkeypatch, caplog):
