@@ -20,9 +20,11 @@ CHUNK_BYTES = 512 << 20  # logits at once in the loss head (fastft.kernels.linea
 OPTIMIZER_BYTES = {"adamw": 8.0, "adamw_8bit": 2.0 + 8 / 256}
 # What torch's allocator rounds up and cannot join, as a part of the peak.
 SLACK = 0.01
-# Temporaries of one layer's backward, in widths a token: of the feed-forward where gate and up were kept or are
-# computed again, of the residual stream, and of attention (with fp32 sums over queries, and keys for every head).
-WIDE_KEPT, WIDE_AGAIN, NARROW, ATTENTION = 3.0, 5.0, 4.0, 6.0
+# Temporaries of one layer's backward, in widths a token: of the feed-forward (the gradients of its product, of gate and
+# of up; those two themselves where they are computed again), of the residual stream, and of attention (gradients, fp32
+# sums over queries, keys and values for every head).
+WIDE_KEPT, WIDE_AGAIN, NARROW, ATTENTION = 3.0, 5.0, 1.5, 6.0
+LONG_ROW = 512  # from this width on a norm's sums are kept
 # Tensors of a parked layer's input that may wait for their copies, and of one that is fetched ahead.
 IN_FLIGHT = 2
 ATTENTION_SPEED, ATTENTION_BACKWARD = 0.75, 3.2
@@ -122,8 +124,7 @@ def own_bytes_per_token(setup: Setup, level: str) -> int:
     kept = 0
     if "projection" not in again:
         kept += e * (shape.query + 2 * shape.key)
-        if shape.projection_norm:  # both what was normalised and what was rotated afterwards is wanted; one is kept
-            kept += 8
+        kept += 8 if shape.projection_norm and shape.query >= LONG_ROW else 0
     if "attention" not in again:
         kept += e * shape.query + 4 * shape.heads
     if "output" not in again and not shape.parallel:
@@ -133,16 +134,19 @@ def own_bytes_per_token(setup: Setup, level: str) -> int:
     if shape.normed_outputs and "down" not in again:
         kept += e * shape.hidden
     norms = (1 if shape.parallel else 2) + (2 if shape.normed_outputs and shape.normed_inputs else 0)
-    long_rows = shape.hidden >= 1024
-    kept += 4 * norms * (2 if shape.layer_norm else 1) if long_rows else 0
+    kept += 4 * norms * (2 if shape.layer_norm else 1) if shape.hidden >= LONG_ROW else 0
     return kept + e * _inner_ranks(setup, again)
 
 
 def _inner_ranks(setup: Setup, again: frozenset[str]) -> int:
-    """Return the widths of x A^T that are kept: of the linears that do not run again, and always of the last one."""
-    kept = {role for role in ("projection", "output", "feed_forward", "down") if role not in again} | {"down"}
-    if setup.shape.normed_outputs and "down" in again:
-        kept.discard("down")
+    """Return the widths of x A^T that are kept: of the linears that do not run again.
+
+    One runs again only if its result is wanted: that of the last linear is where a norm follows it, that of attention's
+    last where the feed-forward reads it.
+    """
+    kept = {role for role in ("projection", "output", "feed_forward", "down") if role not in again}
+    kept |= set() if setup.shape.normed_outputs else {"down"}
+    kept |= {"output"} if setup.shape.parallel else set()
     return setup.rank * sum(role in kept for role, _, _ in setup.shape.linears)
 
 
@@ -150,10 +154,12 @@ def temporary_bytes(setup: Setup, level: str) -> int:
     """Return the most that the backward of one layer holds besides what was kept, in bytes."""
     shape, again, e = setup.shape, LEVELS[level].again, setup.element
     wide = WIDE_AGAIN if "feed_forward" in again else WIDE_KEPT
-    feed_forward = wide * shape.intermediate + NARROW * shape.hidden
-    attention = ATTENTION * shape.query + NARROW * shape.hidden
-    if "projection" in again:
-        attention += shape.query + 2 * shape.key
+    # What is computed again on the way to gate and up is wanted once more further down, so it stays.
+    anew = shape.query + 2 * shape.key if "projection" in again else 0
+    anew += shape.query if "attention" in again else 0
+    anew += shape.hidden if "output" in again and not shape.parallel else 0
+    feed_forward = wide * shape.intermediate + NARROW * shape.hidden + anew
+    attention = ATTENTION * shape.query + NARROW * shape.hidden + anew
     weight = max(given * made for _, given, made in shape.linears) * e if setup.quant else 0
     return int(setup.tokens * e * max(feed_forward, attention)) + weight
 
