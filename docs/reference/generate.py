@@ -60,6 +60,34 @@ API = {
     "Verify": ("verify", "train.verify.VerifyReport", "train.verify.Comparison"),
     "Train": ("sft", "train.sft.SftResult", "SFTTrainer", "SFTConfig"),
     "Generate": ("generate",),
+    "Export": (
+        "merge",
+        "export.merge.MergeReport",
+        "export.merge.Change",
+        "save_adapter",
+        "export_gguf",
+        "export_lora_gguf",
+        "verify_export",
+        "export.verify.ExportReport",
+        "export.verify.ArtefactReport",
+        "export.compare.Distance",
+        "export.compare.Limits",
+        "write_modelfile",
+        "export.modelfile.modelfile",
+        "export.modelfile.create_ollama_model",
+        "push",
+        "export.hub.Pushed",
+        "export.weights.weight_source",
+        "export.weights.WeightSource",
+        "export.weights.Weight",
+    ),
+    "Saving methods of FastLanguageModel's models": (
+        "facade.saving.save_pretrained_merged",
+        "facade.saving.push_to_hub_merged",
+        "facade.saving.save_pretrained_gguf",
+        "facade.saving.push_to_hub_gguf",
+        "facade.saving.save_pretrained_torchao",
+    ),
     "Familiar names": ("FastLanguageModel", "FastModel", "FastVisionModel", "is_bfloat16_supported"),
     "Errors": (
         "errors.FastftError",
@@ -73,6 +101,7 @@ API = {
 }
 COMMANDS = ((), ("registry",), ("registry", "list"), ("registry", "show"), ("registry", "resolve"))
 COMMANDS += (("registry", "check"), ("registry", "formats"), ("registry", "format"), ("env",), ("demo",), ("preview",))
+COMMANDS += (("export",), ("export", "merged"), ("export", "lora"), ("export", "gguf"), ("verify",))
 RECORDS = (
     spec.ModelSpec,
     spec.NormPoint,

@@ -82,6 +82,7 @@ def gguf(
     out: Out,
     quant: Quants = None,
     base: Base = "dequantised",
+    imatrix: Annotated[Path | None, typer.Option(help="An importance matrix, as llama.cpp writes them.")] = None,
     modelfile: Annotated[bool, typer.Option(help="Write a Modelfile for Ollama beside each file.")] = True,
     chat_format: Annotated[str | None, typer.Option(help="Its chat format; by default that of the tokenizer.")] = None,
     system: Annotated[str | None, typer.Option(help="Its system message.")] = None,
@@ -95,6 +96,7 @@ def gguf(
     """
     _check_installed(*NEEDED, "gguf")
     from fastft.export.gguf.export import export_gguf
+    from fastft.export.gguf.imatrix import load_imatrix
     from fastft.export.modelfile import create_ollama_model, write_modelfile
 
     quant = quant or ["q4_k_m"]
@@ -106,7 +108,8 @@ def gguf(
         options = {"chat_format": chat_format, "system": system, "num_ctx": num_ctx}
         if modelfile:
             _check_modelfile(tokenizer, options)
-        report = export_gguf(source, tokenizer, out, quants=quant, base=base)
+        importance = load_imatrix(imatrix).importance() if imatrix else None
+        report = export_gguf(source, tokenizer, out, quants=quant, base=base, importance=importance)
         made = [file.path for file in report.files]
         names = ["Modelfile"] if len(made) == 1 else [f"Modelfile.{path.stem}" for path in made]
         written = [write_modelfile(p, tokenizer, n, **options) for p, n in zip(made, names)] if modelfile else []

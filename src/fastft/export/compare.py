@@ -70,8 +70,8 @@ def _finite(*tensors: Tensor) -> bool:
     return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
 
 
-# What a kind of numbers may cost: about four times what it costs the demo model (4.5 million parameters, held-out text),
-# the worst of a family's types. docs/how-to/verify-export.md has the measurements.
+# What a kind of numbers may cost: about four times what the worst of its types costs the demo model (4.5 million
+# parameters) on held-out text. docs/how-to/verify-export.md has the measurements.
 _LIMITS = {
     "fp32": Limits(1e-5, 0.005, 0.002),
     "fp16": Limits(5e-5, 0.01, 0.005),

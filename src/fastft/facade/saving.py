@@ -130,8 +130,8 @@ def save_pretrained_gguf(
         raise UsageError(Problem("save_pretrained_gguf save_method", save_method, expected))
     from fastft.export.gguf.export import export_gguf
 
-    extra = {} if imatrix_file is None else {"imatrix": imatrix_file}
-    report = export_gguf(model, tokenizer, save_directory, quants=quantization_method, base=base, **extra)
+    importance = _importance(imatrix_file)
+    report = export_gguf(model, tokenizer, save_directory, quants=quantization_method, base=base, importance=importance)
     _write_modelfiles(model, tokenizer, [file.path for file in report.files])
     return report
 
@@ -218,6 +218,18 @@ def _precision(model: Any, save_method: str, dtype: Any) -> str | None:
     held = dtype if dtype is not None else base_model(model).dtype
     chosen = _DTYPES[str(held).removeprefix("torch.")]
     return "bf16" if chosen == "fp32" and dtype is None else chosen
+
+
+def _importance(path: Any) -> Any:
+    """Return what an importance matrix's file says, None for none; True is refused: nothing is fetched unasked."""
+    if path is None or path is False:
+        return None
+    if path is True:
+        remedy = "Compute one (docs/how-to/export-gguf.md), or download one and give its path."
+        raise UsageError(Problem("imatrix_file", path, "the path of an importance matrix", remedy))
+    from fastft.export.gguf.imatrix import load_imatrix
+
+    return load_imatrix(path).importance()
 
 
 def _save_lora_gguf(model: Any, folder: Path, quant: str | Sequence[str]) -> Path:
