@@ -1,6 +1,7 @@
 """The tokens that bear loss are those the model would sample: against a rendering written out here, of any text."""
 
 import os
+import re
 from itertools import pairwise
 
 import pytest
@@ -138,7 +139,7 @@ def test_a_stop_token_that_is_another_turns_header_is_none(build_tokenizer):
         "{%- endgeneration %}{%- endfor %}"
     )
     tokenizer = build_tokenizer("bytes", template)
-    with pytest.raises(DataError, match=r"row 0, assistant turn 0: expected a stop token at its end"):
+    with pytest.raises(DataError, match=r"row 0, assistant turn 2: expected a stop token at its end"):
         chat_dataset([row([("user", "a"), ("assistant", "b"), ("user", "c")])], tokenizer)
 
 
@@ -176,6 +177,33 @@ def test_a_tokenizer_that_tells_no_offsets(build_tokenizer):
     found = [token_range(offsets, *span) for span in spans]
     exact = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
     assert found == [token_range(exact, *span) for span in spans]
+
+
+@pytest.mark.parametrize(
+    "name, learnt",
+    [
+        ("gpt-oss", "<|channel|>final<|message|>b<|channel|>final<|message|>d<|return|>"),  # history has another end
+        ("glm-4", "b<|user|>d<|user|>"),  # the stop token opens the next turn
+        ("command-r7b", "".join(f"<|START_RESPONSE|>{a}<|END_RESPONSE|><|END_OF_TURN_TOKEN|>" for a in "bd")),
+        ("qwen-3-thinking", "b<|im_end|>\n</think>\n\nd<|im_end|>"),  # the generation prompt opens the thinking
+    ],
+)
+def test_formats_with_ends_of_their_own(name, learnt, build_tokenizer):
+    from fastft.data.responses import train_on_responses_only
+    from fastft.registry.chat import chat_format
+
+    form = chat_format(name)
+    tokenizer = build_tokenizer("bytes", form.jinja)
+    around = form.user.start + form.user.end + form.assistant.start + learnt
+    named = {*form.stop_tokens, *re.findall(r"<\|[^<> ]+?\|>", around)}
+    tokenizer.add_special_tokens({"additional_special_tokens": sorted(named | {"<|im_start|>"})})
+    rows = [row([("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")])]
+    made = chat_dataset(rows, tokenizer)
+    found = tokenizer.decode([label for label in made[0]["labels"] if label != -100])
+    assert found == learnt
+    if name != "gpt-oss":
+        everything = chat_dataset(rows, tokenizer, "all")
+        assert train_on_responses_only(everything, tokenizer=tokenizer)["labels"][:] == made["labels"][:]
 
 
 def test_spans():

@@ -37,29 +37,42 @@ def special_ids(tokenizer: Any) -> frozenset[int]:
 
 
 def find_scaffold(
-    tokenizer: Any, render: Callable[..., str | None] | None = None, stop_tokens: Iterable[str] = ()
+    tokenizer: Any, render: Callable[..., tuple[str, list[Span]] | None] | None = None, stop_tokens: Iterable[str] = ()
 ) -> Scaffold:
     """Ask the tokenizer's template, by a conversation rendered for the purpose, how it opens and ends a turn.
 
-    `render(messages, add_generation_prompt)` returns the text, or None where the template refuses the conversation.
-    `stop_tokens` are those of the known format, if there is one.
+    `render(messages, add_generation_prompt)` returns the text and its generation spans, or None where the template
+    refuses the conversation. `stop_tokens` are those of the known format, if there is one: else the stop token is the
+    special token that ends the last span, or that follows the answer where nothing is marked.
     """
     special = special_ids(tokenizer)
     stops = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
-    known = tokenizer.convert_tokens_to_ids(list(stop_tokens)) if stop_tokens else []
+    stop_tokens = list(stop_tokens)
+    known = tokenizer.convert_tokens_to_ids(stop_tokens) if stop_tokens else []
     stops |= {token for token in known if token is not None and token != tokenizer.unk_token_id}
-    prompt = ""
-    if render is not None:
-        asked = [{"role": "user", "content": "question"}]
-        answered = [*asked, {"role": "assistant", "content": "answer"}]
-        text, before, opened = render(answered, False), render(asked, False), render(asked, True)
-        if before is not None and opened is not None and opened.startswith(before):
-            prompt = opened[len(before) :]
-        if text is not None and "answer" in text:
-            tail = text[text.rindex("answer") + len("answer") :]
-            ids = tokenizer(tail.strip(), add_special_tokens=False)["input_ids"] if tail.strip() else []
-            stops |= {token for token in ids[:1] if token in special}
+    if render is None:
+        return Scaffold("", frozenset(stops), special)
+    asked = [{"role": "user", "content": "question"}]
+    answered, before, opened = (
+        render([*asked, {"role": "assistant", "content": "answer"}], False), render(asked, False), render(asked, True),
+    )  # fmt: skip
+    prompt = opened[0].removeprefix(before[0]) if before and opened and opened[0].startswith(before[0]) else ""
+    if answered is not None and "answer" in answered[0] and not known:
+        stops |= _ending(answered[0], answered[1], tokenizer, special)
     return Scaffold(prompt, frozenset(stops), special)
+
+
+def _ending(text: str, spans: Sequence[Span], tokenizer: Any, special: frozenset[int]) -> set[int]:
+    """Return the id of the special token that ends the answer in `text`, if one does."""
+
+    def ids(part: str) -> list[int]:
+        return tokenizer(part, add_special_tokens=False)["input_ids"] if part else []
+
+    behind = text.rindex("answer") + len("answer")
+    end = max((end for _, end in spans), default=0)
+    inside = ids(text[behind:end].strip())[-1:] if end > behind else []
+    outside = ids(text[max(behind, end) :].strip())[:1]
+    return {token for token in (inside if inside and inside[0] in special else outside) if token in special}
 
 
 def merged(spans: Iterable[Span]) -> list[Span]:

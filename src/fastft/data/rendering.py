@@ -99,9 +99,9 @@ def templates_of(tokenizer: Any, train_on: str) -> tuple[Templates, Scaffold]:
     marked = all(GENERATION.search(template) for template in (plain, tools))
     known = None if marked else _known_format(tokenizer)
 
-    def probe(messages: Sequence[Any], opened: bool) -> str | None:
+    def probe(messages: Sequence[Any], opened: bool) -> tuple[str, list[Span]] | None:
         try:
-            return render(tokenizer, plain, [messages], opened)[0][0]
+            return render(tokenizer, plain, [messages], opened, marked=marked)[0]
         except render_errors():
             return None
 

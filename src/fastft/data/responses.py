@@ -34,6 +34,7 @@ class Responses:
     stops: frozenset[int]
     last: bool = False
     exact: bool = True
+    opening: str = ""  # what the generation prompt has behind the response part: given, where it is there
     pieces: Pieces = field(init=False)
     _patterns: dict[str, re.Pattern[str]] = field(factory=dict)
 
@@ -62,6 +63,7 @@ class Responses:
         ends = list(accumulate(map(len, pieces)))
         text = "".join(pieces)
         begins = [match.end() for match in self._pattern(self.response_part).finditer(text)]
+        begins = [end + len(self.opening) if text.startswith(self.opening, end) else end for end in begins]
         heads = [self.instruction_part, self.response_part]
         opens = sorted(match.start() for head in heads if head for match in self._pattern(head).finditer(text))
         spans = []
@@ -70,7 +72,8 @@ class Responses:
             after = bisect_left(opens, begin)
             limit = opens[after] if after < len(opens) else len(text)
             high = bisect_right(ends, limit)
-            stop = next((place for place in range(low, high) if ids[place] in self.stops), None)
+            reach = range(low, min(high + 1, len(ids)))  # a stop token may be what opens the next turn
+            stop = next((place for place in reach if ids[place] in self.stops), None)
             high = high if stop is None else stop + 1
             if low < high:
                 spans.append((low, high))
@@ -120,8 +123,9 @@ def train_on_responses_only(
     tokenizer = _tokenizer_of(trainer, tokenizer)
     instruction_part, response_part = _parts(tokenizer, instruction_part, response_part)
     scaffold = templates_of(tokenizer, "all")[1]
+    opening = scaffold.prompt.partition(response_part)[2]
     responses = Responses(
-        tokenizer, instruction_part, response_part, scaffold.stops, last_response_only, bool(force_match)
+        tokenizer, instruction_part, response_part, scaffold.stops, last_response_only, bool(force_match), opening
     )
     if return_function:
         return responses

@@ -186,16 +186,22 @@ class Encoder:
         return mask.prefix_offsets(text.text, text.ids, self._plain_ids, cuts)
 
     def turns(self, text: "Text", spans: Sequence[tuple[int, Span]]) -> list[Span]:
-        """Return the token ranges of numbered spans, each with its stop token. Raises `DataError` without one."""
+        """Return the token ranges of numbered spans, each with its stop token. Raises `DataError` without one.
+
+        Some formats write another token where an earlier turn ended than the model sampled there: a turn before the
+        last may end at a special token that is not learnt.
+        """
         ranges, problems, offsets = [], [], self.offsets(text)
         for number, span in spans:
             found = mask.turn_range(text.text, span, text.ids, offsets, self.scaffold)
+            if found is None and number != spans[-1][0]:
+                low, high = mask.token_range(offsets, *span)
+                found = (low, high) if high < len(text.ids) and text.ids[high] in self.scaffold.special else None
             if found is None:
                 remedy = "End the turn with the EOS token in the chat template, or the model never learns to stop."
                 where = f"{text.row.where}, assistant turn {number}"
-                problems.append(
-                    Problem(where, text.text[span[0] : span[1] + 20][-40:], "a stop token at its end", remedy)
-                )
+                tail = text.text[span[0] : span[1] + 20][-40:]
+                problems.append(Problem(where, tail, "a stop token at its end", remedy))
             else:
                 ranges.append(found)
         if problems:
