@@ -99,7 +99,7 @@ def quantize(
     out = torch.empty(rows, entry.row_bytes(n), dtype=torch.uint8, device=x.device)
     for start, stop in _row_ranges(rows, n):
         part = x[start:stop].float().contiguous()
-        if not bool(part.isfinite().all()):
+        if not all(end.isfinite() for end in part.aminmax()):
             raise UsageError(_not_finite(part, start))
         blocks = _encode(part, entry, codec, importance, steps)
         if strict:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 # Below this largest magnitude a group counts as all zero.
 TINY = 1e-15
+_BELOW_HALF = 0.5 - 2**-25
 
 
 def ordered_sum(terms: Tensor, fused: bool = False) -> Tensor:
@@ -43,11 +44,15 @@ def truncated_byte(value: Tensor) -> Tensor:
     return value.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).to(torch.int32).bitwise_and_(0xFF)
 
 
-def round_half_away(value: Tensor) -> Tensor:
-    """Round fp32 to integers, halves away from zero, as fp32; infinity and NaN give 0."""
-    value = value.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
-    whole = value.trunc()
-    return whole.add_((value - whole).mul_(2).trunc_())
+def scaled_bytes(x: Tensor, scale: Tensor) -> Tensor:
+    """Return x [elements, blocks] / scale [blocks] rounded to int8, halves away from zero.
+
+    The division is a product with the inverse; where that overflows, and where the scale is 0, the bytes are 0. Adding
+    the number below 1/2 and cutting rounds every number of that size rightly, its neighbours of 1/2 among them.
+    """
+    factor = inverse(scale)
+    value = x * torch.where(factor.isfinite(), factor, 0.0)
+    return value.add_(torch.copysign(value.new_tensor(_BELOW_HALF), value)).to(torch.int8)
 
 
 def largest(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ from fastft.export.gguf.quants.arithmetic import (
     half_bytes,
     inverse,
     largest,
-    round_half_away,
+    scaled_bytes,
     truncated_byte,
 )
 from fastft.export.gguf.quants.kquants import Importance, importance_weights
@@ -25,8 +25,7 @@ from fastft.export.gguf.quants.search import Grid, Steps, affine_search, symmetr
 def quantize_q8_0(x: Tensor, importance: Importance | None, steps: Steps) -> Tensor:
     """Return the blocks [34, blocks] of x [32, blocks]: the scale, then a byte a weight. Takes no importance."""
     scale = divide(x.abs().amax(0), 127)
-    level = round_half_away(x * inverse(scale)).to(torch.int8)
-    return torch.cat((half_bytes(scale), level.view(torch.uint8)))
+    return torch.cat((half_bytes(scale), scaled_bytes(x, scale).view(torch.uint8)))
 
 
 def dequantize_q8_0(data: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fastft.export.gguf.quants.arithmetic import half, half_bytes, inverse, round_half_away
+from fastft.export.gguf.quants.arithmetic import half, half_bytes, scaled_bytes
 from fastft.export.gguf.quants.kquants import Importance
 from fastft.export.gguf.quants.packing import pack_pairs, unpack_pairs
 from fastft.export.gguf.quants.search import Steps
@@ -15,7 +15,7 @@ PARTS = ((5, 32), (5, 16), (4, 4))
 def _trits(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return the scale [blocks], the largest magnitude, and 0, 1 or 2 for every weight (uint8 [256, blocks])."""
     scale = x.abs().amax(0)
-    return scale, (round_half_away(x * inverse(scale)) + 1).to(torch.uint8)
+    return scale, (scaled_bytes(x, scale) + 1).view(torch.uint8)
 
 
 def quantize_tq1_0(x: Tensor, importance: Importance | None, steps: Steps) -> Tensor:
