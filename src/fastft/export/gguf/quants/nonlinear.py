@@ -1,5 +1,7 @@
 """Blocks of 32 weights whose levels are the values of a table: iq4_nl, iq4_xs and mxfp4."""
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -25,7 +27,7 @@ def quantize_iq4_nl(x: Tensor, importance: Importance | None, steps: Steps) -> T
     """Return the blocks [18, blocks] of x [32, blocks]: the scale, then 4 bits a weight."""
     spread = square_sum(x) * (2 / 32)
     scale = _table_scales(x[None], None if importance is None else importance.weight[None], spread, steps)[0]
-    level = table_index(inverse(scale) * x, TABLE).to(torch.uint8)
+    level = table_index(inverse(scale) * x, TABLE)
     return torch.cat((half_bytes(scale), pack_halves(level)))
 
 
@@ -45,7 +47,7 @@ def quantize_iq4_xs(x: Tensor, importance: Importance | None, steps: Steps) -> T
     found = _table_scales(groups, weight, square_sum(x) * (2 / 256), steps)
     d = -largest(found)[1] / 32
     level = nearest_int(inverse(d) * found).clamp_(-32, 31)
-    index = table_index(inverse(d * level).unsqueeze(1) * groups, TABLE).to(torch.uint8)
+    index = table_index(inverse(d * level).unsqueeze(1) * groups, TABLE)
     scale = (level + 32).to(torch.uint8)
     low = scale & 15
     high = (scale >> 4).view(2, 4, -1)
@@ -66,20 +68,16 @@ def dequantize_iq4_xs(data: Tensor) -> Tensor:
 
 def quantize_mxfp4(x: Tensor, importance: Importance | None, steps: Steps) -> Tensor:
     """Return the blocks [17, blocks] of x [32, blocks]: a power of two (E8M0), then 4 bits a weight. No importance."""
-    most = x.abs().amax(0)
+    magnitude = x.abs()
+    most = magnitude.amax(0)
     # log2f is the double's logarithm rounded to fp32, which just below a power of two is that power's
     exponent = most.double().log2().float().floor().nan_to_num(neginf=0.0).int() + 125
     exponent = torch.where(most > 0, exponent & 0xFF, 0)
     unit = _half_power(exponent)
-    magnitude = x.abs()
-    level = torch.zeros_like(x)
-    best = magnitude
-    for index in range(1, len(FP4)):
-        error = (FP4[index] * unit - magnitude).abs_()
-        nearer = error < best
-        best = torch.where(nearer, error, best)
-        level = level.masked_fill_(nearer, index)
-    level = torch.where((x < 0) & (level > 0), level + 8, level).to(torch.uint8)
+    level = torch.zeros(x.shape, dtype=torch.uint8, device=x.device)
+    for lower, upper in pairwise(FP4):  # in the middle of two the lower one is taken
+        level += magnitude > unit * ((lower + upper) / 2)
+    level |= ((x < 0) & (level > 0)).to(torch.uint8) << 3
     return torch.cat((exponent.to(torch.uint8)[None], pack_halves(level)))
 
 

@@ -7,6 +7,7 @@ levels, and keeps the best. Levels are not carried along: the rounding that led 
 
 import struct
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from attrs import field, frozen
@@ -293,14 +294,15 @@ def _ascend(
 
 
 def table_index(value: Tensor, table: tuple[int, ...]) -> Tensor:
-    """Return the index (fp32) of the nearest entry of an ascending table; the upper one in the middle of two.
+    """Return the index (uint8) of the nearest entry of an ascending table; the upper one in the middle of two.
 
-    The middles are multiples of one half, and comparing with them gives what comparing the two distances would.
+    The middles are multiples of one half, and comparing with them gives what comparing the two distances would. NaN has
+    the last index.
     """
-    index = torch.zeros_like(value)
-    for place in range(1, len(table)):
-        index = index + (~(value < (table[place - 1] + table[place]) / 2)).float()  # so NaN has the last index
-    return index
+    above = torch.zeros(value.shape, dtype=torch.uint8, device=value.device)
+    for lower, upper in pairwise(table):
+        above += value < (lower + upper) / 2
+    return len(table) - 1 - above
 
 
 def table_step(
