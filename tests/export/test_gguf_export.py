@@ -134,7 +134,11 @@ def test_a_family_that_cannot_be_written_is_refused_first(tmp_path):
         register(evolve(spec, capabilities=capabilities), replace=True)
         with pytest.raises(UsageError, match=note):
             export_gguf(gguf_model("llama"), demo_tokenizer(), tmp_path, "f32")
-    assert partials(tmp_path) == []
+        gguf_model("llama").config.save_pretrained(tmp_path / "folder")
+        (tmp_path / "folder" / "model.safetensors").write_bytes(b"never read")
+        with pytest.raises(UsageError, match=note):
+            export_gguf(tmp_path / "folder", demo_tokenizer(), tmp_path, "f32")
+    assert not list(tmp_path.glob("*.gguf"))
 
 
 def test_what_llama_cpp_would_compute_otherwise():
@@ -189,6 +193,33 @@ def test_every_family_states_what_the_config_says(name):
     ):
         value = getattr(config, constant, None)
         assert value is None or np.isclose(list(keys.values()), value).any() if value else True
+
+
+def test_importance_changes_what_is_written_and_must_fit(tmp_path):
+    model, tokenizer = gguf_model("qwen2"), demo_tokenizer()
+    plain = written(model, tmp_path, "plain")
+    names = [name for name in read_gguf(plain).tensors if "ffn_up" in name]
+    generator = torch.Generator().manual_seed(0)
+    matrix = {name: torch.rand(64, generator=generator) ** 4 for name in names}
+    weighted = written(model, tmp_path, "weighted", importance=matrix)
+    state = model.state_dict()["model.layers.0.mlp.up_proj.weight"]
+
+    def error(path):
+        return ((values(path, names[0]) - state) ** 2 * matrix[names[0]]).sum()
+
+    assert error(weighted) < 0.9 * error(plain)
+    assert torch.equal(values(weighted, "blk.0.ffn_gate.weight"), values(plain, "blk.0.ffn_gate.weight"))
+    with pytest.raises(UsageError, match=r"importance of blk\.0\.ffn_up\.weight: .*\(64,\)"):
+        written(model, tmp_path, "x", importance={names[0]: torch.ones(63)})
+    with pytest.raises(UsageError, match="another model's"):
+        written(model, tmp_path, "x", importance={"blk.99.ffn_up.weight": torch.ones(64)})
+    with pytest.raises(UsageError, match="importance matrix"):
+        export_gguf(model, tokenizer, tmp_path, "q2_k_s", progress=False)
+
+
+def written(model, folder, name, **options):
+    report = export_gguf(model, demo_tokenizer(), folder, "q4_0", name=name, progress=False, **options)
+    return report.files[0].path
 
 
 def test_disk_too_small(tmp_path, monkeypatch):

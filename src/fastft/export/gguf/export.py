@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 from attrs import frozen
+from torch import nn
 
 from fastft.errors import Problem, UsageError, did_you_mean
+from fastft.export.folder import base_folder, find_weights
 from fastft.export.gguf import mixture as mixtures
 from fastft.export.gguf.architecture import Architecture, architecture_of, check_supported, heads_of
 from fastft.export.gguf.file import (
@@ -21,6 +23,7 @@ from fastft.export.gguf.file import (
     text,
     u32,
 )
+from fastft.export.gguf.imatrix import ImportanceMatrix, load_imatrix
 from fastft.export.gguf.mixture import MIXTURES, ModelFacts, mixture, tensor_types
 from fastft.export.gguf.stream import make_folder, stream
 from fastft.export.gguf.tensors import FileTensor, plan_tensors
@@ -28,6 +31,7 @@ from fastft.export.gguf.vocabulary import vocabulary_of
 from fastft.export.weights import WeightSource, weight_source
 from fastft.registry.resolve import resolve
 from fastft.registry.spec import ModelSpec
+from fastft.state import base_model
 
 # Names for people who do not want to know the types.
 ALIASES = {"not_quantized": "f16", "fast_quantized": "q8_0", "quantized": "q4_k_m"}
@@ -60,7 +64,7 @@ def export_gguf(
     *,
     name: str | None = None,
     base: str = "dequantised",
-    importance: Mapping[str, torch.Tensor] | None = None,
+    importance: Mapping[str, torch.Tensor] | ImportanceMatrix | str | Path | None = None,
     pre_tokenizer: str | None = None,
     device: str | torch.device | None = None,
     progress: bool = True,
@@ -73,7 +77,8 @@ def export_gguf(
     * `quants`: llama.cpp's file types (`quant_names()`), or "not_quantized" (f16), "fast_quantized" (q8_0) and
       "quantized" (q4_k_m).
     * `name`: of the model and the files; by default that of the checkpoint.
-    * `importance`: how much an error in each column of a tensor counts, by GGUF's names (an importance matrix).
+    * `importance`: an importance matrix (how much an error in each column of a tensor counts): the path of llama.cpp's
+      file, what `fastft.export.gguf.imatrix.collect` returns, or fp32 [columns] by GGUF's names.
     * `pre_tokenizer`: llama.cpp's name of the way text is split, for a tokenizer that fastft does not recognise.
     * `device`: where quantisers run; by default a GPU if there is one.
 
@@ -82,9 +87,9 @@ def export_gguf(
     for a disk that is too small or fails.
     """
     chosen = chosen_quants(quants)
-    source = weight_source(model_or_folder, base)
-    spec = resolve(source.config)
+    spec = family(model_or_folder)
     check_supported(spec)
+    source = weight_source(model_or_folder, base)
     tokenizer = tokenizer if tokenizer is not None else source.tokenizer
     if tokenizer is None:
         raise UsageError("export_gguf: the model's tokenizer is not known; pass it as the second argument")
@@ -94,18 +99,18 @@ def export_gguf(
     vocabulary = vocabulary_of(
         tokenizer, _rows(source, tensors), pre_tokenizer, source.folder, _ends(source.generation_config)
     )
-    facts = _facts(source, spec)
+    facts, weighted = _facts(source, spec), _importance(importance, tensors)
     metadata = _general(name, spec, source) | architecture.metadata | vocabulary.metadata
     writers = [
         FileWriter(
             target / f"{name}-{quant}.gguf",
             metadata | {"general.file_type": u32(mixture(quant).file_type)},
-            _entries(quant, tensors, facts, importance is not None),
+            _entries(quant, tensors, facts, bool(weighted)),
         )
         for quant in chosen
     ]
     _prepare(target, writers)
-    stream(tensors, writers, _device(device), importance, progress)
+    stream(tensors, writers, _device(device), weighted, progress)
     reports = tuple(
         GgufFileReport(quant, writer.path, writer.size, _counted(writer.tensors))
         for quant, writer in zip(chosen, writers)
@@ -149,6 +154,35 @@ def _plan(source: WeightSource, spec: ModelSpec) -> tuple[Architecture, list[Fil
     config = source.config.get_text_config()
     architecture = architecture_of(config, spec, config.vocab_size)
     return architecture, plan_tensors(source, spec, architecture.tensors)
+
+
+def family(model_or_folder: Any) -> ModelSpec:
+    """Return the spec of a model, or of what a folder holds, without reading weights."""
+    if isinstance(model_or_folder, nn.Module):
+        return resolve(base_model(model_or_folder).config)
+    if isinstance(model_or_folder, str | Path):
+        return resolve(base_folder(find_weights(Path(model_or_folder).expanduser())))
+    remedy = "Pass the model that fastft.load or add_lora returned, or the path of a folder."
+    raise UsageError(Problem("model_or_folder", type(model_or_folder).__name__, "a model or a path", remedy))
+
+
+def _importance(
+    given: Mapping[str, torch.Tensor] | ImportanceMatrix | str | Path | None, tensors: Sequence[FileTensor]
+) -> Mapping[str, torch.Tensor]:
+    """Return fp32 [columns] by tensor; raises UsageError for a matrix of another model."""
+    if given is None:
+        return {}
+    matrix = load_imatrix(given) if isinstance(given, str | Path) else given
+    values = matrix.importance() if isinstance(matrix, ImportanceMatrix) else matrix
+    shapes = {tensor.name: tensor.shape for tensor in tensors}
+    wrong = {name: value for name, value in values.items() if name in shapes and value.shape != shapes[name][-1:]}
+    if wrong or not set(values) & set(shapes):
+        problems = [
+            Problem(f"importance of {name}", f"shape {tuple(value.shape)}", f"({shapes[name][-1]},), one a column")
+            for name, value in list(wrong.items())[:5]
+        ]
+        raise UsageError(*(problems or ["importance: none of its tensors is in this model; it is another model's"]))
+    return values
 
 
 def _rows(source: WeightSource, tensors: Sequence[FileTensor]) -> int:
