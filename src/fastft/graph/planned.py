@@ -1,5 +1,6 @@
 """What each layer of one compiled model keeps: named by the plan, or solved for the largest batch seen."""
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +16,8 @@ from fastft.memory.measure import host_memory, setup_of_model
 from fastft.memory.offload import Offloader
 from fastft.memory.plan import HOST_SHARE, budget_of, named_modes, solve, usable
 from fastft.registry.spec import ModelSpec
+
+GB = 10**9
 
 
 @define(eq=False)
@@ -70,11 +73,21 @@ class PlannedLayers:
         self.largest = (rows, length)
         if self.setup is None:
             return
-        self.setup = evolve(self.setup, rows=rows, length=length)
+        element = self.setup.element
+        if torch.is_autocast_enabled(where.type):
+            element = min(element, torch.get_autocast_dtype(where.type).itemsize)
+        self.setup = evolve(self.setup, rows=rows, length=length, element=element)
         budget = self.budget if self.budget is not None else self._free(where)
         if budget is not None:
             made = solve(self.setup, budget, self.device, int(host_memory() * HOST_SHARE))
             self.modes, self.fits = made.modes, made.fits
+            if not made.fits:
+                needed = f"{made.estimate.peak / GB:.2f} GB where the plan allows {budget / GB:.2f} GB"
+                warnings.warn(
+                    f"memory plan {self.plan!r}: a step of {rows} x {length} tokens is predicted to take at least "
+                    f"{needed}; `fastft plan` lists what would help",
+                    stacklevel=2,
+                )
 
     def _free(self, where: torch.device) -> int | None:
         """Return what "auto" may take: what the GPU has free and what this process holds, but for the reserve."""

@@ -2,10 +2,11 @@
 
 Peak = what is always there (weights, adapter, optimizer) + the most that any moment of the step adds: at the loss head
 every layer's saved results and the head's own, in the backward of layer i the results of the layers up to i, the
-layer's own temporaries, and the gradients made so far.
+layer's own temporaries, and the gradients made so far; in the first step the proofs of the rewrites.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from math import log2
 
 from attrs import evolve, frozen
 
@@ -18,18 +19,25 @@ BYTES_PER_WEIGHT = {"nf4": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0}
 CHUNK_BYTES = 512 << 20  # logits at once in the loss head (fastft.kernels.linear_ce)
 # AdamW keeps two numbers a parameter, in the parameter's dtype; in 8 bits a byte each and a scale for 256.
 OPTIMIZER_BYTES = {"adamw": 8.0, "adamw_8bit": 2.0 + 8 / 256}
-# What torch's allocator rounds up and cannot join, as a part of the peak.
-SLACK = 0.01
-# Temporaries of one layer's backward, in widths a token: of the feed-forward (the gradients of its product, of gate and
-# of up; those two themselves where they are computed again), of the residual stream, and of attention (gradients, fp32
-# sums over queries, keys and values for every head).
-WIDE_KEPT, WIDE_AGAIN, NARROW, ATTENTION = 3.0, 5.0, 1.5, 6.0
+# What torch's allocator rounds up, as a part of the peak, and cuBLAS's workspace.
+SLACK, WORKSPACE = 0.005, 64 << 20
+# Temporaries, in widths a token, fitted to one H200 (docs/benchmarks/2026-11-22-memory-plan.md). The backward of the
+# feed-forward: the gradients of gate and up (the first written over that of their product), and those two themselves
+# where they are computed again; of the residual stream. What is computed again on the way there and wanted once more
+# further down stays. The last norm and the gradient of its input run in fp32, in eager torch.
+WIDE_KEPT, WIDE_AGAIN, NARROW, OUTPUT_AGAIN, ATTENTION_AGAIN = 2.0, 4.0, 1.3, 2.0, 1.0
+ATTENTION = 6.0  # gradients, fp32 sums over queries, keys and values for every head
+HEAD_BYTES, HEAD_WIDTHS = 24, 4.0
+# The first step proves each rewrite on inputs of the batch's size; that of the feed-forward is the largest.
+PROOF = 8.0
 LONG_ROW = 512  # from this width on a norm's sums are kept
 # Tensors of a parked layer's input that may wait for their copies, and of one that is fetched ahead.
 IN_FLIGHT = 2
-ATTENTION_SPEED, ATTENTION_BACKWARD = 0.75, 3.2
-# Time beside GEMMs and attention, as a part of them: LoRA's products, and elementwise work and dequantising.
-LORA_SHARE, REST_SHARE = 0.09, 0.10
+# Attention's speed by that of GEMMs at 4096 tokens, what each doubling adds, and its backward's time by its forward's.
+ATTENTION_SPEED, ATTENTION_GAIN, ATTENTION_BACKWARD = 0.75, 0.08, 3.2
+# Time beside GEMMs and attention, as a part of them: LoRA's products, and elementwise work and dequantising; of what is
+# computed again, and of the loss head, whose GEMMs are larger than those that a device's speed is taken from.
+LORA_SHARE, REST_SHARE, AGAIN_SHARE, HEAD_SHARE = 0.09, 0.10, 0.08, -0.14
 
 
 @frozen
@@ -154,55 +162,65 @@ def temporary_bytes(setup: Setup, level: str) -> int:
     """Return the most that the backward of one layer holds besides what was kept, in bytes."""
     shape, again, e = setup.shape, LEVELS[level].again, setup.element
     wide = WIDE_AGAIN if "feed_forward" in again else WIDE_KEPT
-    # What is computed again on the way to gate and up is wanted once more further down, so it stays.
-    anew = shape.query + 2 * shape.key if "projection" in again else 0
-    anew += shape.query if "attention" in again else 0
-    anew += shape.hidden if "output" in again and not shape.parallel else 0
-    feed_forward = wide * shape.intermediate + NARROW * shape.hidden + anew
-    attention = ATTENTION * shape.query + NARROW * shape.hidden + anew
+    feed_forward = wide * shape.intermediate + NARROW * shape.hidden
+    if "output" in again and not shape.parallel:
+        feed_forward += OUTPUT_AGAIN * shape.hidden
+    if "attention" in again:
+        feed_forward += 2 * shape.query + 2 * shape.key + ATTENTION_AGAIN * shape.hidden
+    attention = ATTENTION * shape.query + NARROW * shape.hidden
+    attention += shape.query + 2 * shape.key if "projection" in again else 0
     weight = max(given * made for _, given, made in shape.linears) * e if setup.quant else 0
     return int(setup.tokens * e * max(feed_forward, attention)) + weight
 
 
 def head_bytes(setup: Setup) -> int:
-    """Return what final norm, loss head and its gradient hold at once, in bytes."""
+    """Return what the last norm, the loss head and their gradients hold at once, in bytes."""
     shape, e = setup.shape, setup.element
-    hidden = setup.tokens * shape.hidden * (4 + 3 * e)  # fp32 input of the norm, its output, the gradient, the input
     logits = min(CHUNK_BYTES, setup.tokens * shape.vocabulary * e)
-    return hidden + logits + (shape.vocabulary * shape.hidden * 4 if setup.full else 0)
+    trained = shape.vocabulary * shape.hidden * 4 if setup.full else 0
+    loss = int(setup.tokens * shape.hidden * HEAD_WIDTHS * e) + logits + trained
+    return max(setup.tokens * shape.hidden * HEAD_BYTES, loss)
 
 
 def estimate(setup: Setup, modes: Sequence[Mode], device: Device | None = None) -> Estimate:
     """Predict the peak and the time of a step whose layers have these modes, the first layer's first."""
+    parts = max(_moments(setup, modes), key=lambda parts: sum(part.bytes for part in parts))
+    total = sum(part.bytes for part in parts)
+    slack = int(SLACK * total)
+    moved = sum(saved_bytes(setup, mode.level) for mode in modes if mode.offload)
+    known = device is not None and device.flops > 0
+    seconds = step_seconds(setup, modes, device) if known else None
+    reference = device if known else REFERENCE
+    keep = step_seconds(setup, [Mode()] * len(modes), reference)
+    relative = step_seconds(setup, modes, reference) / keep if keep else 1.0
+    return Estimate((*parts, Part("allocator", slack)), total + slack, moved, seconds, relative)
+
+
+def _moments(setup: Setup, modes: Sequence[Mode]) -> Iterator[tuple[Part, ...]]:
+    """Yield the shares of memory at every moment of training that can be its peak."""
     saved = [0 if mode.offload else saved_bytes(setup, mode.level) for mode in modes]
     moved = [saved_bytes(setup, mode.level) if mode.offload else 0 for mode in modes]
-    fixed = setup.weights + setup.adapter + setup.optimizer
     a_layer = setup.gradients // (len(modes) or 1)
-    moments = [(sum(saved) + max(moved, default=0), head_bytes(setup), 0)]
+
+    def moment(kept: int, temporary: int, gradients: int, optimizer: int = setup.optimizer) -> tuple[Part, ...]:
+        return (
+            Part("weights", setup.weights),
+            Part("adapter", setup.adapter),
+            Part("optimizer state", optimizer),
+            Part("gradients", gradients),
+            Part("kept for the backward", kept),
+            Part("temporaries", temporary),
+            Part("workspace", WORKSPACE),
+        )
+
+    yield moment(sum(saved) + max(moved, default=0), head_bytes(setup), 0)
     for index in range(len(modes) - 1, -1, -1):
         waiting = sum(moved[max(0, index - IN_FLIGHT + 1) : index + 1])
         made = a_layer * (len(modes) - index)
-        moments.append((sum(saved[: index + 1]) + waiting, temporary_bytes(setup, modes[index].level), made))
-    kept, temporary, gradients = max(moments, key=sum)
-    total = fixed + kept + temporary + gradients
-    after = fixed + setup.gradients
-    if after > total:  # the optimizer's step can be the peak of a full fine-tuning
-        kept, temporary, gradients, total = 0, 0, setup.gradients, after
-    slack = int(SLACK * total)
-    parts = (
-        Part("weights", setup.weights),
-        Part("adapter", setup.adapter),
-        Part("optimizer state", setup.optimizer),
-        Part("gradients", gradients),
-        Part("kept for the backward", kept),
-        Part("temporaries", temporary),
-        Part("allocator", slack),
-    )
-    seconds = step_seconds(setup, modes, device) if device is not None and device.flops else None
-    reference = REFERENCE if device is None or not device.flops else device
-    keep = [Mode()] * len(modes)
-    relative = step_seconds(setup, modes, reference) / step_seconds(setup, keep, reference)
-    return Estimate(parts, total + slack, sum(moved), seconds, relative)
+        yield moment(sum(saved[: index + 1]) + waiting, temporary_bytes(setup, modes[index].level), made)
+    yield moment(0, 0, setup.gradients)  # the optimizer's step
+    proof = int(PROOF * setup.tokens * setup.element * setup.shape.intermediate)
+    yield moment(setup.tokens * setup.shape.hidden * setup.element, proof, 0, optimizer=0)
 
 
 REFERENCE = Device("reference", 0, 700e12, 4.1e12, 50e9)
@@ -220,13 +238,14 @@ def step_seconds(setup: Setup, modes: Sequence[Mode], device: Device) -> float:
         again = sum(forward[role] for role in LEVELS[mode.level].again if role in forward and role != "down")
         if setup.shape.normed_outputs and "down" in LEVELS[mode.level].again:
             again += forward["down"]
-        total += plain + again * (1 + share)
+        again *= 1 + AGAIN_SHARE
+        total += plain + again
         if mode.offload:
             copying = saved_bytes(setup, mode.level) / device.pcie
             total += max(0.0, copying - (linear + attention) * (1 + share))
             total += max(0.0, copying - backward - again)
     head = 2 * setup.tokens * setup.shape.vocabulary * setup.shape.hidden / device.flops
-    return total + head * (3 if setup.full else 2) * 1.15
+    return total + head * (3 if setup.full else 2) * (1 + HEAD_SHARE)
 
 
 def layer_seconds(setup: Setup, device: Device) -> dict[str, float]:
@@ -236,7 +255,8 @@ def layer_seconds(setup: Setup, device: Device) -> dict[str, float]:
         seconds[role] = seconds.get(role, 0.0) + 2 * setup.tokens * given * made / device.flops
     windows = setup.shape.windows or (None,)
     seen = sum(min(setup.length / 2, window or setup.length) for window in windows) / len(windows)
-    seconds["attention"] = 4 * setup.tokens * seen * setup.shape.query / (device.flops * ATTENTION_SPEED)
+    speed = ATTENTION_SPEED + ATTENTION_GAIN * log2(setup.length / 4096)
+    seconds["attention"] = 4 * setup.tokens * seen * setup.shape.query / (device.flops * min(1.0, max(0.3, speed)))
     return seconds
 
 

@@ -30,8 +30,6 @@ def setup_of_model(model: nn.Module, spec: ModelSpec) -> Setup:
     ranks = [p.shape[0] for name, p in trained.items() if "lora_A" in name and p.dim() == 2]
     hidden = base.get_input_embeddings().weight
     element = hidden.element_size()
-    if torch.is_autocast_enabled(hidden.device.type):
-        element = min(element, torch.get_autocast_dtype(hidden.device.type).itemsize)
     return Setup(
         shape, 0, 0, everything if full else everything - bytes_trained, 0 if full else bytes_trained,
         bytes_trained, OPTIMIZER_NUMBERS * bytes_trained, max(ranks, default=0), full, get_state(model).quant, element,
