@@ -26,7 +26,7 @@ def canonical_rows(rows: Any, num_proc: int | None = None) -> Any:
     elif hasattr(rows, "__len__") and (len(rows) == 0 or _is_plain(rows.features)):
         return rows
     recognised = recognise(rows)
-    if recognised.kind not in ("messages", "text") and recognised.kind != "pair":
+    if recognised.kind not in ("messages", "prompt_completion", "text"):
         print(f"fastft: {recognised.statement}")
     return canonical(rows, recognised, num_proc=num_proc)
 
