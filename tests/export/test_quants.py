@@ -146,6 +146,16 @@ def test_chunks_and_ranges_of_rows_do_not_show(ggml, monkeypatch):
         assert torch.equal(quantize(x, name, importance), ggml_bytes(ggml, x, name, importance)), name
 
 
+def test_every_expert_has_its_own_importance(ggml):
+    x = torch.randn(6, N, generator=torch.Generator().manual_seed(4))
+    importance = torch.stack([importances()["uniform"], importances()["spread"], importances()["half zero"]])
+    for name in ("q4_k", "q4_0", "q8_0"):
+        own = [ggml_bytes(ggml, x[2 * i : 2 * i + 2], name, importance[i]) for i in range(3)]
+        assert torch.equal(quantize(x, name, importance), torch.cat(own)), name
+    with pytest.raises(UsageError, match=r"importance: expected \[512\], one a column, or \[experts, 512\]"):
+        quantize(x, "q4_k", importance[[0, 1, 2, 0]])
+
+
 def _plain():
     return search.PLAIN.affine, search.PLAIN.symmetric, search.PLAIN.descend, search.PLAIN.table
 

@@ -83,8 +83,8 @@ def quantize(
     """Return the bytes of x in a format, the same that ggml's `ggml_quantize_chunk` writes.
 
     x: fp32 [rows, n] on a CPU or CUDA device, n a multiple of the format's block size. importance: fp32 [n], how much
-    an error in each column counts (the mean square of what the layer's input holds there); formats that take none
-    ignore it, as ggml does. compiled: run the searches as code compiled once a process by `torch.compile`, which needs
+    an error in each column counts (the mean square of what the layer's input holds there), or [experts, n] for the
+    matrices of experts one below the other; formats that take none ignore it, as ggml does. compiled: run the searches as code compiled once a process by `torch.compile`, which needs
     a C++ compiler and some seconds, and is worth it from some ten million weights on; the bytes stay the same. strict:
     raise also where finite weights are too large for the fp16 scale, so that infinity would be written.
     Returns uint8 [rows, bytes a row] on x's device. Raises `UsageError` for wrong shapes, and for NaN or infinity.
@@ -92,6 +92,9 @@ def quantize(
     entry = gguf_type(type)
     codec = _CODECS[entry.name]
     _check_input(x, entry, importance)
+    if importance is not None and importance.ndim == 2:
+        parts = zip(x.chunk(len(importance)), importance, strict=True)
+        return torch.cat([quantize(part, entry, own, compiled=compiled, strict=strict) for part, own in parts])
     if importance is not None:
         importance = importance.to(x.device, torch.float32).contiguous() if codec.importance else None
     steps = compiled_steps() if compiled and x.device.type == "cpu" else PLAIN
@@ -170,8 +173,10 @@ def _check_input(x: Tensor, entry: GgufType, importance: Tensor | None) -> None:
     if not x.is_floating_point():
         problems.append(Problem("x", str(x.dtype), "a floating-point tensor"))
     if importance is not None:
-        if x.ndim == 2 and importance.shape != x.shape[1:]:
-            problems.append(Problem("importance", f"shape {tuple(importance.shape)}", f"[{x.shape[-1]}], one a column"))
+        experts = len(importance) if importance.ndim == 2 else 1
+        if x.ndim == 2 and (importance.shape[-1:] != x.shape[1:] or importance.ndim > 2 or len(x) % max(experts, 1)):
+            expected = f"[{x.shape[-1]}], one a column, or [experts, {x.shape[-1]}]"
+            problems.append(Problem("importance", f"shape {tuple(importance.shape)}", expected))
         if not bool((importance.isfinite() & (importance >= 0)).all()):
             problems.append(Problem("importance", "a negative number, NaN or infinity", "finite numbers from 0 on"))
     if problems:
