@@ -107,6 +107,7 @@ RECORDS = (
     spec.NormPoint,
     spec.GluPoint,
     spec.AttentionPoint,
+    spec.GgufPoint,
     spec.HeadPoint,
     spec.ConfigValue,
     spec.Variant,

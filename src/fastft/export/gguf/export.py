@@ -55,6 +55,13 @@ class GgufReport:
     files: tuple[GgufFileReport, ...]
     notes: tuple[str, ...]
 
+    def __str__(self) -> str:
+        lines = []
+        for file in self.files:
+            types = ", ".join(f"{count} {kind}" for kind, count in file.types.items())
+            lines.append(f"{file.path}: {file.quant}, {file.size / 1e6:,.1f} MB ({types})")
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+
 
 def export_gguf(
     model_or_folder: Any,
