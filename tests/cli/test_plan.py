@@ -100,10 +100,6 @@ def test_it_needs_no_torch(folder):
         "from fastft.cli.main import main\n"
         f"assert main(['plan', {folder!r}, '--gpu', '24GB']) == 0"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        env={"PYTHONPATH": str(Path(fastft.__file__).parents[1])},
-    )
+    env = {"PYTHONPATH": str(Path(fastft.__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr

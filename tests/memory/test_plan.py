@@ -1,6 +1,8 @@
 """Estimates and plans from sizes alone: budgets are kept, mixtures are the fastest that fit, strings are parsed."""
 
+import json
 from itertools import product
+from pathlib import Path
 
 import pytest
 
@@ -46,12 +48,12 @@ def test_devices_by_memory_and_by_name():
     assert device_of("24GB").memory == 24 * GB and device_of("24GB").flops == 0
     assert device_of("H100").name == "H100" and find_device("NVIDIA H100 PCIe").name == "H100 PCIe"
     assert find_device("NVIDIA GeForce RTX 4090").name == "RTX 4090" and find_device("Radeon") is None
-    with pytest.raises(UsageError, match="gpu: expected an amount of memory such as 24GB .* got 'Voodoo'"):
+    with pytest.raises(UsageError, match=r"gpu: expected an amount of memory such as 24GB .* got 'Voodoo'"):
         device_of("Voodoo")
 
 
 def test_sizes_of_a_known_model():
-    """Llama 3.1 8B: parameters and NF4 bytes counted by hand; 94 KB a token and layer are kept, 84 of them one's own."""
+    """Llama 3.1 8B: parameters and NF4 bytes counted by hand; a layer keeps 92.5 KB a token."""
     shape = shape_of(LLAMA_8B, resolve("llama"))
     assert shape.layer_weights == 4096 * (4096 * 2 + 1024 * 2) + 3 * 4096 * 14336
     assert 32 * shape.layer_weights + shape.embedding_weights == 8_029_995_008  # without norms
@@ -138,6 +140,28 @@ def test_message_of_an_out_of_memory_holds_table_remedies_and_what_is_kept():
     for part in ("out of memory: CUDA", "4 x 4096", "weights", "5.70", "peak", 'plan="min": saves', "Step 3 is saved."):
         assert part in text
     assert "smaller batch" in message("", None, (), None, 0)
+
+
+MEASURED = Path(__file__).parents[2] / "docs/benchmarks/2026-11-22-memory-plan.json"
+SHAPES = {
+    "llama-8b": LLAMA_8B,
+    "llama-1b": {
+        **LLAMA_8B, "hidden_size": 2048, "intermediate_size": 8192, "head_dim": 64, "tie_word_embeddings": True,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("row", json.loads(MEASURED.read_text())["plans"], ids=lambda row: row["shape"])
+def test_predictions_stay_within_3_percent_of_what_was_measured_and_are_those_of_the_page(row):
+    shape = shape_of({**SHAPES[row["shape"]], "num_hidden_layers": row["layers"]}, resolve("llama"))
+    quant = "nf4" if row["weights"] == "NF4" else None
+    modes = [Mode(level, moved) for count, level, moved in row["modes"] for _ in range(count)]
+    made = estimate(setup_of(shape, row["rows"], row["length"], quant=quant), modes, H200)
+    assert made.peak / 1e9 == pytest.approx(row["measured_gb"], rel=0.03)
+    if row["shape"] == "llama-8b":  # the small one waits for its host
+        assert made.seconds * 1e3 == pytest.approx(row["step_ms"], rel=0.05)
+    told = f"| {describe_modes(modes)} | {row['measured_gb']:.2f} | {made.peak / 1e9:.2f} |"
+    assert told in MEASURED.with_suffix(".md").read_text()
 
 
 def test_modes_in_words():

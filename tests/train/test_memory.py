@@ -1,4 +1,4 @@
-"""Memory in training: the record's prediction, the batch that is planned for, and an out-of-memory that loses nothing."""
+"""Memory in training: the record's prediction, the batch to plan for, an out-of-memory that loses nothing."""
 
 import json
 from pathlib import Path
