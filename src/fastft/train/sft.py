@@ -26,6 +26,7 @@ from fastft.model.quantize import quiet
 from fastft.state import base_model, get_state
 from fastft.train import arguments, card, checkpoint, flops, hygiene, memory, optimizers, preparation, step
 from fastft.train import resume as resuming
+from fastft.train.compiling import CompileCallback
 from fastft.train.record import RecordCallback, Tally
 
 
@@ -127,6 +128,8 @@ class SFTTrainer(trl.SFTTrainer):
         )
         if self.packing_statistics:
             self.recorder.extra["packing"] = self.packing_statistics
+        self.compiling = CompileCallback(self.recorder.extra)
+        self.add_callback(self.compiling)  # before the recorder, which writes what this one adds
         self.add_callback(self.recorder)
         if args.early_stopping_patience is not None:
             self.add_callback(EarlyStoppingCallback(args.early_stopping_patience, args.early_stopping_threshold))
@@ -235,6 +238,8 @@ class SFTTrainer(trl.SFTTrainer):
         except BaseException as error:
             self._record_failure(error)
             raise
+        finally:
+            self.compiling.stop()
 
     def _record_failure(self, error: BaseException) -> None:
         if self.recorder.record and self.is_world_process_zero():

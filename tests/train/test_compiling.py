@@ -1,0 +1,70 @@
+"""What is said about compiling, and what the record keeps of it."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from torch._dynamo.callback import callback_handler
+
+from fastft.graph.compile import compile as compile_layers
+from fastft.train.compiling import CompileTime
+from fastft.train.sft import SFTConfig, SFTTrainer
+
+
+def listeners():
+    return list(callback_handler.start_callbacks), list(callback_handler.end_callbacks)
+
+
+def test_compiling_is_told_once_and_kept_in_the_record(build_model, tokenizer, dataset, settings, capsys):
+    before = listeners()
+    model = compile_layers(build_model(), backend="aot_eager")
+    trainer = SFTTrainer(model, SFTConfig(**settings), train_dataset=dataset, processing_class=tokenizer)
+    trainer.train()
+    assert listeners() == before
+    lines = [line for line in capsys.readouterr().out.splitlines() if "compil" in line]
+    assert len([line for line in lines if "compiling the decoder layers" in line]) == 1
+    kept = json.loads((Path(settings["output_dir"]) / "run.json").read_text())["compile"]
+    assert kept["graphs"] == len(model_graphs(model)) > 0
+    assert 0 < kept["first_step_seconds"] <= kept["seconds"]
+    told = [re.search(r"compiled (\d+) layer graphs? in ([\d.]+) s", line) for line in lines]
+    (found,) = filter(None, told)  # of the first step; other lengths may compile more graphs later
+    assert 0 < int(found[1]) <= kept["graphs"] and found[2] == f"{kept['first_step_seconds']:.1f}"
+
+
+def model_graphs(model):
+    from fastft.state import get_state
+
+    return get_state(model).compiled.report().graphs
+
+
+def test_nothing_is_said_where_nothing_is_compiled(build_model, tokenizer, dataset, settings, capsys):
+    more = {"train_dataset": dataset, "processing_class": tokenizer}
+    SFTTrainer(build_model(), SFTConfig(**settings), compile=False, **more).train()
+    assert "compil" not in capsys.readouterr().out
+    kept = json.loads((Path(settings["output_dir"]) / "run.json").read_text())["compile"]
+    assert kept == {"graphs": 0, "first_step_seconds": 0.0, "seconds": 0.0, "cache": "off"}
+
+
+def test_a_failed_run_stops_listening(build_model, tokenizer, dataset, settings, monkeypatch):
+    before = listeners()
+    trainer = SFTTrainer(
+        build_model(), SFTConfig(**settings), compile=False, train_dataset=dataset, processing_class=tokenizer
+    )
+
+    def broken(*args, **kwargs):
+        raise RuntimeError("on purpose")
+
+    monkeypatch.setattr(trainer, "training_step", broken)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        trainer.train()
+    assert listeners() == before
+
+
+@pytest.mark.parametrize(
+    ("counts", "state"),
+    [((0, 4), "cold"), ((4, 0), "warm"), ((2, 1), "partly warm"), ((0, 0), "off")],
+)
+def test_state_of_the_caches(counts, state, monkeypatch):
+    monkeypatch.setattr(CompileTime, "counts", lambda self: dict(zip(("hit", "miss"), counts, strict=True)))
+    assert CompileTime().cache() == state
