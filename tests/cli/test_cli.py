@@ -99,7 +99,7 @@ def test_list(capsys):
 
 def test_show(capsys):
     plain = out(capsys, "registry", "show", "gemma2").out
-    for part in ("Gemma2RMSNorm", "offset:  1.0", "final_logit_softcapping", "unsupported: fastft writes no GGUF"):
+    for part in ("Gemma2RMSNorm", "offset:  1.0", "final_logit_softcapping", "window_every:        2"):
         assert part in plain
     shown = json.loads(out(capsys, "registry", "show", "gemma2", "--json").out)
     assert shown["norms"][0]["cast"] == "after_weight" and shown["head"]["softcap"] == "final_logit_softcapping"

@@ -197,6 +197,10 @@ def mistakes(**changes):
         ({"capabilities": {"lora": "maybe"}}, ["mine.capabilities.lora.status"]),
         ({"capabilities": {"lora": {"status": "experimental"}}}, ["mine.capabilities.lora.note"]),
         ({"capabilities": {"lora": 3}}, ["mine.capabilities.lora"]),
+        ({"gguf": {"window_every": 0}}, ["mine.gguf.window_every"]),
+        ({"gguf": {"rope_every": "4"}}, ["mine.gguf.rope_every"]),
+        ({"gguf": {"keys": ["final_softcap"]}}, ["mine.gguf.keys[0]"]),
+        ({"gguf": {"keys": ["soft_cap"]}}, ["mine.gguf.keys[0]"]),
     ],
 )
 def test_one_mistake(change, where):

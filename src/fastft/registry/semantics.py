@@ -40,6 +40,7 @@ def semantic_problems(spec: ModelSpec) -> Iterator[Found]:
         if not variant.patterns:
             yield _problem(("variants", index, "patterns"), [], "at least one pattern")
         yield from _patterns(("variants", index, "patterns"), variant.patterns)
+    yield from _gguf(spec)
     for name, capability in spec.capabilities.items():
         if capability.status != "supported" and not capability.note:
             yield _problem(("capabilities", name, "note"), "", f"the reason why it is {capability.status}")
@@ -106,6 +107,28 @@ def _chat_format(path: tuple[str | int, ...], name: str | None) -> Iterator[Foun
     if name is not None and name not in known:
         remedy = did_you_mean(name, known)
         yield _problem(path, name, "a chat format of `fastft registry formats`", remedy[:1].upper() + remedy[1:])
+
+
+def _gguf(spec: ModelSpec) -> Iterator[Found]:
+    point = spec.gguf
+    for name in ("window_every", "rope_every", "hidden_scale_layers", "qk_norm_layers"):
+        value = getattr(point, name)
+        if value is not None and value < 1:
+            yield _problem(("gguf", name), value, "a number of layers")
+    attention = spec.attentions[0] if spec.attentions else AttentionPoint(classes=())
+    held = {
+        "attention_scale": attention.scale,
+        "embedding_scale": spec.embedding_scale,
+        "residual_scale": spec.residual_scale,
+        "logit_scale": spec.head.scale,
+        "attention_softcap": attention.softcap,
+        "final_softcap": spec.head.softcap,
+        "sliding_window": attention.sliding_window,
+    }
+    for index, key in enumerate(point.keys):
+        if held[key] is None:
+            remedy = "say elsewhere in the spec which attribute of the config holds it"
+            yield _problem(("gguf", "keys", index), key, "a constant that the spec has", remedy)
 
 
 def _patterns(path: tuple[str | int, ...], patterns: tuple[str, ...]) -> Iterator[Found]:

@@ -60,6 +60,8 @@ def check_supported(spec: ModelSpec) -> None:
     if spec.gguf_architecture is None or (capability is not None and capability.status == "unsupported"):
         why = capability.note if capability is not None and capability.note else "llama.cpp has no such architecture"
         raise UsageError(f"{spec.title or spec.name}: cannot be written as GGUF: {why}")
+    if not spec.norms or not spec.attentions:
+        raise UsageError(f"{spec.title or spec.name}: its spec names no norms or no attention, which an export needs")
 
 
 def architecture_of(config: Any, spec: ModelSpec, vocabulary: int) -> Architecture:
