@@ -217,19 +217,23 @@ def _change(weight: Weight, merged: Tensor) -> Change:
         difference = (new - old).abs_()
         largest = max(largest, difference.max().item())
         total += difference.sum(dtype=torch.float64).item()
-        squares += difference.double().square_().sum().item()
-        norm += old.double().square_().sum().item()
-    return Change(
-        weight.name.removesuffix(".weight"), largest, total / merged.numel(), (squares / (norm or 1.0)) ** 0.5
-    )
+        squares += _square(difference)
+        norm += _square(old)
+    relative = (squares / (norm or 1.0)) ** 0.5
+    return Change(weight.name.removesuffix(".weight"), largest, total / merged.numel(), relative)
 
 
 def _rounding(merged: Tensor, written: Tensor) -> float:
     squares = norm = 0.0
     for new, old in zip(written.reshape(-1).split(_CHUNK), merged.reshape(-1).split(_CHUNK)):
-        squares += (new - old).double().square_().sum().item()
-        norm += old.double().square_().sum().item()
+        squares += _square(new - old)
+        norm += _square(old)
     return (squares / (norm or 1.0)) ** 0.5
+
+
+def _square(chunk: Tensor) -> float:
+    """Return the sum of squares, taken in fp64."""
+    return torch.linalg.vector_norm(chunk, dtype=torch.float64).item() ** 2
 
 
 def save_adapter(model: Any, folder: str | Path, tokenizer: Any = None) -> Path:
