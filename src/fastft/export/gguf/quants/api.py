@@ -82,11 +82,14 @@ def quantize(
 ) -> Tensor:
     """Return the bytes of x in a format, the same that ggml's `ggml_quantize_chunk` writes.
 
-    x: fp32 [rows, n] on a CPU or CUDA device, n a multiple of the format's block size. importance: fp32 [n], how much
-    an error in each column counts (the mean square of what the layer's input holds there), or [experts, n] for the
-    matrices of experts one below the other; formats that take none ignore it, as ggml does. compiled: run the searches as code compiled once a process by `torch.compile`, which needs
-    a C++ compiler and some seconds, and is worth it from some ten million weights on; the bytes stay the same. strict:
-    raise also where finite weights are too large for the fp16 scale, so that infinity would be written.
+    * x: floats [rows, n] on a CPU or CUDA device, taken as fp32; n is a multiple of the format's block size.
+    * importance: fp32 [n], how much an error in each column counts (the mean square of what the layer's input holds
+      there), or [experts, n] for the matrices of experts one below the other; formats that take none ignore it, as in
+      ggml.
+    * compiled: run the searches as code compiled once a process by `torch.compile`, which needs a C++ compiler and some
+      seconds, and is worth it from some hundred million weights on; the bytes stay the same.
+    * strict: raise also where finite weights are too large for the fp16 scale, so that infinity would be written.
+
     Returns uint8 [rows, bytes a row] on x's device. Raises `UsageError` for wrong shapes, and for NaN or infinity.
     """
     entry = gguf_type(type)
@@ -100,7 +103,7 @@ def quantize(
     steps = compiled_steps() if compiled and x.device.type == "cpu" else PLAIN
     rows, n = x.shape
     out = torch.empty(rows, entry.row_bytes(n), dtype=torch.uint8, device=x.device)
-    for start, stop in _row_ranges(rows, n):
+    for start, stop in _row_ranges(rows, n, _ROWS_AT_ONCE if x.device.type == "cpu" else _CHUNK_GPU):
         part = x[start:stop].float().contiguous()
         if not all(end.isfinite() for end in part.aminmax()):
             raise UsageError(_not_finite(part, start))
@@ -132,8 +135,8 @@ def dequantize(data: Tensor, type: str | GgufType, shape: tuple[int, ...]) -> Te
     return out.view(shape)
 
 
-def _row_ranges(rows: int, n: int) -> Iterator[tuple[int, int]]:
-    step = max(1, _ROWS_AT_ONCE // max(n, 1))
+def _row_ranges(rows: int, n: int, weights: int) -> Iterator[tuple[int, int]]:
+    step = max(1, weights // max(n, 1))
     return ((start, min(start + step, rows)) for start in range(0, rows, step))
 
 
