@@ -153,15 +153,9 @@ def _sentencepiece(
     tokenizer: Any, data: dict[str, Any], tokens: _Tokens, folder: Path | None
 ) -> tuple[dict[str, Value], list[str]]:
     """Keys of a SentencePiece BPE: a pair is merged in the order of the scores of what it makes."""
-    notes: list[str] = []
     exact = _exact_scores(tokenizer, tokens, folder)
     scores = _scores(data, tokens) if exact is None else exact
-    prefix = _prefix_space(data)
-    if prefix == "first":
-        notes.append(
-            "the tokenizer puts a space at the beginning of a text only, llama.cpp also after special tokens: texts "
-            "that follow one may be split otherwise"
-        )
+    prefix, notes = _prefix_space(data)
     keys = {"ggml.model": text("llama"), "ggml.pre": text("default")} | _listed(tokens)
     keys["ggml.scores"] = Value("f32", scores)
     keys["ggml.add_space_prefix"] = truth(prefix != "never")
@@ -207,15 +201,26 @@ def _scores(data: dict[str, Any], tokens: _Tokens) -> list[float]:
     return scores
 
 
-def _prefix_space(data: dict[str, Any]) -> str:
-    """Return when a space is put before a text: `always` (also after special tokens), `first`, or `never`."""
+def _prefix_space(data: dict[str, Any]) -> tuple[str, list[str]]:
+    """Return when a space is put before a text, and where llama.cpp, which always puts one or never, differs.
+
+    `always` is also after special tokens, `first` only at the beginning.
+    """
     nodes = [*_nodes(data.get("normalizer"), "normalizers"), *_nodes(data.get("pre_tokenizer"), "pretokenizers")]
     for node in nodes:
         if node["type"] == "Prepend":
-            return "always"
+            return "always", []
         if node["type"] == "Metaspace":
-            return node.get("prepend_scheme", "always")
-    return "never"
+            scheme = node.get("prepend_scheme", "always")
+            doubled = (
+                "the tokenizer puts no space before a text that begins with one; llama.cpp does, as SentencePiece does"
+            )
+            once = (
+                "the tokenizer puts a space at the beginning of a text only, llama.cpp also after special tokens: "
+                "texts that follow one may be split otherwise"
+            )
+            return scheme, {"always": [doubled], "first": [doubled, once]}.get(scheme, [])
+    return "never", []
 
 
 def _nodes(node: dict[str, Any] | None, inner: str) -> list[dict[str, Any]]:
