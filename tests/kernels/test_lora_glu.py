@@ -59,6 +59,22 @@ def make(case, quant, dtype, adapter_dtype, activation="silu"):
     return [x, weights, a, b, list(scales), states, activation], dy
 
 
+def packed(args):
+    """Return the same computation with gate and up side by side in one projection, with one adapter."""
+    x, weights, a, b, scales, states, activation = args
+    both = torch.cat([w.detach() for w in weights[:2]])
+    b_both = torch.cat([b[0].detach(), b[1].detach()[:, : b[0].shape[1]]]).requires_grad_()
+    return [x, [both, weights[2]], [a[0], a[2]], [b_both, b[2]], [scales[0], scales[2]], [[], states[2]], activation]
+
+
+def apart(args):
+    """Return packed arguments as the separate projections they stand for; gradients flow back to them."""
+    x, weights, a, b, scales, _, activation = args
+    gate, up = weights[0].chunk(2)
+    b_gate, b_up = b[0].chunk(2)
+    return [x, [gate, up, weights[1]], [a[0], a[0], a[1]], [b_gate, b_up, b[1]], [scales[0], *scales], None, activation]
+
+
 def leaves(args):
     return [args[0], *args[2], *args[3]]
 
@@ -127,6 +143,22 @@ def test_values_and_gradients(case, quant, dtype, adapter_dtype, poisoned_empty)
             judge.assert_within(f"{function.__module__} {name}", value, budget, exact, slack=1.25, floor=8 * EPS32)
 
 
+@pytest.mark.parametrize(("dtype", "adapter_dtype"), DTYPES)
+def test_gate_and_up_side_by_side(dtype, adapter_dtype, poisoned_empty):
+    made, dy = make("usual", "dense", dtype, adapter_dtype)
+    args = packed(made)
+
+    def together(*given):
+        return plain(*apart(given))
+
+    wide = dense(args, torch.float64)
+    truth = run(together, wide, dy.double())
+    eager = run(together, eager_args(args, dtype, adapter_dtype), dy)
+    for function in (lora_glu.feed_forward, lora_glu.ref.feed_forward):
+        for index, (value, budget, exact) in enumerate(zip(run(function, args, dy), eager, truth, strict=True)):
+            judge.assert_within(f"{function.__module__} {index}", value, budget, exact, slack=1.25, floor=8 * EPS32)
+
+
 @pytest.mark.parametrize("activation", ["gelu_tanh", "gelu"])
 def test_other_activations(activation):
     dtype = torch.float16 if use_triton(torch.empty(1, device=DEVICE)) else torch.float32
@@ -164,7 +196,7 @@ def test_an_input_that_needs_no_gradient():
     args[0] = args[0].detach()
     y = lora_glu.feed_forward(*args)
     for value, same in zip(torch.autograd.grad(y, leaves(args)[1:], dy), full[2:]):
-        assert torch.equal(value, same) or DEVICE == "cuda" and judge.rms_ratio(value, same) < 1e-6
+        assert torch.equal(value, same) or (DEVICE == "cuda" and judge.rms_ratio(value, same) < 1e-6)
 
 
 def test_deterministic_algorithms_give_the_same_bits_twice():

@@ -21,8 +21,6 @@ def replace_feed_forwards(graph_module: fx.GraphModule, context: Context) -> tup
     """Replace gated feed-forwards of LoRA linears; report the regions of the linears and of the gate as replaced."""
     done: list[Rewrite] = []
     for point in context.spec.glus:
-        if point.packed:
-            continue
         found = collect(graph_module.graph, context.binding, lambda _, m, p=point: is_instance_of(m, p.classes))
         for name, module, nodes in found:
             projections = _projections(name, module, nodes, point, context)
@@ -34,9 +32,10 @@ def replace_feed_forwards(graph_module: fx.GraphModule, context: Context) -> tup
 def _projections(
     name: str, module: nn.Module, nodes: list[fx.Node], point: GluPoint, context: Context
 ) -> list[Projection] | None:
-    """Return gate, up and down as the fused computation takes them, or None where one of them does not fit."""
+    """Return the projections as the fused computation takes them, or None where one of them does not fit."""
+    inner = (point.packed,) if point.packed else (point.gate, point.up)
     made = []
-    for child in (point.gate, point.up, point.down):
+    for child in (*inner, point.down):
         linear = getattr(module, child, None)
         if not isinstance(linear, nn.Module) or not is_lora_linear(child, linear):
             return None
@@ -48,7 +47,7 @@ def _projections(
         if isinstance(projection, str) or not _fits(projection):
             return None
         made.append(projection)
-    return made if made[0].x is made[1].x else None
+    return made if all(p.x is made[0].x for p in made[:-1]) else None
 
 
 def _fits(projection: Projection) -> bool:

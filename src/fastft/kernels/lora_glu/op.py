@@ -42,14 +42,33 @@ def feed_forward(
 
     x: [..., K]. The lists hold gate's, up's and down's: weights [N, K], [N, K], [K, N] or packed NF4 bytes, with
     quant_states as `lora_linears` takes them; a [r, K], [r, K], [r, N]; b [N, r], [N, r], [K, r], of ranks of at least
-    1 that may differ. Computed in the dtype of x (under autocast: in autocast's dtype). Returns [..., K]. Gradients:
-    x, a and b, each in its own dtype; weights get none. Raises UsageError where shapes do not fit together.
+    1 that may differ. Or they hold two, of one projection that gives gate and up side by side ([2N, K], a [r, K],
+    b [2N, r]), and of down. Computed in the dtype of x (under autocast: in autocast's dtype). Returns [..., K].
+    Gradients: x, a and b, each in its own dtype; weights get none. Raises UsageError where shapes do not fit together.
     """
-    _check(x, a, b, weights, quant_states, activation)
-    wide = b[0].shape[0]
-    gate0, up0, xa = linears(x, weights[:2], a[:2], quant_states[:2], [wide, wide])
+    packed = len(weights) == 2
+    wide = b[0].shape[0] // (2 if packed else 1)
+    _check(x, a, b, weights, quant_states, activation, wide)
+    if packed:
+        both, xa = linears(x, weights[:1], a[:1], quant_states[:1], [2 * wide])
+        (gate0, up0), (b_gate, b_up) = both.chunk(2, -1), b[0].chunk(2, 0)
+        xa = torch.cat([xa, xa], -1)
+        scales = [scales[0], *scales]
+    else:
+        gate0, up0, xa = linears(x, weights[:2], a[:2], quant_states[:2], [wide, wide])
+        b_gate, b_up = b[:2]
     return torch.ops.fastft.lora_glu_down(
-        gate0, up0, xa, b[0], b[1], a[2], b[2], weights[2], quant_states[2], [float(s) for s in scales], activation
+        gate0,
+        up0,
+        xa,
+        b_gate,
+        b_up,
+        a[-1],
+        b[-1],
+        weights[-1],
+        quant_states[-1],
+        [float(s) for s in scales],
+        activation,
     )[0]
 
 
@@ -60,12 +79,16 @@ def _check(
     weights: list[Tensor],
     quant_states: list[list[Tensor]],
     activation: str,
+    wide: int,
 ) -> None:
-    narrow, wide = x.shape[-1], b[0].shape[0]
+    narrow = x.shape[-1]
+    shapes = (
+        [(wide, narrow), (wide, narrow), (narrow, wide)] if len(weights) == 3 else [(2 * wide, narrow), (narrow, wide)]
+    )
     problems = []
     if activation not in glu_ref.ACTIVATIONS:
         problems.append(Problem("activation", activation, f"one of {glu_ref.ACTIVATIONS}"))
-    for i, (out, into) in enumerate([(wide, narrow), (wide, narrow), (narrow, wide)]):
+    for i, (out, into) in enumerate(shapes):
         rank = a[i].shape[0]
         if rank < 1 or tuple(a[i].shape) != (rank, into):
             problems.append(Problem(f"a[{i}]", tuple(a[i].shape), f"shape (r, {into}) with r at least 1"))

@@ -27,6 +27,9 @@ def feed_forward(
         low = F.linear(F.linear(value, a[i].to(value.dtype)), b[i].to(value.dtype))
         return torch.add(F.linear(value, weight.to(value.dtype)), low, alpha=scales[i])
 
-    (wide, narrow) = a[2].shape[1], a[0].shape[1]
-    gate, up = linear(x, 0, wide, narrow), linear(x, 1, wide, narrow)
-    return linear(glu_ref.glu(gate, up, activation), 2, narrow, wide)
+    narrow, wide = a[0].shape[1], a[-1].shape[1]
+    if len(weights) == 2:
+        gate, up = linear(x, 0, 2 * wide, narrow).chunk(2, dim=-1)
+    else:
+        gate, up = linear(x, 0, wide, narrow), linear(x, 1, wide, narrow)
+    return linear(glu_ref.glu(gate, up, activation), len(weights) - 1, narrow, wide)
