@@ -11,13 +11,15 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
-from attrs import evolve, frozen
+from attrs import asdict, evolve, frozen
 
 from benchmarks import machine, page
 from benchmarks.arms import ARMS, DEFAULT_ARMS, FOLDER, REFERENCE, Arm, find_arm
@@ -32,6 +34,7 @@ USAGE = 3
 CHOICES = f"{', '.join(ARMS)}, fastft:PLAN, module:NAME"
 # Options that say where things lie and not what is measured: they are no part of the command that is kept.
 PLACES = ("--out", "--work", "--peers", "--commit")
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 EPILOG = """\
 examples:
   scripts/bench                                   what fits the GPU at hand, every arm that is installed
@@ -58,9 +61,49 @@ class Run:
     warm: bool = False
 
 
+class Stopped(BaseException):
+    """A signal asked the command to end: of a terminal, or of a limit on its time from outside."""
+
+    def __init__(self, number: int) -> None:
+        self.number, self.name = number, signal.Signals(number).name
+        super().__init__(f"stopped by {self.name}")
+
+
+@contextmanager
+def stopped_by_signals() -> Iterator[None]:
+    """Raise Stopped at the first of `STOPS` while the block runs; more of them do not disturb the cleaning up then.
+
+    A signal that was ignored already, as nohup does it, stays so.
+    """
+    heard = [one for one in STOPS if signal.getsignal(one) is not signal.SIG_IGN]
+
+    def stop(number: int, frame: object) -> None:
+        for one in heard:
+            signal.signal(one, signal.SIG_IGN)
+        raise Stopped(number)
+
+    before = {one: signal.signal(one, stop) for one in heard}
+    try:
+        yield
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code: 0, 1 if no arm gave a number, 3 for wrong usage."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    """Run the command; returns its exit code: 0, 1 if no arm gave a number, 3 for wrong usage, 128 and the signal's
+    number if a signal stopped it.
+    """
+    with stopped_by_signals():
+        try:
+            return started(list(sys.argv[1:] if arguments is None else arguments))
+        except Stopped as stop:
+            print(f"scripts/bench: {stop} while no arm was running", file=sys.stderr)
+            return 128 + stop.number
+
+
+def started(arguments: list[str]) -> int:
+    """Run the command; returns its exit code. Raises Stopped for a signal before or after the measuring."""
     args = parser().parse_args(arguments)
     try:
         if args.page:
@@ -83,15 +126,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="bench-", dir=args.work) as work:
         backend = args.backend or ("inductor" if device["memory"] else "aot_eager")
         run = Run(args.steps, args.warmup, args.limit, backend, Path(work), args.peers, args.warm)
-        for line in measure(cells, arms, run):
-            lines.append({key: value for key, value in line.items() if key != "log"})
-            print(
-                json.dumps({**line, "device": device["name"], "command": command, "commit": head["commit"]}), flush=True
-            )
-            write_whole(path, {**head, "cells": lines})
+        try:
+            for line in measure(cells, arms, run):
+                lines.append({key: value for key, value in line.items() if key != "log"})
+                shown = {**line, "device": device["name"], "command": command, "commit": head["commit"]}
+                print(json.dumps(shown), flush=True)
+                write_whole(path, {**head, "cells": lines})
+        except Stopped as stop:
+            return leave(stop, path, head, lines + not_done(lines, cells, arms, run, f"{stop} before it was done"))
     written = page.write(path)
     print(f"{path}\n{written}", file=sys.stderr)
     return 0 if any(line["status"] == "ok" for line in lines) else 1
+
+
+def not_done(
+    lines: Sequence[dict[str, Any]], cells: Sequence[Cell], arms: Sequence[str], run: Run, reason: str
+) -> list[dict[str, Any]]:
+    """Return a line with the status "stopped" for every arm of every cell that has none among `lines`."""
+    done = {(line["cell"], line["arm"]) for line in lines}
+    wanted = [(cell, arm) for cell in cells for arm in arms if (cell.name, arm) not in done]
+    return [{**told(arm, cell, run), "status": "stopped", "reason": reason} for cell, arm in wanted]
+
+
+def leave(stop: Stopped, path: Path, head: dict[str, Any], lines: list[dict[str, Any]]) -> int:
+    """Write what there is, with a page if an arm was measured, say so, and return the exit code."""
+    write_whole(path, {**head, "cells": lines})
+    count = sum(line["status"] != "stopped" for line in lines)
+    print(f"scripts/bench: {stop}, {count} of {len(lines)} arms were done", file=sys.stderr)
+    measured = any(line["status"] == "ok" for line in lines)
+    print(f"{path}\n{page.write(path)}" if measured else path, file=sys.stderr)
+    return 128 + stop.number
 
 
 def kept_command(arguments: Sequence[str]) -> str:
@@ -193,8 +257,12 @@ def measure(cells: Sequence[Cell], arms: Sequence[str], run: Run) -> Iterator[di
         for name in arms:
             task = Task(name, cell, run.steps, run.warmup, run.backend)
             result = one(task, run, f"{next(caches)}")
-            told = {"arm": name, "cell": cell.name, **task.to_dict()["cell"], "steps": run.steps, "warmup": run.warmup}
-            yield {**told, **(judged(result, reference) if name != REFERENCE else result)}
+            yield {**told(name, cell, run), **(judged(result, reference) if name != REFERENCE else result)}
+
+
+def told(arm: str, cell: Cell, run: Run) -> dict[str, Any]:
+    """Return what every line begins with: what is measured, and how often."""
+    return {"arm": arm, "cell": cell.name, **asdict(cell), "steps": run.steps, "warmup": run.warmup}
 
 
 def one(task: Task, run: Run, cache: str) -> dict[str, Any]:
@@ -239,6 +307,7 @@ def process(task: Task, run: Run, cache: str) -> dict[str, Any]:
     files["task.json"].write_text(json.dumps(task.to_dict()), encoding="utf-8")
     files["result.json"].unlink(missing_ok=True)
     command = [sys.executable, "-m", "benchmarks.measure", str(files["task.json"]), str(files["result.json"])]
+    began = time.perf_counter()
     with files["log.txt"].open("w") as log:
         child = subprocess.Popen(
             command,
@@ -257,7 +326,8 @@ def process(task: Task, run: Run, cache: str) -> dict[str, Any]:
                 os.killpg(child.pid, signal.SIGKILL)
                 child.wait()
     if code == 0:
-        return json.loads(files["result.json"].read_text("utf-8"))
+        seconds = round(time.perf_counter() - began, 1)
+        return {**json.loads(files["result.json"].read_text("utf-8")), "process_s": seconds}
     return death(code, files["log.txt"].read_text("utf-8", errors="replace"))
 
 

@@ -84,19 +84,24 @@ def write_folder(task: Task) -> dict[str, Any]:
 
 
 def judge(task: Task, trainee: Trainee, device: str) -> dict[str, Any]:
-    """Return the reference's loss and gradient norm of the first batch."""
+    """Return loss, gradient norm and sketch of the first batch in fp32, and under `eager` those under bf16 autocast."""
     import torch
 
     from benchmarks.batches import batch_of
+    from benchmarks.truth import no_tf32, widen
 
+    def seen() -> dict[str, Any]:
+        loss = trainee.loss(batch).item()
+        norm, sketch = gradient_norm(trainee.model), gradient_sketch(trainee.model)
+        trainee.model.zero_grad(set_to_none=True)
+        return {"loss0": loss, "grad_norm0": norm, "sketch": sketch}
+
+    no_tf32()
+    batch = batch_of(task.cell, 0, device)
     with torch.autocast(device, dtype=torch.bfloat16):
-        loss = trainee.loss(batch_of(task.cell, 0, device)).item()
-    return {
-        "status": "ok",
-        "loss0": loss,
-        "grad_norm0": gradient_norm(trainee.model),
-        "sketch": gradient_sketch(trainee.model),
-    }
+        eager = seen()
+    widen(trainee.model)
+    return {"status": "ok", **seen(), "eager": eager}
 
 
 def train(task: Task, trainee: Trainee, device: str) -> tuple[Steps, dict[str, float] | None]:

@@ -85,5 +85,5 @@ def find_arm(name: str) -> Arm | None:
     if name.startswith("module:"):
         return Arm(name, "an arm of one's own", name.removeprefix("module:"))
     if name == REFERENCE:
-        return Arm(REFERENCE, "transformers + PEFT, eager, fp32 softmax", "benchmarks.arms.reference")
+        return Arm(REFERENCE, "transformers + PEFT, eager, in fp32 and in bf16", "benchmarks.arms.reference")
     return ARMS.get(name)

@@ -1,5 +1,7 @@
 """The judge of all arms: eager transformers and PEFT, attention with scores and softmax in fp32, one row at a time.
 
+It runs twice: under bf16 autocast as the arms do, and widened to fp32 (`benchmarks.truth`), which is the truth.
+
 Rows go through the model one by one, without their padding, and their gradients are summed; layers are checkpointed.
 Both change only the order of sums, and let the reference run in less memory than the arms that it judges.
 """

@@ -13,6 +13,8 @@ from benchmarks.weights import fill_adapter
 from fastft.state import base_model
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+# A folder of the run, and a list of tokenizers: no part of how it trains.
+UNTOLD = ("UNSLOTH_COMPILE_LOCATION", "UNSLOTH_IGNORED_TOKENIZER_NAMES")
 
 
 def prepare(task: Task, options: tuple[str, ...], device: str) -> Trainee:
@@ -45,11 +47,7 @@ def prepare(task: Task, options: tuple[str, ...], device: str) -> Trainee:
         return model(**batch).loss
 
     def facts() -> dict[str, Any]:
-        switches = {
-            key: value
-            for key, value in os.environ.items()
-            if key.startswith("UNSLOTH_") and key != "UNSLOTH_COMPILE_LOCATION"
-        }
+        switches = {key: value for key, value in os.environ.items() if key.startswith("UNSLOTH_") and key not in UNTOLD}
         return {"class": type(base_model(model)).__name__, "environment": switches}
 
     return Trainee(model, loss, facts)

@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -14,12 +16,12 @@ from benchmarks.arms import ARMS, DEFAULT_ARMS, find_arm
 from benchmarks.cells import Cell, Task
 
 ROOT = Path(__file__).parents[2]
-ARMS_RUN = ["fastft", "peft", "unsloth", "module:wrong_arm"]
+ARMS_RUN = ["fastft", "peft", "unsloth", "module:wrong_arm", "module:wrong_scale"]
 FIELDS = {
     "arm", "cell", "shape", "mode", "batch", "length", "status", "tokens_per_second", "non_padding_per_second",
     "loss_bearing_per_second", "step_ms", "step_p95_ms", "base_gb", "peak_gb", "reserved_gb", "host_peak_gb",
     "first_step_s", "graphs", "recompilations", "loss0", "grad_norm0", "mfu", "tflop_per_step", "clocks", "versions",
-    "parity", "allocator",
+    "parity", "allocator", "process_s",
 }  # fmt: skip
 
 
@@ -72,15 +74,33 @@ def test_metrics(done):
     assert fastft["tflop_per_step"] == peft["tflop_per_step"] == pytest.approx(needed / 1e12, abs=1e-6)
 
 
-def test_right_arms_pass_parity_and_the_wrong_one_is_struck_out(done):
+def test_right_arms_pass_parity_and_wrong_ones_are_struck_out(done):
+    """Also the wrong scale, whose loss and norm are right, and whose gradient is nearer than a tenth to the truth."""
     _, _, data = done
-    fastft, peft, _, wrong = data["cells"]
+    fastft, peft, _, *wrong = data["cells"]
     for line in (fastft, peft):
-        assert line["parity"]["ok"] is True and "struck_out" not in line
-        assert line["parity"]["gradient_difference"] < 0.02
-    assert wrong["parity"]["ok"] is False
-    assert wrong["tokens_per_second"] is None and wrong["step_ms"] is None and wrong["mfu"] is None
-    assert wrong["struck_out"]["tokens_per_second"] > 0
+        told = line["parity"]
+        assert told["ok"] is True and "struck_out" not in line
+        assert 1e-3 < told["eager_gradient_error"] < 0.02
+        assert told["gradient_allowed"] == pytest.approx(1.25 * told["eager_gradient_error"] + 1e-5)
+        assert 0.5 * told["eager_gradient_error"] < told["gradient_error"] <= told["gradient_allowed"]
+        assert told["reference_s"] > 0
+    for line in wrong:
+        assert line["parity"]["ok"] is False
+        assert line["tokens_per_second"] is None and line["step_ms"] is None and line["mfu"] is None
+        assert line["struck_out"]["tokens_per_second"] > 0
+    scale = wrong[1]["parity"]
+    assert scale["loss_difference"] < 1e-3 and scale["grad_norm_difference"] < 1e-2 and scale["gradient_error"] < 0.1
+
+
+def test_fastft_tells_its_plan(done):
+    _, _, data = done
+    facts = data["cells"][0]["facts"]
+    assert facts["plan"] == "keep" and facts["kept"] and "predicted_peak_gb" in facts
+    assert facts["measured_peak_gb"] is None and facts["predicted_over_measured"] is None  # a CPU counts no peak
+    facts = {**facts, "predicted_peak_gb": 10.077, "measured_peak_gb": 9.937, "predicted_over_measured": 1.0141}
+    text = page.plan_table([{"arm": "fastft", "facts": facts}, data["cells"][1]])
+    assert text.endswith(f"| `fastft` | keep | {facts['kept']} | 10.077 | 9.937 | 1.014 |\n") and "peft" not in text
 
 
 @pytest.mark.skipif(find_spec("unsloth") is not None, reason="Unsloth is installed")
@@ -117,6 +137,54 @@ def test_nothing_is_overwritten(done):
     again = bench("--page", path)
     assert again.returncode == 3 and "nothing is overwritten" in again.stderr
     assert path.with_suffix(".md").read_bytes() == before
+
+
+def start(*arguments):
+    here = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "scripts/bench"), *map(str, arguments)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=here,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_command_writes_what_it_has(number, tmp_path):
+    """One arm is done, the second never ends: file, page, a message, no traceback, and the arm's process is gone."""
+    run = start(
+        "--arms", "peft,module:endless_arm,fastft", "--shape", "tiny", "--mode", "bf16", "--batch", 1, "--length", 8,
+        "--steps", 1, "--warmup", 1, "--out", tmp_path, "--work", tmp_path,
+    )  # fmt: skip
+    first = json.loads(run.stdout.readline())
+    assert first["arm"] == "peft" and first["status"] == "ok"
+    (work,) = tmp_path.glob("bench-*")
+    deadline = time.monotonic() + 60
+    while not (work / "pid").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    child = int((work / "pid").read_text())
+    run.send_signal(number)
+    _, told = run.communicate(timeout=60)
+    assert run.returncode == 128 + number and "Traceback" not in told
+    assert f"stopped by {number.name}, 1 of 3 arms were done" in told
+    (path,) = tmp_path.glob("*.json")
+    lines = json.loads(path.read_text("utf-8"))["cells"]
+    assert [line["status"] for line in lines] == ["ok", "stopped", "stopped"]
+    assert f"`fastft` did not run, stopped: stopped by {number.name}" in path.with_suffix(".md").read_text("utf-8")
+    assert not work.exists() and not list(tmp_path.glob("*.part"))
+    with pytest.raises(ProcessLookupError):
+        os.kill(child, 0)
+
+
+def test_stopped_before_anything_is_measured(tmp_path):
+    """The file then tells what was wanted; there is no page without a number."""
+    run = start("--arms", "module:endless_arm", "--shape", "tiny", "--out", tmp_path, "--work", tmp_path)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("bench-*/task.json")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    run.send_signal(signal.SIGINT)
+    shown, told = run.communicate(timeout=60)
+    assert run.returncode == 130 and shown == "" and "Traceback" not in told and "0 of 1 arms were done" in told
+    (path,) = tmp_path.iterdir()
+    assert [line["status"] for line in json.loads(path.read_text("utf-8"))["cells"]] == ["stopped"]
 
 
 def run_of(tmp_path, **changes):

@@ -7,13 +7,14 @@ import torch
 import transformers
 from torch import nn
 
-from benchmarks import parity
+from benchmarks import measure, parity
 from benchmarks.arms import reference
 from benchmarks.batches import batch_of
-from benchmarks.cells import Cell, default_cells
+from benchmarks.cells import Cell, Task, default_cells
 from benchmarks.fit import memory_fits
 from benchmarks.measure import gradient_norm, gradient_sketch
 from benchmarks.shapes import SHAPES
+from benchmarks.truth import weight_of, widen
 from benchmarks.weights import build, save, transformer
 
 TINY = Cell("tiny", "nf4", 2, 32)
@@ -86,6 +87,44 @@ def test_reference_is_eager_attention_row_by_row(shape, monkeypatch):
         assert (parameter.grad - wanted[name]).norm() <= 2e-5 * wanted[name].norm(), name
 
 
+@pytest.mark.parametrize(
+    "shape, mode", [("tiny", "nf4"), ("tiny", "bf16"), ("tiny-gemma3", "nf4"), ("tiny-gemma3", "full")]
+)
+def test_the_truth_is_the_model_in_fp32(shape, mode):
+    """Loss and every gradient of a plain fp32 model that has the values of this one, 4-bit weights as they multiply."""
+    cell = Cell(shape, mode, 2, 40, completion=0.7)
+    batch = batch_of(cell, 0, "cpu")
+    trainee = reference.prepare(Task("reference", cell), (), "cpu")
+    values = {  # the other modes' own model, filled with what this one computes with
+        name.replace(".base_layer", "").removeprefix("base_model.model."): weight_of(module).detach().clone()
+        for name, module in trainee.model.named_modules()
+        if isinstance(module, nn.Linear)
+    }
+    plain = build(Cell(shape, "full" if mode == "full" else "bf16", 2, 40), "cpu")
+    with torch.no_grad():
+        for name, module in plain.named_modules():
+            if isinstance(module, nn.Linear):
+                place = name.replace(".base_layer", "").removeprefix("base_model.model.")
+                module.weight.copy_(values[place])
+    scales = {name: buffer.bfloat16() for name, buffer in plain.named_buffers() if name.endswith("embed_scale")}
+    plain.float().set_attn_implementation(
+        "eager"
+    ) if mode == "full" else plain.float().get_base_model().set_attn_implementation("eager")
+    for name, buffer in plain.named_buffers():
+        if name in scales:
+            buffer.copy_(scales[name])
+    truth = plain(**batch, use_cache=False).loss
+    truth.backward()
+    widen(trainee.model)
+    assert trainee.loss(batch).item() == pytest.approx(truth.item(), rel=2e-6)
+    wanted = {name: p.grad for name, p in plain.named_parameters() if p.requires_grad}
+    found = {name: p.grad for name, p in trainee.model.named_parameters() if p.requires_grad}
+    assert wanted.keys() == found.keys()
+    for name, gradient in found.items():
+        assert gradient.dtype == torch.float32
+        assert (gradient - wanted[name]).norm() <= 2e-5 * wanted[name].norm(), name
+
+
 def test_reference_refuses_what_it_does_not_compute():
     q = torch.zeros(1, 2, 4, 8)
     with pytest.raises(ValueError, match="soft cap"):
@@ -115,20 +154,65 @@ def test_a_sketch_measures_the_relative_difference(difference):
     assert parity._distance(sketch(wrapped, difference), exact) == pytest.approx(difference, rel=0.1)
 
 
-RIGHT = {"status": "ok", "loss0": 8.0, "grad_norm0": 2.0, "sketch": [3.0, 4.0], **dict.fromkeys(parity.SPEEDS, 1.0)}
+RIGHT = {"status": "ok", "loss0": 8.0, "grad_norm0": 5.0, "sketch": [3.0, 4.0], **dict.fromkeys(parity.SPEEDS, 1.0)}
+EAGER = {"loss0": 8.001, "grad_norm0": 5.01, "sketch": [3.08, 3.94]}  # 0.1 off by 5
+REFERENCE = {"status": "ok", "loss0": 8.0, "grad_norm0": 5.0, "sketch": [3.0, 4.0], "eager": EAGER}
 
 
 @pytest.mark.parametrize(
     "change",
-    [{"loss0": 8.01}, {"grad_norm0": 2.03}, {"sketch": [4.0, 3.0]}, {"loss0": math.nan}, {"sketch": [3.0]}],
+    [
+        {"loss0": 8.01}, {"grad_norm0": 5.06}, {"sketch": [4.0, 3.0]}, {"sketch": [2.88, 4.09]}, {"loss0": math.nan},
+        {"sketch": [3.0, math.nan]}, {"sketch": [3.0]},
+    ],
     ids=str,
-)
+)  # fmt: skip
 def test_gate(change):
-    kept = parity.judged(RIGHT, RIGHT)
+    kept = parity.judged({**RIGHT, "sketch": [2.904, 4.072]}, REFERENCE)  # 1.2 times eager's error, the other way
     assert kept["parity"]["ok"] and kept["tokens_per_second"] == 1.0 and "sketch" not in kept
-    struck = parity.judged({**RIGHT, **change}, RIGHT)
+    assert kept["parity"]["gradient_error"] == pytest.approx(0.024) and kept["parity"]["loss_difference"] == 0.0
+    assert kept["parity"]["eager_gradient_error"] == pytest.approx(0.02)
+    assert kept["parity"]["gradient_allowed"] == pytest.approx(0.02501)
+    struck = parity.judged({**RIGHT, **change}, REFERENCE)
     assert struck["parity"]["ok"] is False and all(struck[name] is None for name in parity.SPEEDS)
     assert struck["struck_out"] == dict.fromkeys(parity.SPEEDS, 1.0)
+
+
+def test_the_noise_of_eager_passes_and_half_as_much_again_does_not():
+    """With the gradients of a model: the truth's, and noise of random direction on them."""
+    task = Task("reference", Cell("tiny", "nf4", 2, 32))
+    judge = reference.prepare(task, (), "cpu")
+    seen = measure.judge(task, judge, "cpu")
+    again = reference.prepare(task, (), "cpu")
+    widen(again.model)
+    again.loss(batch_of(task.cell, 0, "cpu"))
+    truth = [parameter.grad.clone() for parameter in again.model.parameters() if parameter.grad is not None]
+    error = parity.differences(seen["eager"], seen["eager"]["sketch"], seen)["gradient_error"]
+    assert 1e-3 < error < 2e-2
+    torch.manual_seed(0)
+    noise = [torch.randn_like(gradient) for gradient in truth]
+    size, norm = (math.sqrt(sum(g.square().sum().item() for g in gradients)) for gradients in (noise, truth))
+    for times, ok in ((1.0, True), (1.5, False)):
+        trained = [parameter for parameter in again.model.parameters() if parameter.grad is not None]
+        for parameter, gradient, random in zip(trained, truth, noise, strict=True):
+            parameter.grad = gradient + random * (times * error * norm / size)
+        line = {
+            **RIGHT, "loss0": seen["loss0"], "grad_norm0": measure.gradient_norm(again.model),
+            "sketch": measure.gradient_sketch(again.model),
+        }  # fmt: skip
+        told = parity.judged(line, seen)["parity"]
+        assert told["ok"] is ok and told["gradient_error"] == pytest.approx(times * error, rel=0.1)
+        assert told["loss_difference"] == 0.0 and told["grad_norm_difference"] < 1e-3
+
+
+@pytest.mark.parametrize("where", ["eager", "truth"])
+def test_a_reference_that_is_not_finite_judges_nothing(where):
+    bad = (
+        {**REFERENCE, "sketch": [math.nan, 4.0]}
+        if where == "truth"
+        else REFERENCE | {"eager": EAGER | {"loss0": math.inf}}
+    )
+    assert parity.judged(RIGHT, bad)["parity"] == {"ok": None, "reason": "no reference: it is not finite"}
 
 
 def test_without_a_reference_nothing_is_judged():
