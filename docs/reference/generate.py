@@ -95,12 +95,14 @@ API = {
         "errors.DataError",
         "errors.LoadError",
         "errors.SaveError",
+        "errors.OutOfMemoryError",
         "errors.SpecError",
         "errors.Problem",
     ),
 }
 COMMANDS = ((), ("registry",), ("registry", "list"), ("registry", "show"), ("registry", "resolve"))
 COMMANDS += (("registry", "check"), ("registry", "formats"), ("registry", "format"), ("env",), ("demo",), ("preview",))
+COMMANDS += (("plan",),)
 COMMANDS += (("export",), ("export", "merged"), ("export", "lora"), ("export", "gguf"), ("verify",))
 RECORDS = (
     spec.ModelSpec,
