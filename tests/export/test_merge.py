@@ -259,3 +259,30 @@ def test_merging_a_folder_is_merging_its_model(adapted, tmp_path):
     assert any("no adapter is at work" in note for note in report.notes)
     third = load_file(tmp_path / "c" / "model.safetensors")
     assert all(torch.equal(first[name], third[name]) for name in first)
+
+
+EXPERTS = {
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48},
+    "mixtral": {"num_local_experts": 4},
+}
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+def test_experts_that_are_stacked_in_memory_and_single_in_the_file(family, tools, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    _, logits, relative = tools
+    model = tiny.tiny_model(family, **EXPERTS[family])
+    model.save_pretrained(tmp_path / "base")
+    names = set(load_file(tmp_path / "base" / "model.safetensors"))
+    stacked = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    config = LoraConfig(r=4, target_modules=["q_proj"], target_parameters=stacked, init_lora_weights=False)
+    model = get_peft_model(model, config)
+    want = logits(model, vocabulary=250)
+    report = merge(model, tmp_path / "out", precision="fp32")
+    assert set(load_file(tmp_path / "out" / "model.safetensors")) == names
+    assert len(report.changes) == 2 + 2 * 4 * 3  # per layer a q_proj and three matrices of four experts
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert relative(want, logits(merged, vocabulary=250)) < 2e-6  # grouped matrix products have no fp64 to compare with
+    with pytest.raises(UsageError, match="mixture of experts"):
+        merge(model, tmp_path / "four", precision="nf4")

@@ -97,6 +97,9 @@ def merge(
     folder = Path(folder).expanduser()
     source = weight_source(model, base)
     encoding = Encoding(precision, DENSE.get(precision) or _half(source))
+    if encoding.quantises and any(".experts." in name for name in source.names):
+        remedy = "Merge with 'bf16' and quantise with the tool of the place of use."
+        raise UsageError(Problem("precision", precision, "'bf16', 'fp16' or 'fp32' for a mixture of experts", remedy))
     chosen = quantised_names(source) if encoding.quantises else frozenset()
     plans = {n: encoding.planned(n, w.shape, n in chosen) for n, w in source.weights.items()}
     shards = _shards(plans, shard_bytes)
