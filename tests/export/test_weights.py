@@ -175,6 +175,8 @@ def test_a_run_folder_tells_how_its_base_was_held(tmp_path, adapted):
         trained = weight_source(model)
         for name in trained.names:
             assert torch.equal(source.read(name), trained.read(name)), name
+        fastft.merge(folder, tmp_path / "out")
+        assert (tmp_path / "out" / "run.json").read_text() == (tmp_path / "run" / "run.json").read_text()
 
 
 def test_a_sharded_checkpoint_is_read_from_its_files(tmp_path):

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fastft.errors import SaveError, UsageError
-from fastft.export.folder import find_weights, run_record
+from fastft.export.folder import find_weights
 from fastft.export.place import new_folder
 from fastft.export.weights import WeightSource
 from fastft.model import files
@@ -69,15 +69,16 @@ def write_tokenizer(folder: Path, source: WeightSource | None, tokenizer: Any) -
 
 
 def write_export_record(
-    folder: Path, kind: str, source: WeightSource | None, report: Mapping[str, Any], model: Any = None
+    folder: Path, kind: str, source: WeightSource | None, report: Mapping[str, Any], model: Any
 ) -> None:
-    """Write export.json: what was exported from which base, and the run's own run.json beside it where it is known."""
+    """Write export.json: what was exported from which base; and run.json, if `model` is the folder of a run."""
     from fastft import __version__
 
     state = source.state if source is not None else get_state(model)
+    origin = None if isinstance(model, nn.Module) else Path(model).expanduser()
     content = {"kind": kind, "fastft": __version__, "base_model": state.source, "quant": state.quant, **report}
     write_json(folder / RECORD, content)
-    record = run_record(source.folder) if source is not None and source.folder else {}
+    record = find_weights(origin).record if origin is not None else {}
     if record:
         write_json(folder / "run.json", record)
 

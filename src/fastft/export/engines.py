@@ -128,14 +128,12 @@ def _dequantised(found: Any) -> Any:
 
 def _filled(found: Any, names: Sequence[str], read: Callable[[str], Tensor]) -> Any:
     """Return a model of the folder's architecture in fp32 with the given weights."""
-    skeleton, _ = found.skeleton()
-    model = copy.deepcopy(skeleton.config)
-    if hasattr(model, "quantization_config"):
-        del model.quantization_config
     from transformers import AutoModelForCausalLM
 
-    filled = AutoModelForCausalLM.from_config(model, dtype=torch.float32)
-    return fill(filled, names, read)
+    config = copy.deepcopy(found.skeleton()[0].config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return fill(AutoModelForCausalLM.from_config(config, dtype=torch.float32), names, read)
 
 
 def fill(model: nn.Module, names: Sequence[str], read: Callable[[str], Tensor]) -> nn.Module:

@@ -63,8 +63,10 @@ def find_weights(folder: Path) -> Found:
 
 
 def run_record(folder: Path) -> dict[str, Any]:
-    """Return the run.json in a folder or beside it (of a checkpoint's run), or an empty record."""
-    for place in (folder, folder.parent):
+    """Return the run.json in a folder, or for a checkpoint that of its run beside it; else an empty record."""
+    from fastft.train.checkpoint import CHECKPOINT
+
+    for place in (folder, folder.parent) if CHECKPOINT.match(folder.name) else (folder,):
         if (place / "run.json").is_file():
             return files.read_json(place / "run.json")
     return {}

@@ -44,7 +44,7 @@ def push(
     """Upload a merged, adapter or GGUF folder to the hub as `repo_id`; the repository is made if it is not there.
 
     * `token`: one that may write; by default the one that `hf auth login` keeps.
-    * `run`: the folder of the run whose run.json the card is made from; by default that in or beside the folder.
+    * `run`: the folder of the run whose run.json the card is made from; by default that in the folder.
     * `base_model`: the base's name on the hub, for the card and, where it names a local folder, for the adapter.
 
     A README.md that the folder has is kept; otherwise the card is made, and written there. Before anything is sent,

@@ -125,7 +125,7 @@ def merge(
             time.monotonic() - started,
             tuple(notes),
         )
-        companions.write_export_record(staged, "merged", source, report.to_dict())
+        companions.write_export_record(staged, "merged", source, report.to_dict(), model)
     return report
 
 
