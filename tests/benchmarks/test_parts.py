@@ -1,6 +1,7 @@
 """What the comparison rests on: equal weights in every arm, a right reference, a sketch that measures, the fit."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -107,9 +108,8 @@ def test_the_truth_is_the_model_in_fp32(shape, mode):
                 place = name.replace(".base_layer", "").removeprefix("base_model.model.")
                 module.weight.copy_(values[place])
     scales = {name: buffer.bfloat16() for name, buffer in plain.named_buffers() if name.endswith("embed_scale")}
-    plain.float().set_attn_implementation(
-        "eager"
-    ) if mode == "full" else plain.float().get_base_model().set_attn_implementation("eager")
+    plain.float()
+    (plain if mode == "full" else plain.get_base_model()).set_attn_implementation("eager")
     for name, buffer in plain.named_buffers():
         if name in scales:
             buffer.copy_(scales[name])
@@ -203,6 +203,17 @@ def test_the_noise_of_eager_passes_and_half_as_much_again_does_not():
         told = parity.judged(line, seen)["parity"]
         assert told["ok"] is ok and told["gradient_error"] == pytest.approx(times * error, rel=0.1)
         assert told["loss_difference"] == 0.0 and told["grad_norm_difference"] < 1e-3
+
+
+def test_a_wrong_softmax_scale_fails(monkeypatch):
+    """Its loss and norm are right, and its gradient is nearer to the truth than a tenth."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    cell = Cell("tiny", "nf4", 2, 48)
+    seen = measure.run(Task("reference", cell))
+    for arm, ok in (("peft", True), ("module:wrong_scale", False)):
+        told = parity.judged(measure.run(Task(arm, cell, 1, 1)), seen)["parity"]
+        assert told["ok"] is ok
+        assert told["loss_difference"] < 1e-3 and told["grad_norm_difference"] < 1e-2 and told["gradient_error"] < 0.1
 
 
 @pytest.mark.parametrize("where", ["eager", "truth"])
