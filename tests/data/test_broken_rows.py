@@ -80,8 +80,8 @@ MESSAGES = {
     ),
     "two answers": (
         [USER, BOT, BOT],
-        "[2].role: expected another role than in [1], got 'assistant'. Join the two turns into one, or put the "
-        "user's turn between them.",
+        "[2].role: expected another role than in [1], got 'assistant'. Join them, or put the "
+        "user's turn between them; alternate=False takes both, where the template does.",
     ),
     "no dict": ([USER, "x"], "[1]: expected a dict with 'role' and 'content', got 'x'"),
     "no messages": ([], ": expected at least one message, got []. Remove the row."),
@@ -139,8 +139,8 @@ OTHERS = {
     "sharegpt, two answers": (
         SHAREGPT,
         {"conversations": SHAREGPT["conversations"] + SHAREGPT["conversations"][1:]},
-        "conversations[2].from: expected another role than in [1], got 'assistant'. Join the two turns into one, "
-        "or put the user's turn between them.",
+        "conversations[2].from: expected another role than in [1], got 'assistant'. Join them, "
+        "or put the user's turn between them; alternate=False takes both, where the template does.",
     ),
     "sharegpt, call": (
         SHAREGPT,
@@ -163,8 +163,8 @@ OTHERS = {
     "pair, two answers": (
         TURNS,
         {"prompt": [USER, BOT], "completion": [BOT]},
-        "prompt + completion[2].role: expected another role than in [1], got 'assistant'. Join the two turns "
-        "into one, or put the user's turn between them.",
+        "prompt + completion[2].role: expected another role than in [1], got 'assistant'. Join them, "
+        "or put the user's turn between them; alternate=False takes both, where the template does.",
     ),
     "alpaca, NaN": (
         ALPACA,

@@ -43,7 +43,7 @@ def test_model_and_tokenizer_in_the_wrong_places(build_model, tokenizer, tmp_pat
         ([{"prompt": "w1", "chosen": "w2", "rejected": "w3"}], "preferences"),
         ([{"prompt": "w1"}], "'prompt' and 'completion'"),
         ([{"mesages": []}], "did you mean 'messages'"),
-        ([{"text": "w1"}, {"input_ids": [1, 2]}], "Token ids need no rendering"),
+        ([{"text": "w1"}, {"input_ids": [1, 2]}], "row 1, fields: expected 'text'"),
     ],
 )
 def test_data_of_a_wrong_kind(data, told, build_model, tokenizer, tmp_path):

@@ -11,10 +11,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from fastft.data import pipeline
+from fastft.data import inputs, pipeline
 from fastft.data.check import check_tokenised, named, refuse, refuse_empty, refuse_unlearnable
 from fastft.data.columns import trained_ids
-from fastft.data.inputs import canonical_rows
 from fastft.data.rendering import templates_of
 from fastft.data.sources import load_rows
 from fastft.data.tokenise import Encoder, Unlearnable
@@ -33,6 +32,7 @@ def chat_dataset(
     max_length: int | None = None,
     overlong: Literal["refuse", "truncate"] = "refuse",
     max_unlearnable: float = 0.0,
+    alternate: bool = True,
     num_proc: int | None = None,
     progress: bool = True,
 ) -> Any:
@@ -40,7 +40,8 @@ def chat_dataset(
 
     `rows` is a list or another iterable of rows, a `datasets.Dataset`, or the path or name of one. A row holds
     `messages` (a list of `{"role", "content"}`, with `tools` if there are any), or `prompt` and `completion` (two
-    texts, or two lists of messages), or `text`. `train_on`:
+    texts, or two lists of messages), or `text`, or what becomes one of these (`recognise`); all rows are of the kind
+    that the first ones are. `train_on`:
 
     * "assistant": every assistant turn with its stop token, by the template's `{% generation %}` markers; of a prompt
       with completion, the completion.
@@ -54,6 +55,10 @@ def chat_dataset(
     number of tokens; a longer row is refused, or cut at its end with `overlong="truncate"`. Of the cut rows a share of
     `max_unlearnable` may be left without anything to learn; they are then left out, which is said.
 
+    Two assistant turns in a row are refused; `alternate=False` takes them where the template does. Lists of texts are
+    joined for templates that know text alone; tool calls, reasoning and images that a template would leave out are
+    errors.
+
     Large sets are tokenised over `num_proc` processes (default: all that this one may use) with a `progress` bar and
     kept on disk by content, so that the same set is not tokenised twice. A `datasets.IterableDataset` becomes another
     one that tokenises as it is read.
@@ -63,14 +68,14 @@ def chat_dataset(
     in which no stop token is learnt.
     """
     _check_arguments(train_on, max_length, overlong, max_unlearnable)
-    rows = canonical_rows(rows, num_proc)
-    if hasattr(rows, "__len__"):
-        refuse_empty(rows)
+    given = rows if isinstance(rows, inputs.Input) else inputs.read(rows, alternate)
+    inputs.refuse_others(given)
     templates, scaffold = templates_of(tokenizer, train_on)
-    encoder = Encoder(tokenizer, train_on, templates, scaffold, max_length, overlong == "truncate")
-    if _is_stream(rows):
-        return _streamed(rows, encoder)
-    found = pipeline.encoded(rows, encoder, num_proc, progress)
+    read = inputs.without_rows(given)
+    encoder = Encoder(read, tokenizer, train_on, templates, scaffold, max_length, overlong == "truncate")
+    if _is_stream(given.rows):
+        return _streamed(given.rows, encoder)
+    found = pipeline.encoded(given.rows, encoder, num_proc, progress)
     found = _sound_rows(found, max_length, max_unlearnable)
     _need_stops(found, encoder)
     return found.select_columns(["input_ids", "labels"])

@@ -181,7 +181,7 @@ def message_problems(where: str, messages: Any, keys: tuple[str, str] = ("role",
 
 def repeated_answers(where: str, messages: Sequence[Mapping[str, Any]], role_key: str = "role") -> list[Problem]:
     """Return a problem for every assistant turn that follows on another one; `messages` have standard roles."""
-    remedy = "Join the two turns into one, or put the user's turn between them."
+    remedy = "Join them, or put the user's turn between them; alternate=False takes both, where the template does."
     return [
         Problem(f"{where}[{number}].{role_key}", "assistant", f"another role than in [{number - 1}]", remedy)
         for number in range(1, len(messages))
@@ -225,7 +225,7 @@ def _parts_problem(where: str, parts: Sequence[Any]) -> Problem | None:
 
 def named(problem: Problem | str, name: str) -> Problem | str:
     """Return a problem of some rows with the name of the data they are in: "row 3" is "eval row 3"."""
-    about_rows = isinstance(problem, Problem) and problem.where.startswith(("row", "data"))
+    about_rows = isinstance(problem, Problem) and problem.where.startswith(("row", "data", "columns"))
     return evolve(problem, where=f"{name} {problem.where}") if about_rows else problem
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastft.data.check import message_problems, repeated_answers, short, text_problem
-from fastft.data.kinds import CALL_ROLES, ROLE_OF, ROLES, Recognised
+from fastft.data.kinds import CALL_ROLES, ROLE_OF, ROLES, SYSTEM_COLUMNS, Recognised
 from fastft.errors import Problem, did_you_mean
 
 Row = dict[str, Any]
@@ -170,11 +170,22 @@ def _tools(where: str, row: Row) -> tuple[Row, Problems]:
 
 def _system(where: str, row: Row, recognised: Recognised) -> tuple[str, Problems]:
     """Return the text of the system column; empty where there is none."""
-    text = row.get(recognised.fields.get("system", ""))
+    column = _optional(row, recognised, "system")
+    text = row.get(column)
     if text is None or text == "":
         return "", []
-    problem = text_problem(f"{where}, {recognised.fields['system']}", text, may_be_empty=True)
+    problem = text_problem(f"{where}, {column}", text, may_be_empty=True)
     return text, [problem] if problem else []
+
+
+def _optional(row: Row, recognised: Recognised, part: str) -> str:
+    """Return the column of a part that rows may lack: the first rows may have lacked it where this one has it."""
+    if part in recognised.fields:
+        return recognised.fields[part]
+    plain = recognised.fields.get("instruction") == "instruction"
+    names = {"system": SYSTEM_COLUMNS, "history": ("history",), "prompt": ("prompt",)}
+    known = names.get(part, ("input", "context") if plain else ())
+    return next((name for name in known if name in row), "")
 
 
 def _without(row: Row, recognised: Recognised) -> Row:
@@ -225,9 +236,10 @@ def _from_instruction(where: str, row: Row, recognised: Recognised, alternate: b
         texts[part] = row[fields[part]]
         problem = text_problem(f"{where}, {fields[part]}", texts[part])
         problems.extend([problem] if problem else [])
-    given = row.get(fields.get("input", ""))
+    column = _optional(row, recognised, "input")
+    given = row.get(column)
     if given is not None and given != "":
-        problem = text_problem(f"{where}, {fields['input']}", given, may_be_empty=True)
+        problem = text_problem(f"{where}, {column}", given, may_be_empty=True)
         problems.extend([problem] if problem else [])
     made, bad = _tools(where, _without(row, recognised))
     problems.extend(bad)
@@ -243,10 +255,11 @@ def _from_instruction(where: str, row: Row, recognised: Recognised, alternate: b
 
 def _history(where: str, row: Row, recognised: Recognised) -> tuple[list[Row], Problems]:
     """Return the earlier turns of a history column, a list of pairs of question and answer."""
-    pairs = row.get(recognised.fields.get("history", "")) or []
+    column = _optional(row, recognised, "history")
+    pairs = row.get(column) or []
     turns, problems = [], []
     for number, pair in enumerate(pairs):
-        place = f"{where}, {recognised.fields['history']}[{number}]"
+        place = f"{where}, {column}[{number}]"
         if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2:
             problems.append(Problem(place, short(pair), "a pair of question and answer"))
             continue
@@ -262,9 +275,9 @@ def _from_preference(where: str, row: Row, recognised: Recognised, alternate: bo
     fields = recognised.fields
     problems: Problems = []
     prompt: list[Row] = []
-    given = row.get(fields.get("prompt", ""))
+    given = row.get(_optional(row, recognised, "prompt"))
     if given is not None:
-        prompt, problems = _side(f"{where}, {fields['prompt']}", given, "user", recognised)
+        prompt, problems = _side(f"{where}, prompt", given, "user", recognised)
     made = _without(row, recognised)
     for part in ("chosen", "rejected"):
         turns, wrong = _side(f"{where}, {fields[part]}", row[fields[part]], "assistant", recognised)

@@ -1,62 +1,78 @@
-"""Whatever users have, to rows that can be rendered; what is that already is not gone through a second time."""
+"""Whatever users have, read and recognised: the rows as they are, and how each becomes one that can be rendered."""
 
 import itertools
 from collections.abc import Mapping
 from typing import Any
 
+from attrs import evolve, frozen
+
 from fastft.data.check import refuse_empty
-from fastft.data.recognise import canonical, recognise
-from fastft.data.rows import KINDS
+from fastft.data.convert import Row, convert_row
+from fastft.data.kinds import PLAIN, Recognised
+from fastft.data.recognise import SAMPLE, recognise
 from fastft.data.sources import load_rows
+from fastft.errors import DataError, Problem
+
+_BESIDE = ("tools", "chat_template_kwargs")
+_OTHERS = {
+    "preference": "They are preferences: fine-tune on the chosen answers as 'messages'.",
+    "input_ids": "Token ids need no rendering: pass them to sft or the trainer as a datasets.Dataset.",
+}
 
 
-def canonical_rows(rows: Any, num_proc: int | None = None) -> Any:
-    """Return rows of the kinds that can be rendered, from whatever `load_rows` takes; says what was recognised.
+@frozen
+class Input:
+    """Rows as they are in their source, and what they were recognised as. A picklable value but for the rows.
 
-    An iterator is not read, and what is of such a kind already is not gone through. Raises `DataError`.
+    `features` are those of the Arrow table that the rows are from. `alternate` refuses two assistant turns in a row.
     """
-    if not hasattr(rows, "__next__"):
-        rows = load_rows(rows)
-    if isinstance(rows, list | tuple):
-        refuse_empty(rows)
-    if not hasattr(rows, "column_names"):
-        rows, first = _peek(rows)
-        if not isinstance(first, Mapping) or _is_canonical(first):
-            return rows
-    elif hasattr(rows, "__len__") and (len(rows) == 0 or _is_plain(rows.features)):
-        return rows
-    recognised = recognise(rows)
-    if recognised.kind not in ("messages", "prompt_completion", "text"):
+
+    rows: Any
+    recognised: Recognised
+    features: Mapping[str, Any] | None = None
+    alternate: bool = True
+
+    def row(self, where: str, row: Any) -> Row:
+        """Return one of the rows in its canonical form. Raises `DataError` with every mistake in it."""
+        made, problems = convert_row(where, row, self.recognised, self.features, self.alternate)
+        if problems:
+            raise DataError(*problems)
+        return made
+
+
+def read(source: Any, alternate: bool = True) -> Input:
+    """Return the rows of a source that `load_rows` takes, recognised; one line says what becomes something else.
+
+    Of an iterator the first `SAMPLE` rows are read, and come again in `rows`. Raises `DataError` where nothing is
+    recognised or more than one kind is.
+    """
+    rows = source if hasattr(source, "__next__") else load_rows(source)
+    if hasattr(rows, "__next__"):
+        head = list(itertools.islice(rows, SAMPLE))
+        recognised = recognise(head, stream=len(head) == SAMPLE)
+        rows = itertools.chain(head, rows)
+    else:
+        if hasattr(rows, "__len__"):
+            refuse_empty(rows)
+        recognised = recognise(rows)
+    if recognised.kind not in (*PLAIN, *_OTHERS):
         print(f"fastft: {recognised.statement}")
-    return canonical(rows, recognised, num_proc=num_proc)
+    features = getattr(rows, "features", None)
+    if getattr(rows, "column_names", None) is not None and recognised.kind not in _OTHERS:
+        used = [*recognised.fields.values(), *(name for name in _BESIDE if name in rows.column_names)]
+        rows = rows.select_columns(list(dict.fromkeys(used)))
+        rows = rows.with_format(None) if hasattr(rows, "__len__") else rows
+    return Input(rows, recognised, features, alternate)
 
 
-def _peek(rows: Any) -> tuple[Any, Any]:
-    """Return the rows, all of them, and the first."""
-    if isinstance(rows, list | tuple):
-        return rows, rows[0]
-    rows = iter(rows)
-    first = next(rows, None)
-    return itertools.chain(() if first is None else (first,), rows), first
+def refuse_others(given: Input) -> None:
+    """Raise `DataError` for rows of a kind that is not rendered."""
+    remedy = _OTHERS.get(given.recognised.kind)
+    if remedy:
+        expected = "conversations, prompts with completions, instructions with answers, or plain text"
+        raise DataError(Problem("rows", given.recognised.statement, expected, remedy))
 
 
-def _is_canonical(row: Mapping[str, Any]) -> bool:
-    """Return whether a row can be rendered, or is told best by the encoder why it cannot."""
-    messages = next((row[name] for name in ("messages", "prompt") if name in row), None)
-    if isinstance(messages, list) and messages and isinstance(messages[0], Mapping):
-        return "role" in messages[0]
-    return any(all(name in row for name in fields) for fields in KINDS.values())
-
-
-def _is_plain(features: Any) -> bool:
-    """Return whether all columns are texts, or messages of role and content alone: Arrow has filled in nothing."""
-    columns = [features[name] for name in ("messages", "prompt", "completion", "text") if name in features]
-    kinds = {name for name, fields in KINDS.items() if all(field in features for field in fields)}
-    if len(kinds) != 1:
-        return False
-    for column in columns:
-        fields = getattr(column, "feature", None)
-        turns = isinstance(fields, Mapping) and set(fields) == {"role", "content"}
-        if not turns and getattr(column, "dtype", None) not in ("string", "large_string"):
-            return False
-    return True
+def without_rows(given: Input) -> Input:
+    """Return how the rows are read, without them: small, and the same for every process."""
+    return evolve(given, rows=None)

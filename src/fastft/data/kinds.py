@@ -6,6 +6,7 @@ from typing import Literal
 from attrs import field, frozen
 
 Kind = Literal["messages", "sharegpt", "prompt_completion", "instruction", "preference", "text", "input_ids"]
+PLAIN: tuple[Kind, ...] = ("messages", "prompt_completion", "text")  # canonical, whatever the names of other columns
 
 CONVERSATIONS = ("messages", "conversations", "conversation", "chat", "dialogue", "dialog")
 ROLE_KEYS = ("role", "from", "speaker", "author")

@@ -184,9 +184,10 @@ def rows_hash(rows: Any) -> str:
 
 def _fingerprint(rows: str, encoder: Encoder) -> str:
     """Return a hash of all that an encoded set depends on."""
-    templates = own_templates(encoder.tokenizer)
+    templates, given = own_templates(encoder.tokenizer), encoder.given
+    what = given.recognised
     parts = {
-        "rows": rows,
+        "rows": [rows, what.kind, sorted(what.fields.items()), what.keys, repr(given.features), given.alternate],
         "templates": [*templates, encoder.templates.plain, encoder.templates.tools],
         "tokenizer": tokenizer_hash(encoder.tokenizer),
         "settings": [encoder.train_on, encoder.max_length, encoder.truncate],

@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from attrs import asdict, frozen
+from attrs import asdict, evolve, frozen
 
-from fastft.data import columns, packing
+from fastft.data import columns, inputs, packing
 from fastft.data.chat import TrainOn, chat_dataset
-from fastft.data.inputs import canonical_rows
 from fastft.data.mask import IGNORE
 from fastft.data.pieces import Pieces
 from fastft.data.truncation import LENGTHS, TruncationTable, truncation_table
@@ -50,11 +49,12 @@ class PreviewRow:
 class Preview:
     """Some rows as they are trained on, and what the whole data would lose at several lengths. It prints itself.
 
-    `truncation` and `packing` (`Packing.statistics`) are those of all rows; of a stream those of its first 1,000
-    (`whole` is False). `ids`: print tokens one by one, with their ids.
+    `recognised` says what the data were taken for. `truncation` and `packing` (`Packing.statistics`) are those of all
+    rows; of a stream those of its first 1,000 (`whole` is False). `ids`: print tokens one by one, with their ids.
     """
 
     source: str
+    recognised: str
     train_on: str
     max_length: int | None
     rows: tuple[PreviewRow, ...]
@@ -66,7 +66,7 @@ class Preview:
     def to_dict(self) -> dict[str, Any]:
         """Return all of it as plain values."""
         rows = [{**asdict(row), "learnt": row.learnt} for row in self.rows]
-        values = {name: getattr(self, name) for name in ("source", "train_on", "max_length", "whole")}
+        values = {name: getattr(self, name) for name in ("source", "recognised", "train_on", "max_length", "whole")}
         return {**values, "rows": rows, "truncation": self.truncation.to_dict(), "packing": dict(self.packing)}
 
     def to_html(self) -> str:
@@ -103,6 +103,7 @@ def preview(
     *,
     train_on: TrainOn = "assistant",
     max_length: int | None = None,
+    alternate: bool = True,
     ids: bool = False,
     lengths: Sequence[int] = LENGTHS,
     num_proc: int | None = None,
@@ -111,7 +112,8 @@ def preview(
 
     `data` is what `chat_dataset` and `sft` take, token ids included; `tokenizer` a tokenizer, or the folder or name of
     a model. Every row goes through `chat_dataset` (without cutting) and those shown through the collator that trains,
-    cut to `max_length`. `lengths` are those of the truncation table; `ids` prints a line for each token.
+    cut to `max_length`. `alternate` as there. `lengths` are those of the truncation table; `ids` prints a line for
+    each token.
 
     Raises `UsageError`, `LoadError`, and what `chat_dataset` raises.
     """
@@ -119,23 +121,23 @@ def preview(
         raise UsageError(f"preview: rows is a number of at least 1, got {rows}")
     tokenizer = _tokenizer(tokenizer)
     source = str(data) if isinstance(data, str | Path) else type(data).__name__
-    given = canonical_rows(data, num_proc)
-    whole = hasattr(given, "__len__")
-    given = given if whole else list(itertools.islice(iter(given), STREAMED))
-    first = [given[row] for row in range(min(rows, len(given)))]
-    tokenised = given if "input_ids" in getattr(given, "column_names", ()) else None
-    if tokenised is None and first and isinstance(first[0], Mapping) and "input_ids" in first[0]:
+    given = inputs.read(data, alternate)
+    whole = hasattr(given.rows, "__len__")
+    given = given if whole else evolve(given, rows=list(itertools.islice(iter(given.rows), STREAMED)))
+    if given.recognised.kind == "input_ids":
         from datasets import Dataset
 
-        tokenised = Dataset.from_list(given)
-    if tokenised is None:
+        tokenised = given.rows if hasattr(given.rows, "column_names") else Dataset.from_list(given.rows)
+    else:
         tokenised = chat_dataset(given, tokenizer, train_on, num_proc=num_proc)
+    first = [given.row(f"row {row}", given.rows[row]) for row in range(min(rows, len(given.rows)))]
     sizes = columns.lengths(tokenised)
     limit = max_length or max(LEAST, int(sizes.max(initial=0)))
     fill = packing.pack_lengths(np.minimum(sizes, limit), limit).statistics()
     shown = _rows([tokenised[row] for row in range(len(first))], first, tokenizer, max_length)
     wanted = sorted({*lengths, *([max_length] if max_length else [])})
-    return Preview(source, train_on, max_length, shown, truncation_table(tokenised, wanted), fill, whole, ids)
+    table = truncation_table(tokenised, wanted)
+    return Preview(source, given.recognised.statement, train_on, max_length, shown, table, fill, whole, ids)
 
 
 def _tokenizer(tokenizer: Any) -> Any:

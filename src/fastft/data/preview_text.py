@@ -52,7 +52,8 @@ def head(preview: "Preview", how: str) -> str:
     """Return the first lines: what is shown."""
     cut = f", cut to {preview.max_length:,} tokens" if preview.max_length else ""
     seen = "" if preview.whole else f"; a stream: its first {preview.truncation.rows:,} rows"
-    return f'{preview.source}, train_on="{preview.train_on}"{cut}{seen}\nWhat bears loss stands {how}.'
+    what = f'{preview.source}: {preview.recognised}\ntrain_on="{preview.train_on}"{cut}{seen}'
+    return f"{what}\nWhat bears loss stands {how}."
 
 
 def title(row: "PreviewRow") -> str:

@@ -29,15 +29,17 @@ SAMPLE = 100  # rows looked at; canonical looks at all of them
 Fields = dict[str, str]
 
 
-def recognise(rows_or_columns: Any) -> Recognised:
+def recognise(rows_or_columns: Any, *, stream: bool = False) -> Recognised:
     """Return what rows are, by their columns and the first `SAMPLE` of them.
 
     Takes a list of dicts, a `datasets.Dataset` or `IterableDataset`, or a list of column names. Names that are used for
-    other things too (question and answer, say) count only where none of the usual ones is there.
+    other things too (question and answer, say) count only where none of the usual ones is there. `stream`: the list
+    holds only the first rows.
 
     Raises `DataError` naming the columns where nothing is recognised or more than one kind is.
     """
     columns, sample, size = _look(rows_or_columns)
+    size = -1 if stream else size
     found = _candidates(columns, sample)
     if not found:
         known = [name for kind in EXACT.values() for fields in kind for name in fields.values()] + list(CONVERSATIONS)
@@ -123,8 +125,9 @@ def _look(rows: Any) -> tuple[list[str], list[Mapping[str, Any]], int]:
     sample = [row for row in rows[:SAMPLE] if isinstance(row, Mapping)]
     if not sample:
         raise DataError(Problem("row 0", short(rows[0]), "a dict", f"A row has {KNOWN}."))
-    # the first row that is of a kind decides; rows that are of another are told by canonical
-    decides = next((row for row in sample if _candidates(list(row), [row])), None)
+    # the first row that is of a kind decides, unless one could be of several; rows of another kind are told one by one
+    kinds = [len(_candidates(list(row), [row])) for row in sample]
+    decides = next((row for row, count in zip(sample, kinds, strict=True) if count == max(*kinds, 1)), None)
     if decides is None:
         return list(dict.fromkeys(str(name) for row in sample for name in row)), sample, len(rows)
     return [str(name) for name in decides], sample, len(rows)

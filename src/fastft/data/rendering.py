@@ -3,15 +3,22 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from attrs import frozen
+from attrs import evolve, frozen
 
+from fastft.data import left_out
+from fastft.data.check import short
 from fastft.data.mask import GENERATION, Scaffold, Span, find_scaffold
-from fastft.errors import Problem
+from fastft.errors import DataError, Problem
 
 NO_TEMPLATE = "Set tokenizer.chat_template, or give rows with 'prompt' and 'completion' or 'text'."
 NO_MARKERS = (
     "Give tokenizer.chat_template a version with {% generation %} ... {% endgeneration %} around assistant turns "
     "(fastft.chat_templates.get_chat_template(tokenizer, name) has one for every known format), or use train_on='all'."
+)
+OTHERWISE = (
+    "The tokenizer's template has no {% generation %} markers and renders this row otherwise than the known format it "
+    "resembles; put the markers into tokenizer.chat_template, or fastft.chat_templates.get_chat_template(tokenizer, "
+    "name)."
 )
 
 
@@ -21,7 +28,7 @@ class Templates:
 
     Where `compare` is set, `plain` and `tools` are those of a known format, marked with `{% generation %}`, and a row
     is only used if the tokenizer's own template in `compare` renders the same text, stop tokens in `ends` and white
-    space at its end excepted. `problem` says why messages cannot
+    space at its end excepted. `lists`: it takes contents that are lists of parts. `problem` says why messages cannot
     be rendered, or (`unmarked`) why their assistant turns cannot be told from the rest.
     """
 
@@ -29,6 +36,7 @@ class Templates:
     tools: str = ""
     compare: tuple[str, str] | None = None
     ends: tuple[str, ...] = ()
+    lists: bool = True
     problem: Problem | None = None
     unmarked: Problem | None = None
 
@@ -70,6 +78,61 @@ def render(
     return list(zip(texts, spans if marked else [[] for _ in texts], strict=True))
 
 
+@frozen
+class Renderer:
+    """Renders conversations with a tokenizer's templates; nothing of a conversation is left out unsaid."""
+
+    tokenizer: Any
+    templates: Templates
+
+    def alone(
+        self, where: str, messages: Any, opened: bool, tools: Any = None, extra: Mapping[str, Any] | None = None
+    ) -> tuple[str, list[Span]]:
+        """Return text and generation spans of one conversation, called `where` in errors. Raises `DataError`."""
+
+        def text_of(messages: Any, tools: Any = tools) -> str | None:
+            try:
+                return self.rendered([messages], opened, tools, extra)[0][0]
+            except (*render_errors(), DataError):
+                return None
+
+        if not self.templates.lists:
+            messages = left_out.with_texts(messages)
+            problems = left_out.refused_parts(where, messages)
+            if problems:
+                raise DataError(*problems)
+        try:
+            ((text, spans),) = self.rendered([messages], opened, tools, extra)
+        except DataError as error:
+            raise DataError(*(evolve(problem, where=where) for problem in error.problems)) from error
+        except render_errors() as error:
+            general = Problem(where, short(messages), "messages that the template takes", f"The template says: {error}")
+            raise DataError(*(left_out.refused(where, messages, text_of, str(error)) or [general])) from error
+        problems = left_out.left_out(where, messages, tools, text, text_of)
+        if problems:
+            raise DataError(*problems)
+        return text, spans
+
+    def rendered(
+        self, conversations: Sequence[Any], opened: bool, tools: Any = None, extra: Mapping[str, Any] | None = None
+    ) -> list[tuple[str, list[Span]]]:
+        """Return text and generation spans of every conversation.
+
+        Raises what Jinja raises, and `DataError` where the texts of `compare` differ.
+        """
+        template = self.templates.tools if tools else self.templates.plain
+        marked = GENERATION.search(template) is not None
+        found = render(self.tokenizer, template, conversations, opened, tools, extra, marked)
+        if self.templates.compare is None:
+            return found
+        own = self.templates.compare[1 if tools else 0]
+        pairs = render(self.tokenizer, own, conversations, opened, tools, extra)
+        for (text, _), (wanted, _), messages in zip(found, pairs, conversations, strict=True):
+            if not self.templates.same(text, wanted):
+                raise DataError(Problem("messages", short(messages), "the rendering of the known format", OTHERWISE))
+        return found
+
+
 def own_templates(tokenizer: Any) -> tuple[str, str]:
     """Return the tokenizer's templates for conversations without and with tools; empty where it has none."""
     template = getattr(tokenizer, "chat_template", None)
@@ -106,13 +169,15 @@ def templates_of(tokenizer: Any, train_on: str) -> tuple[Templates, Scaffold]:
             return None
 
     scaffold = find_scaffold(tokenizer, probe, known.stop_tokens if known else ())
+    parts = probe([{"role": "user", "content": [{"type": "text", "text": "question"}]}], False)
+    lists = parts is not None and parts == probe([{"role": "user", "content": "question"}], False)
     if marked or train_on == "all":
-        return Templates(plain, tools), scaffold
+        return Templates(plain, tools, lists=lists), scaffold
     if known is not None:
         ends = tuple({*known.stop_tokens, tokenizer.eos_token or ""} - {""})
-        return Templates(known.jinja, known.jinja, compare=(plain, tools), ends=ends), scaffold
+        return Templates(known.jinja, known.jinja, compare=(plain, tools), ends=ends, lists=lists), scaffold
     unmarked = Problem("tokenizer.chat_template", "no {% generation %} markers", "markers", NO_MARKERS)
-    return Templates(plain, tools, unmarked=unmarked), scaffold
+    return Templates(plain, tools, lists=lists, unmarked=unmarked), scaffold
 
 
 def _known_format(tokenizer: Any) -> Any:

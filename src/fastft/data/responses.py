@@ -14,9 +14,10 @@ from attrs import define, field
 
 from fastft.data import columns, training_collator
 from fastft.data.check import SHOWN, refuse_empty
-from fastft.data.mask import IGNORE, Span
+from fastft.data.mask import IGNORE, Span, special_ids
 from fastft.data.pieces import Pieces
 from fastft.data.rendering import templates_of
+from fastft.data.template import recognise_format, response_parts
 from fastft.errors import DataError, Problem, UsageError
 
 
@@ -25,6 +26,9 @@ class Responses:
     """Finds the responses in rows of token ids: from `response_part` to the stop token, that one included.
 
     Where a response has no stop token it goes to the next `instruction_part` or `response_part`, or to the row's end.
+    A special token before these, such as gpt-oss has at the end of earlier answers, is not sampled: the model ends with
+    its stop token there. `thinking` are the markers of reasoning that the format knows: a response that is reasoning
+    and ends with a new `response_part` goes on behind it.
     `last`: of each row, or of each document of a packed row, the last response alone. Picklable.
     """
 
@@ -35,11 +39,14 @@ class Responses:
     last: bool = False
     exact: bool = True
     opening: str = ""  # what the generation prompt has behind the response part: given, where it is there
+    thinking: tuple[str, str] = ("", "")
     pieces: Pieces = field(init=False)
+    special: frozenset[int] = field(init=False)
     _patterns: dict[str, re.Pattern[str]] = field(factory=dict)
 
     def __attrs_post_init__(self) -> None:
         self.pieces = Pieces(self.tokenizer)
+        self.special = special_ids(self.tokenizer)
 
     def __call__(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
         """Return the `labels` of a batch of rows: -100 outside responses, and where the rows' own labels have it."""
@@ -66,7 +73,7 @@ class Responses:
         begins = [end + len(self.opening) if text.startswith(self.opening, end) else end for end in begins]
         heads = [self.instruction_part, self.response_part]
         opens = sorted(match.start() for head in heads if head for match in self._pattern(head).finditer(text))
-        spans = []
+        spans: list[Span] = []
         for begin in begins:
             low = bisect_right(ends, begin)  # the first token that ends behind the marker
             after = bisect_left(opens, begin)
@@ -74,10 +81,19 @@ class Responses:
             high = bisect_right(ends, limit)
             reach = range(low, min(high + 1, len(ids)))  # a stop token may be what opens the next turn
             stop = next((place for place in reach if ids[place] in self.stops), None)
+            while stop is None and limit < len(text) and high > low and ids[high - 1] in self.special:
+                high -= 1
             high = high if stop is None else stop + 1
-            if low < high:
+            if spans and self._is_thought(text, ends[spans[-1][0] - 1], begin):
+                spans[-1] = (spans[-1][0], high)
+            elif low < high:
                 spans.append((low, high))
         return spans[-1:] if self.last else spans
+
+    def _is_thought(self, text: str, start: int, end: int) -> bool:
+        """Return whether a response from `start` is reasoning, and `end` is where the same turn goes on."""
+        opens, closes = self.thinking
+        return bool(closes) and text.startswith(opens, start) and text.endswith(closes, start, end)
 
     def _pattern(self, marker: str) -> re.Pattern[str]:
         """Return what finds a marker. Some tokenizers begin a word with a blank behind every special token."""
@@ -122,11 +138,13 @@ def train_on_responses_only(
     """
     tokenizer = _tokenizer_of(trainer, tokenizer)
     instruction_part, response_part = _parts(tokenizer, instruction_part, response_part)
+    form = recognise_format(tokenizer)
+    turned = form and form.thinking and form.thinking.end.endswith(response_part)
+    thinking = (form.thinking.start, form.thinking.end) if turned else ("", "")
     scaffold = templates_of(tokenizer, "all")[1]
     opening = scaffold.prompt.partition(response_part)[2]
-    responses = Responses(
-        tokenizer, instruction_part, response_part, scaffold.stops, last_response_only, bool(force_match), opening
-    )
+    parts = instruction_part, response_part
+    responses = Responses(tokenizer, *parts, scaffold.stops, last_response_only, bool(force_match), opening, thinking)
     if return_function:
         return responses
     if not hasattr(trainer, "train_dataset"):
@@ -163,8 +181,6 @@ def _parts(tokenizer: Any, instruction_part: str | None, response_part: str | No
         name = "instruction_part" if instruction_part is None else "response_part"
         raise UsageError(f"train_on_responses_only: {name} is missing; give both parts, or neither of them")
     if response_part is None:
-        from fastft.data.template import response_parts
-
         instruction_part, response_part = response_parts(tokenizer)
     wrong = [
         Problem(f"train_on_responses_only: {name}", part, "a text that is not empty")

@@ -6,13 +6,14 @@ from itertools import chain
 from typing import Any
 
 import numpy as np
-from attrs import define, evolve, field, frozen
+from attrs import define, field, frozen
 
 from fastft.data import mask
-from fastft.data.check import row_problem
+from fastft.data.check import row_problem, short
+from fastft.data.inputs import Input
+from fastft.data.left_out import is_plain
 from fastft.data.mask import IGNORE, Scaffold, Span
-from fastft.data.rendering import Templates, render, render_errors
-from fastft.data.rows import kind_of, need_messages, need_text, short
+from fastft.data.rendering import Renderer, Templates, render_errors
 from fastft.errors import DataError, Problem
 
 
@@ -20,9 +21,10 @@ from fastft.errors import DataError, Problem
 class Encoder:
     """Turns rows into token ids and labels; a picklable value, so that other processes can do it.
 
-    `max_length` is in tokens; longer rows are problems, or are cut at their end if `truncate`.
+    XX
     """
 
+    given: Input
     tokenizer: Any
     train_on: str
     templates: Templates
@@ -58,36 +60,31 @@ class Encoder:
 
     def _texts(self, row: "Row", content: Any) -> list["Text"]:
         """Return what is to be rendered and tokenised for a row, in order. Raises `DataError`."""
-        kind = kind_of(row.where, content)
+        content = self.given.row(row.where, content)
+        kind = self.given.recognised.kind
         row.turns = kind != "text"
-        if kind == "messages":
-            need_messages(f"{row.where}, messages", content["messages"])
-            self._refuse_templates(row.where, content["messages"], self.train_on != "all")
-            return [Text(row, _finish_messages, content["messages"], content)]
         if kind == "text":
             return [self._plain_text(row, content["text"])]
+        if kind != "prompt_completion":
+            self._refuse_templates(row.where, content["messages"], self.train_on != "all")
+            return [Text(row, _finish_messages, content["messages"], content)]
         prompt, completion = content["prompt"], content["completion"]
-        if isinstance(prompt, str) and isinstance(completion, str):
-            need_text(f"{row.where}, prompt", prompt)
-            need_text(f"{row.where}, completion", completion)
+        if isinstance(prompt, str):
             return [
                 Text(row, _finish_prompt, text=prompt, start=starts_anew(self.tokenizer, prompt)),
                 Text(row, _finish_completion, text=completion),
             ]
-        need_messages(f"{row.where}, prompt", prompt)
-        need_messages(f"{row.where}, completion", completion)
         several = len(completion) > 1 and self.train_on != "all"
-        self._refuse_templates(row.where, [*prompt, *completion], several)
-        given = Text(row, _finish_nothing, prompt, content, opened=True)
-        return [given, Text(row, _finish_turns, [*prompt, *completion], content, given=given)]
+        whole = [*prompt, *completion]
+        self._refuse_templates(row.where, whole, several)
+        given = Text(row, _finish_nothing, prompt, content, name="prompt", opened=True)
+        return [given, Text(row, _finish_turns, whole, content, name="prompt + completion", given=given)]
 
     def _plain_text(self, row: "Row", text: Any) -> "Text":
-        where = f"{row.where}, text"
-        need_text(where, text)
         if self.train_on != "all":
             remedy = "A plain text has no turns: train on all of it with train_on='all'."
             expected = f"a row with turns for train_on={self.train_on!r}"
-            raise DataError(Problem(where, short(text), expected, remedy))
+            raise DataError(Problem(f"{row.where}, text", short(text), expected, remedy))
         return Text(row, _finish_text, text=text, start=starts_anew(self.tokenizer, text))
 
     def _refuse_templates(self, where: str, messages: Sequence[Mapping[str, Any]], marked: bool) -> None:
@@ -102,63 +99,31 @@ class Encoder:
             raise DataError(self.templates.unmarked)
 
     def _render(self, texts: Sequence["Text"]) -> None:
-        """Render the messages of all texts, those without settings of their own in one go."""
+        """Render the messages of all texts, the plain ones without settings of their own in one go."""
+        renderer = Renderer(self.tokenizer, self.templates)
         alike: dict[bool, list[Text]] = {False: [], True: []}
+        alone: list[Text] = []
         for text in texts:
             if text.row.problems:
                 continue
-            if text.content.get("tools") or text.content.get("chat_template_kwargs"):
-                self._render_alone(text)
-            else:
-                alike[text.opened].append(text)
+            settings = text.content.get("tools") or text.content.get("chat_template_kwargs")
+            group = alone if settings or not is_plain(text.messages) else alike[text.opened]
+            group.append(text)
         for opened, group in alike.items():
-            if not group:
-                continue
             try:
-                found = self._rendered([text.messages for text in group], opened)
-            except render_errors():
-                for text in group:
-                    self._render_alone(text)
+                found = renderer.rendered([text.messages for text in group], opened) if group else ()
+            except (*render_errors(), DataError):
+                alone.extend(group)
                 continue
             for text, (rendered, spans) in zip(group, found, strict=True):
                 text.text, text.spans = rendered, spans
-
-    def _render_alone(self, text: "Text") -> None:
-        extra, tools = text.content.get("chat_template_kwargs") or {}, text.content.get("tools") or None
-        try:
-            ((text.text, text.spans),) = self._rendered([text.messages], text.opened, tools, extra)
-        except DataError as error:
-            text.row.problems.extend(evolve(problem, where=f"{text.row.where}, messages") for problem in error.problems)
-        except render_errors() as error:
-            remedy = f"The chat template says: {error}"
-            text.row.problems.append(
-                Problem(f"{text.row.where}, messages", short(text.messages), "messages that the template takes", remedy)
-            )
-
-    def _rendered(
-        self,
-        conversations: Sequence[Any],
-        opened: bool,
-        tools: Any = None,
-        extra: Mapping[str, Any] | None = None,
-    ) -> list[tuple[str, list[Span]]]:
-        """Return text and generation spans of every conversation; with `compare`, raise where the texts differ."""
-        template = self.templates.tools if tools else self.templates.plain
-        marked = mask.GENERATION.search(template) is not None
-        found = render(self.tokenizer, template, conversations, opened, tools, extra or {}, marked)
-        if self.templates.compare is not None:
-            own = self.templates.compare[1 if tools else 0]
-            pairs = render(self.tokenizer, own, conversations, opened, tools, extra or {}, False)
-            for (text, _), (wanted, _), messages in zip(found, pairs, conversations, strict=True):
-                if self.templates.same(text, wanted):
-                    continue
-                remedy = (
-                    "The tokenizer's template has no {% generation %} markers and renders this row otherwise than the "
-                    "known format it resembles; put the markers into tokenizer.chat_template, or "
-                    "fastft.chat_templates.get_chat_template(tokenizer, name)."
-                )
-                raise DataError(Problem("messages", short(messages), "the rendering of the known format", remedy))
-        return found
+        for text in alone:
+            settings = [text.content.get(name) or None for name in ("tools", "chat_template_kwargs")]
+            try:
+                where = f"{text.row.where}, {text.name}"
+                text.text, text.spans = renderer.alone(where, text.messages, text.opened, *settings)
+            except DataError as error:
+                text.row.problems.extend(error.problems)
 
     def _tokenise(self, texts: Sequence["Text"]) -> None:
         """Tokenise all texts: one call for those with the tokenizer's start tokens and one for those without."""
@@ -263,6 +228,7 @@ class Text:
     finish: Callable[[Encoder, "Text"], None]
     messages: Sequence[Any] | None = None
     content: Mapping[str, Any] = field(factory=dict)
+    name: str = "messages"  # what errors call the messages
     text: str = ""
     start: bool = False  # with the tokenizer's own start tokens
     opened: bool = False  # with the generation prompt

@@ -43,7 +43,7 @@ def renamed(template: str, role: str, content: str, roles: dict[str, str]) -> st
     """Return `template` for messages whose keys and role names differ.
 
     `role` and `content` are the keys of a message, `roles` maps the names in the data to those that the template
-    knows; names that are not in it stay.
+    knows; names that are not in it stay, and messages that have the usual keys are taken as well.
     """
     table = ", ".join(f"{_quoted(theirs)}: {_quoted(ours)}" for theirs, ours in roles.items())
     key, value = _quoted(role), _quoted(content)
@@ -51,8 +51,9 @@ def renamed(template: str, role: str, content: str, roles: dict[str, str]) -> st
         f"{{%- set names = {{{table}}} %}}",
         "{%- set all = namespace(messages=[]) %}",
         "{%- for message in messages %}",
-        f"    {{%- set name = names.get(message[{key}], message[{key}]) %}}",
-        f"    {{%- set all.messages = all.messages + [dict(message, role=name, content=message[{value}])] %}}",
+        f"    {{%- set name = message.get({key}, message['role']) %}}",
+        f"    {{%- set said = message.get({value}, message['content']) %}}",
+        "    {%- set all.messages = all.messages + [dict(message, role=names.get(name, name), content=said)] %}",
         "{%- endfor %}",
         "{%- set messages = all.messages %}",
     ]

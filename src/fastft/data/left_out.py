@@ -1,0 +1,138 @@
+"""Is everything of a conversation in its text? Chat templates leave out, without a word, what they do not know of.
+
+Each part is changed and the conversation rendered again: where the text stays the same, the part was not in it.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from fastft.data.check import short
+from fastft.errors import Problem
+
+Messages = Sequence[Mapping[str, Any]]
+REASONING = ("reasoning_content", "thinking")
+_ANOTHER = "fastft.chat_templates.get_chat_template(tokenizer, name) has other formats"
+_CALLS = f"Write the call into 'content' as the model is to write it; {_ANOTHER}."
+_PARTS = "Take the part out, or the row."
+_REASONING = f"Write it into 'content' with its markers, or take it out; {_ANOTHER}."
+_TOOLS = f"Describe them in a system message, or take 'tools' out; {_ANOTHER}."
+
+
+def with_texts(messages: Messages) -> Messages:
+    """Return the messages, contents that are lists of texts alone joined to one text: for templates without lists."""
+    if all(type(message.get("content")) is str for message in messages):
+        return messages
+    return [
+        {**message, "content": "".join(part["text"] for part in message["content"])} if _is_texts(message) else message
+        for message in messages
+    ]
+
+
+def is_plain(messages: Messages) -> bool:
+    """Return whether messages are role and text alone, which every template renders."""
+    return all(len(message) == 2 and type(message.get("content")) is str for message in messages)
+
+
+def refused_parts(where: str, messages: Messages, error: str = "") -> list[Problem]:
+    """Return the problem of the first part that is no text, for a template that cannot take it."""
+    told = f" The template says: {error}." if error else ""
+    expected = "a part that the chat template renders"
+    found = [
+        Problem(f"{where}[{number}].content[{place}]", short(part), expected, f"{_PARTS}{told}")
+        for number, message in enumerate(messages)
+        if not isinstance(message.get("content"), str | None)
+        for place, part in enumerate(message["content"])
+        if part["type"] != "text"
+    ]
+    return found[:1]
+
+
+def refused(where: str, messages: Messages, render: Callable[[Messages], str | None], error: str) -> list[Problem]:
+    """Return the part for which a template refused messages, with what it said: empty where it is another reason.
+
+    `render` returns the text of other messages, or None where they are refused, too.
+    """
+    if _calling(messages) and render(_without_calls(messages)) is not None:
+        return _call_problem(where, messages, f" The template says: {error}.")
+    if refused_parts(where, messages) and render(_without_parts(messages)) is not None:
+        return refused_parts(where, messages, error)
+    return []
+
+
+def left_out(
+    where: str,
+    messages: Messages,
+    tools: Any,
+    text: str,
+    render: Callable[..., str | None],
+) -> list[Problem]:
+    """Return a problem for tool calls, parts, the last answer's reasoning, and tools that are not in `text`.
+
+    `render(messages, tools)` returns the text of others, or None where they are refused. Reasoning in earlier answers
+    is left out by the formats' own rules.
+    """
+    problems = []
+    if _calling(messages) and render(_other_calls(messages), tools) == text:
+        problems += _call_problem(where, messages)
+    parts = refused_parts(where, messages)
+    if parts and render(_without_parts(messages), tools) == text:
+        problems += parts
+    last = messages[-1]
+    name = next((name for name in REASONING if isinstance(last.get(name), str) and last[name].strip()), None)
+    if name and render([*messages[:-1], {**last, name: f"{last[name]}_"}], tools) == text:
+        expected = "reasoning that the chat template renders"
+        problems.append(Problem(f"{where}[{len(messages) - 1}].{name}", short(last[name]), expected, _REASONING))
+    if tools and render(messages, None) == text:
+        expected = "no tools, for the chat template does not list them"
+        problems.append(Problem(f"{where.partition(',')[0]}, tools", short(tools), expected, _TOOLS))
+    return problems
+
+
+def _is_texts(message: Mapping[str, Any]) -> bool:
+    content = message.get("content")
+    return not isinstance(content, str | None) and all(part["type"] == "text" for part in content)
+
+
+def _calling(messages: Messages) -> list[int]:
+    return [number for number, message in enumerate(messages) if message.get("tool_calls")]
+
+
+def _call_problem(where: str, messages: Messages, told: str = "") -> list[Problem]:
+    first = _calling(messages)[0]
+    expected = "tool calls that the chat template renders"
+    value = short(messages[first]["tool_calls"])
+    return [Problem(f"{where}[{first}].tool_calls", value, expected, f"{_CALLS}{told}")]
+
+
+def _without_calls(messages: Messages) -> Messages:
+    bare = [{name: part for name, part in message.items() if name != "tool_calls"} for message in messages]
+    return [{**message, "content": message.get("content") or ""} for message in bare]
+
+
+def _other_calls(messages: Messages) -> Messages:
+    """Return the messages with other names of the functions that are called."""
+    made = []
+    for message in messages:
+        calls = message.get("tool_calls") or ()
+        others = [
+            {**call, "function": {**call["function"], "name": f"{call['function'].get('name')}_"}}
+            if isinstance(call.get("function"), Mapping)
+            else {**call, "name": f"{call.get('name')}_"}
+            for call in calls
+            if isinstance(call, Mapping)
+        ]
+        made.append({**message, "tool_calls": others} if calls else message)
+    return made
+
+
+def _without_parts(messages: Messages) -> Messages:
+    """Return the messages without the parts that are no texts."""
+    made = []
+    for message in messages:
+        content = message.get("content")
+        if isinstance(content, str | None) or _is_texts(message):
+            made.append(message)
+            continue
+        kept = [part for part in content if part["type"] == "text"]
+        made.append({**message, "content": kept or [{"type": "text", "text": ""}]})
+    return made

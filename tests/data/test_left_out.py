@@ -1,0 +1,108 @@
+"""Contents that are lists, tool calls, reasoning and tools: rendered, or an error that names them; never left out."""
+
+import pytest
+from transformers import AutoTokenizer
+
+from fastft.chat_templates import get_chat_template
+from fastft.data.chat import chat_dataset
+from fastft.demo import MODEL_FOLDER
+from fastft.errors import DataError
+
+USER, BOT = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+FUNCTION = {"type": "function", "function": {"name": "look", "arguments": {"x": 1}}}
+CALL, RESULT = {"role": "assistant", "tool_calls": [FUNCTION]}, {"role": "tool", "content": "3"}
+TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
+IMAGE = {"type": "image", "image": "x.png"}
+
+
+@pytest.fixture(scope="module", params=["demo", "adding", "printing"])
+def text_only(request, build_tokenizer, marked):
+    """Tokenizers whose templates know text alone: the third writes a list as Python does."""
+    if request.param == "demo":
+        return AutoTokenizer.from_pretrained(MODEL_FOLDER)
+    printing = marked.replace("message['content'] + '<|im_end|>'", "message['content'] ~ '<|im_end|>'")
+    return build_tokenizer("bytes", marked if request.param == "adding" else printing)
+
+
+def learnt(messages, tokenizer, **beside):
+    (row,) = chat_dataset([{"messages": messages, **beside}], tokenizer)
+    text = tokenizer.decode([label for label in row["labels"] if label != -100])
+    return text, tokenizer.decode(row["input_ids"])
+
+
+def told(messages, tokenizer, **beside):
+    with pytest.raises(DataError) as caught:
+        chat_dataset([{"messages": [USER, BOT]}, {"messages": messages, **beside}], tokenizer)
+    return str(caught.value)
+
+
+def texts(*parts):
+    return [{"type": "text", "text": part} for part in parts]
+
+
+def test_lists_of_texts_are_texts(text_only):
+    lists = [{**USER, "content": texts("q ", "r")}, {**BOT, "content": texts("a")}]
+    assert learnt(lists, text_only) == learnt([{**USER, "content": "q r"}, BOT], text_only)
+    with_lists = get_chat_template(text_only, "qwen-2.5")
+    assert learnt(lists, with_lists) == learnt([{**USER, "content": "q r"}, BOT], with_lists)
+
+
+def test_other_parts(text_only):
+    messages = [{**USER, "content": [*texts("q"), IMAGE]}, BOT]
+    start = "row 1, messages[0].content[1]: expected a part that the chat template renders, got {'type': 'image', "
+    assert told(messages, text_only).startswith(start)
+    refusing = told(messages, get_chat_template(text_only, "chatml"))
+    assert refusing.startswith(start) and "The template says: chatml: an image part" in refusing
+    assert "<|image_pad|>" in learnt(messages, get_chat_template(text_only, "qwen-2.5"))[1]
+
+
+def test_parts_that_a_template_passes_over(build_tokenizer):
+    """This template takes lists, and writes their texts alone."""
+    passing = (
+        "{%- for message in messages %}{{- '<|im_start|>' + message['role'] + '\n' }}{%- generation %}"
+        "{%- if message['content'] is string %}{{- message['content'] }}{%- else %}"
+        "{%- for part in message['content'] %}{{- part['text'] }}"
+        "{%- endfor %}{%- endif %}{{- '<|im_end|>' }}{%- endgeneration %}{%- endfor %}"
+    )
+    tokenizer = build_tokenizer("bytes", passing)
+    assert learnt([{**USER, "content": texts("q")}, BOT], tokenizer)
+    assert "messages[0].content[1]: expected a part" in told(
+        [{**USER, "content": [*texts("q"), IMAGE]}, BOT], tokenizer
+    )
+
+
+@pytest.mark.parametrize("content", [None, "", "So: ", "absent"])
+def test_tool_calls(text_only, content):
+    call = CALL if content == "absent" else {**CALL, "content": content}
+    line = told([USER, call, RESULT, BOT], text_only)
+    assert line.startswith("row 1, messages[1].tool_calls: expected tool calls that the chat template renders, got [")
+    assert "Write the call into 'content'" in line
+    said, _ = learnt([USER, call, RESULT, BOT], get_chat_template(text_only, "qwen-2.5"))
+    assert '"name": "look"' in said and said.endswith("<|im_end|>a<|im_end|>")
+
+
+def test_a_template_that_refuses_calls_says_so(build_tokenizer):
+    two = {**CALL, "tool_calls": [FUNCTION, FUNCTION]}
+    line = told([USER, two], get_chat_template(build_tokenizer(), "llama-3.1"))
+    assert "messages[1].tool_calls" in line and "one tool call a turn, not several" in line
+
+
+def test_tools(text_only):
+    assert told([USER, BOT], text_only, tools=[TOOL]).startswith(
+        "row 1, tools: expected no tools, for the chat template"
+    )
+    assert '"look"' in learnt([USER, BOT], get_chat_template(text_only, "qwen-2.5"), tools=[TOOL])[1]
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "thinking"])
+def test_reasoning(text_only, name):
+    thought = [USER, {**BOT, name: "why"}]
+    assert f"row 1, messages[1].{name}: expected reasoning" in told(thought, text_only)
+    assert learnt([*thought, USER, BOT], get_chat_template(text_only, "qwen-3"))  # earlier reasoning: the format's rule
+    if name == "reasoning_content":
+        assert "why" in learnt(thought, get_chat_template(text_only, "qwen-3"))[0]
+
+
+def test_a_pair_is_named_as_one(text_only):
+    with pytest.raises(DataError, match=r"row 0, prompt \+ completion\[1\].tool_calls"):
+        chat_dataset([{"prompt": [USER], "completion": [CALL]}], text_only)
