@@ -236,6 +236,22 @@ def test_a_compiled_step_that_differs_is_not_used(monkeypatch, caplog):
     assert len([record for record in caplog.records if "is not used" in record.message]) == 1
 
 
+def test_a_compiler_that_fails_leaves_the_plain_steps(monkeypatch, caplog):
+    """A compiler may be there without the headers that Inductor's code includes."""
+
+    def broken(step, **options):
+        def fails(*arguments):
+            raise torch._dynamo.exc.TorchDynamoException("omp.h: no such file\nand more")
+
+        return fails
+
+    monkeypatch.setattr(torch, "compile", broken)
+    step = compiled._checked(lambda x: (x * 2,))
+    for _ in range(2):
+        assert torch.equal(step(torch.ones(3))[0], torch.full((3,), 2.0))
+    assert [record.message.endswith("slower: omp.h: no such file") for record in caplog.records] == [True]
+
+
 def test_without_a_compiler_the_plain_steps_are_taken_and_it_is_said(monkeypatch, caplog):
     monkeypatch.setattr("shutil.which", lambda name: None)
     assert compiled.compiled_steps.__wrapped__() is search.PLAIN

@@ -49,7 +49,10 @@ def compiled_steps() -> Steps:
 
 
 def _checked(plain: Step, **options: bool) -> Step:
-    """Return `plain` compiled; the first result for every shape is compared with that of `plain` itself."""
+    """Return `plain` compiled; the first result for every shape is compared with that of `plain` itself.
+
+    Where compiling fails (a compiler without the headers it needs, say), `plain` is taken from then on.
+    """
     # `plain` itself, not a partial of it: Dynamo counts versions by code, and all partials are the same code to it
     compiled = partial(torch.compile(plain, fullgraph=True, dynamic=False), **options)
     right: dict[tuple[int, ...], bool] = {}
@@ -59,7 +62,13 @@ def _checked(plain: Step, **options: bool) -> Step:
         if shape in right:
             return (compiled if right[shape] else plain)(x, *arguments)
         expected = plain(x, *arguments)
-        right[shape] = all(map(_same_bits, compiled(x, *arguments), expected))
+        try:
+            right[shape] = all(map(_same_bits, compiled(x, *arguments), expected))
+        except torch._dynamo.exc.TorchDynamoException as error:
+            right[shape] = False
+            why = str(error).strip().partition("\n")[0]
+            _log.warning("%s cannot be compiled and runs plain, which is several times slower: %s", plain.__name__, why)
+            return expected
         if not right[shape]:
             _log.warning("compiled %s differs from the plain one for shape %s and is not used", plain.__name__, shape)
         return expected
