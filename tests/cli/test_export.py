@@ -89,6 +89,10 @@ def test_wrong_use(adapter, tmp_path, capsys):
     assert not (tmp_path / "g").exists()
     code, _, err = run(capsys, "export", "gguf", adapter, tmp_path / "g", "-q", "f16", "-q", "q8_0", "--ollama", "x")
     assert (code, "takes one --quant" in err) == (1, True)
+    (tmp_path / "file").write_text("mine")
+    for command in (["merged"], ["lora"], ["lora", "--gguf"], ["gguf"]):
+        code, _, err = run(capsys, "export", *command, adapter, tmp_path / "file")
+        assert (code, "this is a file" in err) == (1, True)
     (tmp_path / "bad.jsonl").write_text("{\n3\n")
     code, _, err = run(capsys, "verify", adapter, "--model", adapter, "--prompts", tmp_path / "bad.jsonl")
     assert code == 1

@@ -98,6 +98,25 @@ def test_gguf(trained, tmp_path, capsys):
     assert "no Modelfile was written: Modelfile: the tokenizer's chat template is none" in capsys.readouterr().out
     with pytest.raises(UsageError, match="quants: expected one of"):
         model.save_pretrained_gguf(tmp_path / "e", tokenizer, "q4_9")
+    with pytest.raises(UsageError, match="quants: expected one or several of f32"):
+        model.save_pretrained_gguf(tmp_path / "e", tokenizer, 4)
+    made = model.save_pretrained_gguf(tmp_path / "e", tokenizer, None)
+    assert [file.quant for file in made.files] == ["q8_0"]
+
+
+def test_the_adapter_as_gguf(trained, tmp_path):
+    model, tokenizer = trained
+    # the demo's head is tied and bears no adapter
+    made = model.save_pretrained_gguf(tmp_path / "a" / "b", tokenizer, ["f16"], save_method="lora")
+    assert made == tmp_path / "a" / "b" / "adapter.gguf"
+    assert made.read_bytes()[:4] == b"GGUF"
+    for wrong in ("q8_0", ["f16", "f32"], [["f16"]]):
+        with pytest.raises(UsageError, match="quant.*: expected one of"):
+            model.save_pretrained_gguf(tmp_path / "c", tokenizer, wrong, save_method="lora")
+    assert not (tmp_path / "c").exists()
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UsageError, match="this is a file"):
+        model.save_pretrained_gguf(tmp_path / "file", tokenizer, save_method="lora")
 
 
 def test_4bit_is_refused_unless_forced(trained, tmp_path):
@@ -117,8 +136,11 @@ def test_4bit_is_refused_unless_forced(trained, tmp_path):
 
 def test_idle_arguments_are_told(trained, tmp_path, capsys):
     model, tokenizer = trained
-    model.save_pretrained_merged(tmp_path / "a", tokenizer, maximum_memory_usage=0.5)
-    assert "maximum_memory_usage=0.5) has no effect" in capsys.readouterr().out
+    model.save_pretrained_merged(tmp_path / "a", tokenizer, maximum_memory_usage=0.5, push_to_hub=False, token="hf_x")
+    told = capsys.readouterr().out
+    assert "maximum_memory_usage=0.5) has no effect" in told
+    assert "token='(not shown)') has no effect: nothing is sent here" in told
+    assert "hf_x" not in told
 
 
 @pytest.mark.parametrize("method", ["push_to_hub_merged", "push_to_hub_gguf"])

@@ -67,7 +67,6 @@ def lora(
         if gguf:
             from fastft.export.gguf.lora import export_lora_gguf
 
-            out.mkdir(parents=True, exist_ok=True)
             path = export_lora_gguf(_folder(model), out / "adapter.gguf", quant)
         else:
             from fastft.export.merge import save_adapter

@@ -105,7 +105,8 @@ def sort_out(
             passed[name] = value
         elif name in idle:
             if not _asks_nothing(name, value):
-                lines.append(f"fastft: {owner}({name}={value!r}) has no effect: {idle[name]}.")
+                shown = "(not shown)" if name == "token" else value
+                lines.append(f"fastft: {owner}({name}={shown!r}) has no effect: {idle[name]}.")
         elif name in refused:
             if not _asks_nothing(name, value):
                 problems.append(Problem(f"{owner} {name}", value, "to be left out", refused[name]))

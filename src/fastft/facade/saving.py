@@ -16,7 +16,9 @@ _MEMORY = "tensors are read, merged and written one at a time"
 _PLACE = "files are written beside their place and renamed when they are whole"
 _LLAMA_CPP = "GGUF files are written by fastft itself"
 # Arguments without a meaning here -> why.
+_SENT = "nothing is sent here; the methods whose names begin with push_to_hub take it"
 IDLE = {
+    "commit_description": "the commit has its message alone",
     "create_pr": "push to a branch of your own with revision=",
     "first_conversion": _LLAMA_CPP + " from the merged fp32 weights",
     "install_missing_dependencies": "nothing is installed",
@@ -25,11 +27,14 @@ IDLE = {
     "max_shard_size": "files hold 5 GB",
     "maximum_memory_usage": _MEMORY,
     "merge_is_disposable": "no merged copy is written on the way",
+    "private": _SENT,
     "safe_serialization": "safetensors are always written",
     "save_function": _PLACE,
+    "save_peft_format": "an adapter is always in PEFT's format",
     "state_dict": "the model's own weights are saved",
     "tags": "the card says fastft",
     "temporary_location": _PLACE,
+    "token": _SENT,
     "use_temp_dir": _PLACE,
     "variant": "files have transformers' own names",
 }
@@ -108,7 +113,7 @@ def save_pretrained_gguf(
     model: Any,
     save_directory: str | Path,
     tokenizer: Any = None,
-    quantization_method: str | Sequence[str] = "fast_quantized",
+    quantization_method: str | Sequence[str] | None = "fast_quantized",
     *,
     save_method: str | None = None,
     imatrix_file: Any = None,
@@ -118,11 +123,12 @@ def save_pretrained_gguf(
     """Write GGUF files of the trained model with `fastft.export_gguf`, and a Modelfile beside them.
 
     * `quantization_method`: one or several of llama.cpp's names, or "not_quantized" (f16), "fast_quantized" (q8_0),
-      "quantized" (q4_k_m).
+      "quantized" (q4_k_m); None is "fast_quantized".
     * `save_method="lora"` writes the adapter alone, for use beside the base's file (f32, f16 or bf16).
     * `imatrix_file`: the path of an importance matrix.
     """
     _say("save_pretrained_gguf", options, save_pretrained_gguf)
+    quantization_method = "fast_quantized" if quantization_method is None else quantization_method
     if save_method == "lora":
         return _save_lora_gguf(model, Path(save_directory).expanduser(), quantization_method)
     if save_method not in (None, "merged_16bit"):
@@ -140,7 +146,7 @@ def push_to_hub_gguf(
     model: Any,
     repo_id: str,
     tokenizer: Any = None,
-    quantization_method: str | Sequence[str] = "fast_quantized",
+    quantization_method: str | Sequence[str] | None = "fast_quantized",
     *,
     token: str | None = None,
     private: bool | None = None,
@@ -235,9 +241,12 @@ def _importance(path: Any) -> Any:
 def _save_lora_gguf(model: Any, folder: Path, quant: str | Sequence[str]) -> Path:
     from fastft.export.gguf.lora import export_lora_gguf
 
+    chosen = [quant] if isinstance(quant, str) else list(quant)
+    if len(chosen) != 1:
+        expected = "one of 'f32', 'f16' and 'bf16' with save_method='lora'"
+        raise UsageError(Problem("quantization_method", quant, expected))
     # the default of the merged files means nothing for an adapter
-    kind = "f16" if quant in ("fast_quantized", "not_quantized", "auto") else quant
-    folder.mkdir(parents=True, exist_ok=True)
+    kind = "f16" if chosen[0] in ("fast_quantized", "not_quantized", "auto") else chosen[0]
     return export_lora_gguf(model, folder / "adapter.gguf", kind)
 
 

@@ -132,8 +132,10 @@ def quant_names() -> tuple[str, ...]:
 
 def chosen_quants(quants: str | Sequence[str]) -> tuple[str, ...]:
     """Return the file types asked for, each once; raises UsageError that lists every wrong name."""
-    asked = [quants] if isinstance(quants, str) else list(quants)
     known = [*MIXTURES, *mixtures.ALIASES, *ALIASES]
+    if not isinstance(quants, str | Sequence):
+        raise UsageError(Problem("quants", quants, f"one or several of {', '.join(known)}"))
+    asked = [quants] if isinstance(quants, str) else list(quants)
     problems = []
     for quant in asked:
         if str(quant).lower() not in known:

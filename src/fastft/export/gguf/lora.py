@@ -47,8 +47,9 @@ def export_lora_gguf(
     every reason at once, for what such a file cannot hold: DoRA, trained copies of whole modules, trained token rows,
     biases, adapters on tied embeddings; those can be merged.
     """
-    if quant not in _FILE_TYPES:
-        raise UsageError(Problem("quant", quant, f"one of {', '.join(_FILE_TYPES)}", did_you_mean(quant, _FILE_TYPES)))
+    if not isinstance(quant, str) or quant not in _FILE_TYPES:
+        near = did_you_mean(str(quant), _FILE_TYPES)
+        raise UsageError(Problem("quant", quant, f"one of {', '.join(_FILE_TYPES)}", near))
     path = Path(path).expanduser()
     if path.suffix != ".gguf" or path.is_dir():
         raise UsageError(Problem("path", str(path), "the name of a file that ends in .gguf"))
