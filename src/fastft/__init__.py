@@ -38,7 +38,7 @@ _EXPORTS = {
     "push": "fastft.export.hub",
     "write_modelfile": "fastft.export.modelfile",
     "SFTTrainer": "fastft.train.sft",
-    "SFTConfig": "fastft.train.sft",
+    "SFTConfig": "fastft.train.config",
     "FastLanguageModel": "fastft.facade",
     "FastModel": "fastft.facade",
     "FastVisionModel": "fastft.facade",

@@ -260,11 +260,11 @@ def _refuse_without_text(rows: Any, name: str, text_field: str) -> None:
     refuse(problems)
 
 
-def refuse_overlong(train: Any, limit: int) -> None:
-    """Raise `DataError` naming the rows with more than `limit` tokens."""
-    lengths = [(index, len(ids)) for index, ids in enumerate(train["input_ids"]) if len(ids) > limit]
+def refuse_overlong(dataset: Any, limit: int, name: str = "train") -> None:
+    """Raise `DataError` naming the rows of a `datasets.Dataset` with more than `limit` tokens."""
+    sizes = columns.lengths(dataset)
     remedy = "Raise max_length, or cut the rows yourself: chat_dataset(..., max_length=..., overlong='truncate')."
     refuse(
-        Problem(f"train row {index}", f"{size} tokens", f"at most max_length={limit}", remedy)
-        for index, size in lengths
+        Problem(f"{name} row {index}", f"{sizes[index]} tokens", f"at most max_length={limit}", remedy)
+        for index in (sizes > limit).nonzero()[0].tolist()
     )

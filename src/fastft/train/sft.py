@@ -1,6 +1,6 @@
 """Supervised fine-tuning: TRL's trainer with fastft's loss, evaluation, checkpoints and run record.
 
-The one file that subclasses TRL's SFT classes. Nothing of TRL is replaced: methods are overridden, and what TRL's
+The one file beside `config` that subclasses TRL's SFT classes. Nothing of TRL is replaced: methods are overridden, and what TRL's
 constructor changes on a model (its forward, the dtype of its adapters) is put back.
 """
 
@@ -15,10 +15,10 @@ from typing import Any
 import torch
 import trl
 from attrs import frozen
-from transformers import EarlyStoppingCallback, TrainingArguments
+from transformers import EarlyStoppingCallback
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from fastft.data import check, columns, packing
+from fastft.data import check, packing
 from fastft.data.chat import tokenised
 from fastft.data.training_collator import CountingCollator
 from fastft.errors import Problem, SaveError, UsageError
@@ -27,54 +27,8 @@ from fastft.state import base_model, get_state
 from fastft.train import arguments, card, checkpoint, flops, hygiene, memory, optimizers, preparation, step
 from fastft.train import resume as resuming
 from fastft.train.compiling import CompileCallback
+from fastft.train.config import SFTConfig, as_config, make_config, take_older_arguments
 from fastft.train.record import RecordCallback, Tally
-
-
-@dataclasses.dataclass
-class SFTConfig(trl.SFTConfig):
-    """TRL's SFTConfig with gradient checkpointing off (fastft's memory plan decides what is recomputed), and more.
-
-    `gradient_checkpointing=True` compiles the layers with the memory plan "min"; where nothing is compiled,
-    transformers recomputes. `max_length` left out is the length that `fastft.load` has set, or 1024 for another model.
-    `bf16` left open means bf16 autocast where the GPU has it, and none on a CPU.
-
-    `embedding_learning_rate`: for trained embeddings and head. `loraplus_ratio`: LoRA's B matrices learn that many
-    times faster. `early_stopping_patience`: evaluations without an improvement of `metric_for_best_model` (default
-    eval_loss) before training stops with the best weights. `max_seq_length`: the older name of `max_length`.
-
-    `max_unlearnable`: the share of training rows that may be left with nothing to learn by `max_length`; they are then
-    left out. `refuse_untrained_stop=False` allows data in which no stop token bears loss.
-    """
-
-    gradient_checkpointing: bool = dataclasses.field(default=False, metadata={"help": "Memory plan 'min'."})
-    max_length: int | None = dataclasses.field(
-        default=arguments.DEFAULT_LENGTH, metadata={"help": "Longest row in tokens; what is longer is cut off."}
-    )
-    embedding_learning_rate: float | None = dataclasses.field(default=None, metadata={"help": "Rate for embeddings."})
-    loraplus_ratio: float | None = dataclasses.field(
-        default=None, metadata={"help": "LoRA+: rate of B over rate of A."}
-    )
-    early_stopping_patience: int | None = dataclasses.field(default=None, metadata={"help": "Evaluations to wait."})
-    early_stopping_threshold: float = dataclasses.field(default=0.0, metadata={"help": "Least improvement."})
-    max_seq_length: int | None = dataclasses.field(default=None, metadata={"help": "Older name of max_length."})
-    max_unlearnable: float = dataclasses.field(default=0.0, metadata={"help": "Share of rows that may be left out."})
-    refuse_untrained_stop: bool = dataclasses.field(default=True, metadata={"help": "Refuse data without an end."})
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> "SFTConfig":
-        """Refuse unknown names with the nearest known one, before the dataclass sees them."""
-        arguments.refuse_unknown(cls.__name__, kwargs, arguments.field_names(cls))
-        return super().__new__(cls)
-
-    def __post_init__(self) -> None:
-        if self.max_seq_length is not None:
-            self.max_length, self.max_seq_length = self.max_seq_length, None
-        if self.early_stopping_patience is not None:
-            self.metric_for_best_model = self.metric_for_best_model or "eval_loss"
-            self.load_best_model_at_end = True
-        arguments.refuse_values(self)
-        if self.bf16 is None and not self.fp16:
-            self.bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-        super().__post_init__()
 
 
 class SFTTrainer(trl.SFTTrainer):
@@ -93,11 +47,11 @@ class SFTTrainer(trl.SFTTrainer):
     def __init__(
         self, model: Any = None, args: Any = None, *positional: Any, compile: bool = True, **kwargs: Any
     ) -> None:
-        args, kwargs = _take_older_arguments(args, kwargs)
+        args, kwargs = take_older_arguments(args, kwargs)
         if isinstance(model, str):
             model, kwargs = _load(model, args, kwargs)
         arguments.refuse_pair(model)
-        args = arguments.with_length(_as_config(args, model), get_state(model).max_length)
+        args = arguments.with_length(as_config(args, model), get_state(model).max_length)
         check.check_arguments(kwargs, args.dataset_text_field)
         checkpoint.make_folder(Path(args.output_dir))
         arguments.refuse_untrainable(model, kwargs.get("peft_config"))
@@ -363,6 +317,10 @@ class SFTTrainer(trl.SFTTrainer):
         if theirs:
             return made
         if not hasattr(made, "__len__"):
+            if args.max_length is not None:
+                print(
+                    f"fastft: {dataset_name} is a stream: what is longer than max_length={args.max_length} is cut off."
+                )
             return packing.pack_stream(made, args.max_length) if ours else made
         made = preparation.without_unlearnable(dataset, made, args.max_length, args.max_unlearnable, dataset_name)
         if not ours:
@@ -410,7 +368,7 @@ def sft(
     arguments.refuse_pair(model, tokenizer)
     train = tokenised(train, tokenizer, train_on, "train")
     eval = None if eval is None else tokenised(eval, tokenizer, train_on, "eval")
-    args = _make_config(config, options, str(output_dir), model, train, eval)
+    args = make_config(config, options, str(output_dir), model, train, eval)
     resume_from = checkpoint.to_resume(resume, Path(args.output_dir))
     trainer = SFTTrainer(
         model,
@@ -434,88 +392,6 @@ def sft(
 def _last_evaluation(history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     rows = [row for row in history if "eval_loss" in row]
     return {key: value for key, value in rows[-1].items() if key.startswith("eval_")} if rows else {}
-
-
-def _make_config(
-    config: SFTConfig | None, options: Mapping[str, Any], output_dir: str, model: Any, train: Any, eval: Any
-) -> SFTConfig:
-    if config is not None:
-        if options:
-            raise UsageError(f"sft: give config or {', '.join(sorted(options))}, not both; put them into the config")
-        return config
-    fields = arguments.config_fields(options, arguments.field_names(SFTConfig))
-    dtype = base_model(model).get_input_embeddings().weight.dtype
-    longest = int(columns.lengths(train).max()) if hasattr(train, "__len__") else None
-    defaults: dict[str, Any] = {
-        "output_dir": output_dir,
-        "bf16": dtype is torch.bfloat16,
-        "fp16": dtype is torch.float16,
-        "use_cpu": base_model(model).get_input_embeddings().weight.device.type == "cpu",
-        "learning_rate": 2e-4 if hasattr(model, "peft_config") else 2e-5,
-        "per_device_train_batch_size": 4,
-        "num_train_epochs": 1,
-        "logging_steps": 1,
-        "max_length": get_state(model).max_length or longest,
-    }
-    if "bf16" in fields or "fp16" in fields:
-        defaults |= {"bf16": False, "fp16": False}
-    if fields.get("packing"):
-        defaults["max_length"] = get_state(model).max_length or max(longest or 0, 1024)
-    if fields.get("padding_free") and not fields.get("packing"):
-        defaults["max_length"] = None
-    if eval is not None:
-        defaults |= arguments.evaluation_defaults(fields)
-    made = SFTConfig(**defaults | fields)
-    if longest is not None and made.max_length is not None and longest > made.max_length:
-        check.refuse_overlong(train, made.max_length)
-    return made
-
-
-def _take_older_arguments(args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Move what older scripts pass to the trainer to where it belongs, and refuse what nothing knows."""
-    import inspect
-
-    known = [name for name in inspect.signature(trl.SFTTrainer.__init__).parameters if name != "self"]
-    arguments.refuse_unknown("SFTTrainer", kwargs, [*known, "tokenizer", "compile", *arguments.LEGACY])
-    kwargs = dict(kwargs)
-    if "tokenizer" in kwargs:
-        if kwargs.get("processing_class") is not None:
-            raise UsageError("SFTTrainer: tokenizer and processing_class are the same thing; give one of them")
-        kwargs["processing_class"] = kwargs.pop("tokenizer")
-    older = {name: kwargs.pop(name) for name in list(kwargs) if name in arguments.LEGACY}
-    fields, lines = arguments.moved(older)
-    for line in lines:
-        print(line)
-    return (_evolve(args, fields) if fields else args), kwargs
-
-
-def _evolve(args: Any, fields: Mapping[str, Any]) -> "SFTConfig":
-    """Return `args` as a SFTConfig with some fields changed, whatever training arguments they were."""
-    if args is None:
-        return SFTConfig(output_dir="run", **fields)
-    taken = {item.name for item in dataclasses.fields(SFTConfig) if item.init}
-    same = {
-        item.name: getattr(args, item.name) for item in dataclasses.fields(args) if item.init and item.name in taken
-    }
-    return SFTConfig(**{**same, **fields})
-
-
-def _as_config(args: Any, model: Any) -> "SFTConfig":
-    """Return a SFTConfig; TRL's own default of gradient checkpointing is not taken over, and that is said."""
-    if isinstance(args, SFTConfig):
-        return args
-    if args is None or isinstance(args, TrainingArguments):
-        fields = {}
-        if getattr(args, "gradient_checkpointing", False):
-            print(
-                "fastft: gradient checkpointing is left to the memory plan; "
-                "fastft.SFTConfig(gradient_checkpointing=True) asks for it."
-            )
-            fields["gradient_checkpointing"] = False
-        return _evolve(args, fields)
-    raise UsageError(
-        Problem("SFTTrainer args", type(args).__name__, "a fastft.SFTConfig or transformers TrainingArguments")
-    )
 
 
 def _load(name: str, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -1,0 +1,73 @@
+"""From a file to the step: masks, packing and preview agree; what is longer than `max_length` never goes unsaid."""
+
+import json
+
+import pytest
+from datasets import Dataset
+
+import fastft
+from fastft.data.chat import chat_dataset
+from fastft.errors import DataError
+from fastft.train.sft import SFTConfig, SFTTrainer, sft
+
+QUIET = {"disable_tqdm": True, "compile": False, "save_strategy": "no", "steps": 2}
+
+
+def chats(count):
+    return [
+        {
+            "conversations": [
+                {"from": "human", "value": f"w1 w{n % 9 + 1} " * (n % 3 + 1)},
+                {"from": "gpt", "value": f"w2 w{n % 7 + 1}"},
+                {"from": "human", "value": "w3"},
+                {"from": "gpt", "value": f"w{n % 5 + 1} " * (n % 4 + 1)},
+            ]
+        }
+        for n in range(count)
+    ]
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "chats.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in chats(12)), encoding="utf-8")
+    return str(path)
+
+
+@pytest.mark.parametrize("train_on", ["assistant", "last", "all"])
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_file(packing, train_on, file, build_model, tokenizer, tmp_path, capsys):
+    expected = chat_dataset(chats(12), tokenizer, train_on)
+    shown = fastft.preview(file, tokenizer, 12, train_on=train_on)
+    assert [[token.id for token in row.tokens] for row in shown.rows] == list(expected["input_ids"])
+    learnt = sum(row.learnt for row in shown.rows)
+    assert learnt == shown.truncation.bearing
+    capsys.readouterr()
+    more = {"max_length": 64} if packing else {}
+    options = {**QUIET, **more, "batch_size": 12, "packing": packing, "train_on": train_on, "steps": 1}
+    result = sft(build_model(), tokenizer, file, output_dir=tmp_path / "run", **options)
+    said = capsys.readouterr().out
+    assert said.count("ShareGPT conversations (column 'conversations', from/value), 12 rows") == 1
+    assert result.record["tokens"]["loss_bearing"] == learnt
+    if packing:
+        assert result.record["packing"]["train"]["rows"] == 12
+    plain = sft(build_model(), tokenizer, expected, output_dir=tmp_path / "ids", **{**options, "packing": False})
+    assert result.final_loss == pytest.approx(plain.final_loss, rel=1e-5)
+
+
+def test_longer_rows_are_refused_in_both_sets(build_model, tokenizer, tmp_path):
+    short, long = (Dataset.from_list([{"input_ids": [7] * size}]) for size in (4, 9))
+    for train, eval, name in ((long, short, "train"), (short, long, "eval")):
+        with pytest.raises(DataError, match=rf"{name} row 0: expected at most max_length=5, got '9 tokens'"):
+            sft(build_model(), tokenizer, train, eval=eval, output_dir=tmp_path, max_length=5, **QUIET)
+    result = sft(build_model(), tokenizer, short, eval=long, output_dir=tmp_path, **QUIET)
+    assert result.metrics["eval_num_targets"] == 8  # nothing is cut to the length of the training rows
+
+
+def test_a_stream_is_cut_with_a_line(build_model, tokenizer, tmp_path, capsys):
+    stream = Dataset.from_list([{"input_ids": [7] * 9, "labels": [7] * 9}] * 4).to_iterable_dataset()
+    args = SFTConfig(
+        output_dir=str(tmp_path), max_steps=1, max_length=5, disable_tqdm=True, report_to="none", use_cpu=True
+    )
+    SFTTrainer(build_model(), args, train_dataset=stream, processing_class=tokenizer, compile=False)
+    assert "a stream: what is longer than max_length=5 is cut off." in capsys.readouterr().out
