@@ -4,10 +4,12 @@ import copy
 import json
 import math
 import shutil
+import struct
 
 import pytest
 import tiny
 import torch
+from attrs import evolve
 from safetensors.torch import load_file, save_file
 
 import fastft
@@ -15,7 +17,9 @@ from fastft.demo import MODEL_FOLDER
 from fastft.errors import LoadError, UsageError
 from fastft.export import llama_cpp
 from fastft.export.compare import Limits, distance, limits_of
+from fastft.export.engines import kind_of_gguf
 from fastft.export.gguf.export import export_gguf
+from fastft.export.gguf.file import read_gguf
 from fastft.export.merge import merge, save_adapter
 from fastft.export.verify import verify_export
 
@@ -169,6 +173,28 @@ def test_weights_that_are_no_numbers_fail(trained, tmp_path):
     assert not verify_export(model, tokenizer, out, **QUICK).ok
 
 
+def test_a_kind_without_a_limit_still_has_to_be_numbers(trained, tmp_path, monkeypatch):
+    # ggml's products of quantised numbers would swallow a NaN
+    monkeypatch.setattr(llama_cpp, "available", lambda: False)
+    model, tokenizer, _ = trained
+    path = export_gguf(model, tokenizer, tmp_path, quants=["tq2_0"], progress=False).files[0].path
+    artefact = verify_export(model, tokenizer, path, **QUICK).artefacts[0]
+    assert (artefact.ok, artefact.limits) == (True, None)
+    file = read_gguf(path)
+    with path.open("r+b") as raw:
+        raw.seek(file.offsets["output_norm.weight"])
+        raw.write(struct.pack("<f", math.nan))
+    artefact = verify_export(model, tokenizer, path, **QUICK).artefacts[0]
+    assert artefact.problems == ("its logits hold NaN or infinity, or those of the model do",)
+
+
+def test_a_file_that_names_no_quant_is_judged_by_its_tensors(trained):
+    file = read_gguf(trained[2] / "gguf" / "demo-q8_0.gguf")
+    assert kind_of_gguf(file) == "q8_0"
+    for number in (None, 1024, 999):
+        assert kind_of_gguf(evolve(file, metadata={"general.file_type": number})) == "q8_0"
+
+
 def test_a_folder_as_the_reference(trained, tmp_path):
     _, _, folder = trained
     report = verify_export(folder / "adapter", None, folder / "bf16", **QUICK)
@@ -222,7 +248,6 @@ def test_wrong_use(trained, tmp_path):
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_every_family_is_read_back(family, tmp_path, tools):
     """Names, orders of rows and folded offsets are undone: the model that comes back is the one that was written."""
-    from fastft.export.gguf.file import read_gguf
     from fastft.export.gguf_read import dequantised_model
     from fastft.model.tokenizer import load_tokenizer
 

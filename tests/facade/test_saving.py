@@ -111,7 +111,7 @@ def test_the_adapter_as_gguf(trained, tmp_path):
     assert made == tmp_path / "a" / "b" / "adapter.gguf"
     assert made.read_bytes()[:4] == b"GGUF"
     for wrong in ("q8_0", ["f16", "f32"], [["f16"]]):
-        with pytest.raises(UsageError, match="quant.*: expected one of"):
+        with pytest.raises(UsageError, match=r"quant.*: expected one of"):
             model.save_pretrained_gguf(tmp_path / "c", tokenizer, wrong, save_method="lora")
     assert not (tmp_path / "c").exists()
     (tmp_path / "file").write_text("mine")

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from attrs import frozen
@@ -19,6 +19,9 @@ from fastft.export.folder import find_weights, load_folder
 from fastft.export.stored import stored_tensors
 from fastft.model import files
 from fastft.state import base_model, get_state
+
+if TYPE_CHECKING:
+    from fastft.export.gguf.file import GgufFile
 
 CONTEXT = 512  # tokens of the longest sequence that is asked
 
@@ -153,10 +156,11 @@ def fill(model: nn.Module, names: Sequence[str], read: Callable[[str], Tensor]) 
 def _with_llama_cpp(path: Path, model: Any, tokenizer: Any) -> Iterator[Engine]:
     from fastft.export.gguf.file import read_gguf
 
-    metadata = read_gguf(path).metadata
+    file = read_gguf(path)
+    metadata = file.metadata
     with llama_cpp.LlamaCpp(path, context=CONTEXT, threads=torch.get_num_threads()) as loaded:
         yield Engine(
-            kind_of_gguf(path, metadata),
+            kind_of_gguf(file),
             "llama.cpp",
             metadata.get("tokenizer.chat_template"),
             lambda text, special: loaded.tokenize(text, add_special=special),
@@ -185,15 +189,18 @@ def token_problems(metadata: dict[str, Any], tokenizer: Any) -> Iterator[str]:
             yield f"the file's {name.upper()} is token {theirs}, the tokenizer's {ours}"
 
 
-def kind_of_gguf(path: Path, metadata: dict[str, Any]) -> str:
-    """Return the quant of a GGUF file as its metadata names it ("q4_k_m"), else "unknown"."""
+def kind_of_gguf(file: "GgufFile") -> str:
+    """Return the quant of a GGUF file as its metadata names it ("q4_k_m"), else the type of most of its bytes."""
     from gguf import LlamaFileType
 
-    number = metadata.get("general.file_type")
-    known = {int(kind): kind.name for kind in LlamaFileType}
-    if number not in known:
-        return "unknown"
-    return known[number].removeprefix("ALL_").removeprefix("MOSTLY_").lower()
+    known = {int(kind): kind.name for kind in LlamaFileType if kind is not LlamaFileType.GUESSED}
+    number = file.metadata.get("general.file_type")
+    if number in known:
+        return known[number].removeprefix("ALL_").removeprefix("MOSTLY_").lower()
+    sizes: dict[str, int] = {}
+    for entry in file.tensors.values():
+        sizes[entry.type] = sizes.get(entry.type, 0) + entry.size
+    return max(sizes, key=lambda kind: sizes[kind], default="unknown")
 
 
 @contextmanager
@@ -207,7 +214,7 @@ def _without_llama_cpp(path: Path, model: Any, tokenizer: Any) -> Iterator[Engin
         f"{llama_cpp.why_unavailable()}. Without it the file's weights were dequantised and run through transformers: "
         "its tokenizer and llama.cpp's own arithmetic were not tried",
     )
-    kind = kind_of_gguf(path, file.metadata)
+    kind = kind_of_gguf(file)
     problems = tuple([*token_problems(file.metadata, tokenizer), *vocabulary_problems(file.metadata, tokenizer)])
     template = file.metadata.get("tokenizer.chat_template")
     yield Engine(kind, "transformers, dequantised", template, None, partial(run_model, loaded), problems, notes)

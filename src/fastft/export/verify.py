@@ -1,6 +1,7 @@
 """Is the exported model the model that was trained? The same prompts through both, and the differences in numbers."""
 
 import copy
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -368,6 +369,8 @@ def _compare_ids(opened: Engine, tokenizer: Any, questions: _Questions, problems
 def _limited(report: ArtefactReport, limits: Limits | None, adapter_kl: float | None) -> ArtefactReport:
     """Hold a report against its limits; NaN is a failure."""
     found, problems, notes = report.distance, list(report.problems), list(report.notes)
+    if not math.isfinite(found.largest_difference):
+        problems.append("its logits hold NaN or infinity, or those of the model do")
     if limits is None:
         notes.append(f"there is no limit for {report.kind}: its logits were measured and not judged")
     else:
