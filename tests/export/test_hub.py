@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from fastft.errors import LoadError, UsageError
+from fastft.errors import LoadError, SaveError, UsageError
 from fastft.export import hub
 from fastft.export.hub import push
 from fastft.export.merge import merge, save_adapter
@@ -128,6 +128,14 @@ def test_gguf_folder_and_a_readme_of_ones_own(tmp_path, online):
     push(tmp_path, "me/mine", token="t")
     assert online.sent[-1][2] == "# My own words\n"
     assert (tmp_path / "README.md").read_text() == "# My own words\n"
+
+
+def test_a_card_that_cannot_be_written_sends_nothing(tmp_path, online):
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    (tmp_path / "README.md").mkdir()
+    with pytest.raises(SaveError, match=r"README\.md: could not be written"):
+        push(tmp_path, "me/mine", token="t")
+    assert [told[0] for told in online.sent] == ["whoami"]
 
 
 def test_a_hub_that_does_not_answer(tmp_path, online, monkeypatch):

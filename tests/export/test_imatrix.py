@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny import make, relative
 
-from fastft.errors import LoadError, UsageError
+from fastft.errors import LoadError, SaveError, UsageError
 from fastft.export.gguf.imatrix import (
     Entry,
     ImportanceMatrix,
@@ -120,6 +120,20 @@ def test_older_file_by_hand(tmp_path):
         path.write_bytes(data + end)
         assert load_imatrix(path).importance()["abc"].tolist() == [1, 2, 3]
     assert load_imatrix(path).datasets == ("x.txt",)
+
+
+@pytest.mark.parametrize("suffix", [".gguf", ".dat"])
+def test_a_disk_that_fails_leaves_what_was_there(tmp_path, suffix, monkeypatch):
+    path = save_imatrix(matrix(), tmp_path / f"imatrix{suffix}")
+    whole = path.read_bytes()
+
+    def refuse(*paths):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", refuse)
+    with pytest.raises(SaveError, match=r"imatrix\..*could not be written.*No space left"):
+        save_imatrix(matrix(), path)
+    assert [(left.name, left.read_bytes()) for left in tmp_path.iterdir()] == [(path.name, whole)]
 
 
 @pytest.mark.parametrize("suffix", [".gguf", ".dat"])

@@ -14,6 +14,7 @@ from fastft.export.companions import RECORD
 from fastft.export.folder import run_record
 from fastft.model import files
 from fastft.train.card import facts
+from fastft.train.checkpoint import write_text
 
 CARD = "README.md"
 _MARK = "exported with fastft"
@@ -49,7 +50,8 @@ def push(
 
     A README.md that the folder has is kept; otherwise the card is made, and written there. Before anything is sent,
     `UsageError` is raised, with all mistakes at once, for a folder without an export, a wrong `repo_id`, no token, or
-    a hub that the user has switched off; and `LoadError` if the hub does not answer or refuses the token.
+    a hub that the user has switched off; `LoadError` if the hub does not answer or refuses the token; and `SaveError`
+    if the card cannot be written.
     """
     folder = Path(folder).expanduser()
     kind, problems = _kind(folder)
@@ -143,7 +145,7 @@ def _send(
 ) -> Pushed:
     from huggingface_hub.errors import HfHubHTTPError
 
-    (folder / CARD).write_text(card, encoding="utf-8")
+    write_text(folder / CARD, card)
     where = {"repo_id": repo_id, "revision": options["revision"], "commit_message": options["message"]}
     try:
         url = api.create_repo(repo_id, private=options["private"], exist_ok=True)

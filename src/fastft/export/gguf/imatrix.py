@@ -5,7 +5,6 @@ much errors in that column of the weight cost. llama.cpp keeps the sums of squar
 tensor names; fastft reads and writes its two file formats, and computes the same sums by its own forward pass.
 """
 
-import os
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -16,8 +15,9 @@ import torch
 from attrs import frozen
 from torch import Tensor, nn
 
-from fastft.errors import LoadError, Problem, SaveError, UsageError
+from fastft.errors import LoadError, Problem, UsageError
 from fastft.export.gguf.file import FileWriter, Value, read_gguf, tensor_entry, text, u32
+from fastft.train.checkpoint import write_file
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 _CHUNK = 512  # tokens
@@ -191,14 +191,7 @@ def _save_dat(matrix: ImportanceMatrix, path: Path) -> Path:
         parts += [struct.pack("<i", len(label)), label, struct.pack("<ii", calls, len(values) // 4), values]
     dataset = (matrix.datasets[-1] if matrix.datasets else "").encode()
     parts.append(struct.pack("<ii", matrix.chunks, len(dataset)) + dataset)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        temporary.write_bytes(b"".join(parts))
-        os.replace(temporary, path)
-    except OSError as error:
-        raise SaveError(f"{path}: could not be written ({error.strerror or error})") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_file(path, lambda temporary: temporary.write_bytes(b"".join(parts)))
     return path
 
 
