@@ -1,7 +1,7 @@
 """Supervised fine-tuning: TRL's trainer with fastft's loss, evaluation, checkpoints and run record.
 
-The one file beside `config` that subclasses TRL's SFT classes. Nothing of TRL is replaced: methods are overridden, and what TRL's
-constructor changes on a model (its forward, the dtype of its adapters) is put back.
+Beside `config` the one file that subclasses TRL's SFT classes. Nothing of TRL is replaced: methods are overridden, and
+what TRL's constructor changes on a model (its forward, the dtype of its adapters) is put back.
 """
 
 import contextlib
