@@ -37,6 +37,16 @@ def test_text_json_and_page(data, tmp_path, capsys):
     assert "It" in page.read_text(encoding="utf-8") and str(page) in capsys.readouterr().out
 
 
+def test_two_answers_in_a_row(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"messages": [*ROWS[0]["messages"], ROWS[1]["messages"][1]]}), encoding="utf-8")
+    assert main(["preview", str(path), "--model", str(MODEL_FOLDER)]) == 1
+    assert "messages[2].role" in capsys.readouterr().err
+    assert main(["preview", str(path), "--model", str(MODEL_FOLDER), "--no-alternate"]) == 0
+    assert "[[No.<|im_end|>]]" in capsys.readouterr().out
+
+
 def test_mistakes(data, tmp_path, capsys):
     assert main(["preview", data, "--model", str(tmp_path)]) == 1
     assert main(["preview", str(tmp_path / "none.jsonl"), "--model", str(MODEL_FOLDER)]) == 1

@@ -25,6 +25,7 @@ def preview(
     html: Annotated[Path | None, typer.Option(help="Write a page to this file.")] = None,
     train_on: Annotated[str, typer.Option(help="assistant, last, completion or all.")] = "assistant",
     max_length: Annotated[int | None, typer.Option(min=2, help="Cut rows to so many tokens.")] = None,
+    alternate: Annotated[bool, typer.Option(help="Refuse two assistant turns in a row.")] = True,
     json: JsonOption = False,
 ) -> None:
     """Show rows as they are trained on, what of them bears loss, and what cutting and packing would do to all."""
@@ -34,7 +35,7 @@ def preview(
     from fastft.data.preview import preview as look
 
     with contextlib.redirect_stdout(sys.stderr):
-        found = look(data, model, rows, train_on=train_on, max_length=max_length, ids=ids)
+        found = look(data, model, rows, train_on=train_on, max_length=max_length, alternate=alternate, ids=ids)
     if html is not None:
         found.save_html(html)
     if json:

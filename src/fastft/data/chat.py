@@ -81,7 +81,7 @@ def chat_dataset(
     return found.select_columns(["input_ids", "labels"])
 
 
-def tokenised(data: Any, tokenizer: Any, train_on: str, name: str) -> Any:
+def tokenised(data: Any, tokenizer: Any, train_on: str, name: str, alternate: bool = True) -> Any:
     """Return token ids: `data` itself after a check, or what `chat_dataset` makes of its rows; errors tell its `name`.
 
     Raises `UsageError` and `DataError`.
@@ -96,7 +96,7 @@ def tokenised(data: Any, tokenizer: Any, train_on: str, name: str) -> Any:
         if not isinstance(data, Mapping) and "input_ids" in (getattr(data, "column_names", None) or ()):
             check_tokenised(data, name)
             return data
-        return chat_dataset(data, tokenizer, train_on=train_on)
+        return chat_dataset(data, tokenizer, train_on=train_on, alternate=alternate)
     except DataError as error:
         raise DataError(*(named(problem, name) for problem in error.problems)) from error
 

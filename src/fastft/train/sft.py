@@ -349,6 +349,7 @@ def sft(
     *,
     config: SFTConfig | None = None,
     train_on: str = "assistant",
+    alternate: bool = True,
     resume: bool | str = False,
     compile: bool = True,
     callbacks: Sequence[Any] = (),
@@ -358,7 +359,7 @@ def sft(
     """Fine-tune `model` on `train` and leave model, checkpoints and run record in `output_dir`.
 
     `train` and `eval` are token ids (`chat_dataset`'s result) or what `chat_dataset` takes, which renders it with
-    `train_on`.
+    `train_on` and `alternate`.
     `options`: epochs, steps, batch_size, eval_batch_size, learning_rate, accumulate, packing, max_length, schedule,
     warmup_steps, optimizer, weight_decay, seed, log_every, save_every, eval_every, keep_checkpoints, report_to,
     embedding_learning_rate, loraplus_ratio, early_stopping_patience, label_smoothing, or any field of `SFTConfig`; or
@@ -366,8 +367,8 @@ def sft(
     Raises `UsageError`, `DataError`, `SaveError`.
     """
     arguments.refuse_pair(model, tokenizer)
-    train = tokenised(train, tokenizer, train_on, "train")
-    eval = None if eval is None else tokenised(eval, tokenizer, train_on, "eval")
+    train = tokenised(train, tokenizer, train_on, "train", alternate)
+    eval = None if eval is None else tokenised(eval, tokenizer, train_on, "eval", alternate)
     args = make_config(config, options, str(output_dir), model, train, eval)
     resume_from = checkpoint.to_resume(resume, Path(args.output_dir))
     trainer = SFTTrainer(
