@@ -341,3 +341,13 @@ def test_mistakes_of_several_files_are_told_together(tmp_path):
     first, second = file_told(tmp_path / "p")
     assert "0.parquet: expected a Parquet file" in first
     assert "2.parquet: expected the columns of 1.parquet, ['a'], got ['b']" in second
+
+
+def test_roles_that_nobody_knows():
+    """A template renders such a turn, and nothing of it is learnt."""
+    rows = [[USER, {**BOT, "role": "asistant"}], [{**USER, "role": "zzz"}, BOT], [USER, {**BOT, "role": "tool_call"}]]
+    first, second, third = told([{"messages": turns} for turns in rows], like=GOOD)
+    assert first == ("row 1, messages[1].role: expected a known role, got 'asistant'. did you mean 'assistant'?")
+    assert second.startswith("row 2, messages[0].role: expected a known role, got 'zzz'. Rename it: known are system, ")
+    assert third.endswith("got 'tool_call'. fastft.standardize_sharegpt(rows) renames the roles.")
+    assert canonical([{"messages": [USER, {"role": "ipython", "content": "3"}, BOT]}], recognise([GOOD]))

@@ -69,9 +69,7 @@ def standard_messages(
         elif lower in roles:
             made.append({"role": roles[lower], **content, **rest})
         else:
-            known = [*roles, *CALL_ROLES]
-            hint = did_you_mean(name, known) or f"Rename it: known are {', '.join(known)}."
-            problems.append(Problem(f"{where}[{number}].{role_key}", short(name), "a known role", hint))
+            problems.append(_unknown_role(f"{where}[{number}].{role_key}", name, roles))
     return made, problems
 
 
@@ -122,17 +120,30 @@ def _turns(
 
 
 def conversation_problems(where: str, messages: Any, *, alternate: bool = True) -> Problems:
-    """Return every mistake of a list of `{"role", "content"}`: also roles by other names than templates know, and, with
-    `alternate`, two assistant turns in a row.
+    """Return every mistake of a list of `{"role", "content"}`: also roles by other names than templates know, roles that
+    nobody knows, and, with `alternate`, two assistant turns in a row.
     """
     problems = message_problems(where, messages)
     if problems:
         return problems
     for number, message in enumerate(messages):
-        meant = None if message["role"] in ROLES else ROLE_OF.get(message["role"].lower())
+        role = message["role"]
+        if role in ROLES:
+            continue
+        meant = ROLE_OF.get(role.strip().lower())
         if meant in ("user", "assistant", "system"):
-            problems.append(Problem(f"{where}[{number}].role", message["role"], repr(meant), _RENAME))
+            problems.append(Problem(f"{where}[{number}].role", role, repr(meant), _RENAME))
+        elif meant is None:
+            problems.append(_unknown_role(f"{where}[{number}].role", role))
     return problems or (repeated_answers(where, messages) if alternate else [])
+
+
+def _unknown_role(where: str, name: str, roles: Mapping[str, str] = ROLE_OF) -> Problem:
+    """Return the problem of a role that is not known: a template would render the turn, and nothing of it be learnt."""
+    known = [*roles, *CALL_ROLES]
+    hint = did_you_mean(name.strip().lower(), known) or f"Rename it: known are {', '.join(known)}."
+    hint = _RENAME if name.strip().lower() in CALL_ROLES else hint
+    return Problem(where, short(name), "a known role", hint)
 
 
 _RENAME = "fastft.standardize_sharegpt(rows) renames the roles."

@@ -94,7 +94,8 @@ class Encoder:
             return
         if not any(message["role"] == "assistant" for message in messages):
             roles = [message["role"] for message in messages]
-            raise DataError(Problem(f"{where}, messages", roles, "an assistant turn to learn", "Or train_on='all'."))
+            remedy = "Add the answer, or remove the row."
+            raise DataError(Problem(f"{where}, messages", short(roles), "an assistant turn to learn", remedy))
         if self.templates.unmarked is not None:
             raise DataError(self.templates.unmarked)
 
