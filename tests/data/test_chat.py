@@ -126,8 +126,11 @@ def test_lengths_are_never_cut_unasked():
     rows = [{"prompt": "w1 w2 w3", "completion": "w4"}, {"prompt": "w1", "completion": "w2"}]
     with pytest.raises(DataError, match="row 0: expected at most max_length=4, got '6 tokens'"):
         chat_dataset(rows, made, max_length=4)
-    with pytest.raises(DataError, match=r"row 0, labels.*nothing to learn"):
+    with pytest.raises(
+        DataError, match=r"row 0, labels.*max_length=4.*nothing to learn.*Cutting its 6.*max_unl"
+    ) as told:
         chat_dataset(rows, made, max_length=4, overlong="truncate")
+    assert "train_on='all'" not in str(told.value)
     assert [len(row) for row in chat_dataset(rows, made, max_length=5, overlong="truncate")["input_ids"]] == [5, 4]
 
 

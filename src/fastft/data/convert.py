@@ -120,8 +120,8 @@ def _turns(
 
 
 def conversation_problems(where: str, messages: Any, *, alternate: bool = True) -> Problems:
-    """Return every mistake of a list of `{"role", "content"}`: also roles by other names than templates know, roles that
-    nobody knows, and, with `alternate`, two assistant turns in a row.
+    """Return every mistake of a list of `{"role", "content"}`: also roles that nobody knows, or by other names than
+    templates know, and, with `alternate`, two assistant turns in a row.
     """
     problems = message_problems(where, messages)
     if problems:

@@ -198,9 +198,19 @@ class Encoder:
             row.ids = row.ids[: self.max_length]
             row.spans = [(start, min(end, self.max_length)) for start, end in row.spans if start < self.max_length]
         if not row.ids or not any(end > max(start, 1) for start, end in row.spans):
-            problem = row_problem(row.where, row.ids, [IGNORE] * len(row.ids))
             cut = size > len(row.ids) > 0
-            row.problems.append(Unlearnable(problem) if cut else problem)
+            problem = row_problem(row.where, row.ids, [IGNORE] * len(row.ids))
+            row.problems.append(Unlearnable(_nothing_left(row, size, self.max_length)) if cut else problem)
+
+
+def _nothing_left(row: "Row", size: int, limit: int) -> Problem:
+    """Return the problem of a row of `size` tokens that has nothing to learn among the first `limit`."""
+    remedy = (
+        f"Cutting its {size} tokens left none that bears loss: raise max_length, or leave a share of such rows out "
+    )
+    return Problem(
+        f"{row.where}, labels", "nothing to learn", f"some within max_length={limit}", f"{remedy}with max_unlearnable."
+    )
 
 
 @frozen
