@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 import fastft
 from fastft.errors import SaveError, UsageError
 from fastft.export import place
-from fastft.export.merge import merge
+from fastft.export.merge import merge, save_adapter
 
 
 @pytest.fixture
@@ -54,6 +54,34 @@ def test_folders_of_something_else_are_not_replaced(model, tmp_path):
     with pytest.raises(UsageError, match="read from this folder"):
         merge(loaded, tmp_path / "base")
     assert contents(tmp_path / "base") == before
+
+
+def test_files_that_only_look_like_an_export_are_not_replaced(model, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "train.json").write_text("rows")
+    with pytest.raises(UsageError, match=r"holds more than an export \(train.json\)"):
+        merge(model, out)
+    save_adapter(model, tmp_path / "mine")
+    model.save_pretrained(tmp_path / "trained")  # by PEFT: the only copy of what was learnt
+    before = contents(tmp_path / "trained")
+    with pytest.raises(UsageError, match=r"adapter_model\.safetensors"):
+        merge(model, tmp_path / "trained")
+    assert contents(tmp_path / "trained") == before
+    merge(model, tmp_path / "mine")
+    for name, text in (
+        ("m.gguf", "GGUF"),
+        ("Modelfile.m", "FROM ./m.gguf"),
+        ("README.md", "# m, exported with fastft"),
+    ):
+        (tmp_path / "mine" / name).write_text(text)
+    merge(model, tmp_path / "mine")
+    for name in ("README.md", "results.json"):
+        (tmp_path / "mine" / name).write_text("my own")
+        with pytest.raises(UsageError, match=name):
+            merge(model, tmp_path / "mine")
+        assert (tmp_path / "mine" / name).read_text() == "my own"
+        (tmp_path / "mine" / name).unlink()
 
 
 def tiny_from(folder):

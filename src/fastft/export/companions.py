@@ -10,13 +10,11 @@ from torch import nn
 
 from fastft.errors import SaveError, UsageError
 from fastft.export.folder import find_weights
-from fastft.export.place import new_folder
+from fastft.export.place import RECORD, new_folder
 from fastft.export.weights import WeightSource
 from fastft.model import files
 from fastft.state import get_state
 from fastft.train.checkpoint import write_json
-
-RECORD = "export.json"
 
 
 def read_from(source: WeightSource | None, model: Any) -> tuple[Path | None, ...]:

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from fastft.errors import LoadError, UsageError
 from fastft.export import llama_cpp
-from fastft.export.companions import RECORD
 from fastft.export.encode import decode
 from fastft.export.folder import find_weights, load_folder
+from fastft.export.place import RECORD
 from fastft.export.stored import stored_tensors
 from fastft.model import files
 from fastft.state import base_model, get_state

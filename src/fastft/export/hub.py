@@ -10,14 +10,13 @@ from attrs import frozen
 
 from fastft.environment import hub_offline
 from fastft.errors import LoadError, Problem, UsageError
-from fastft.export.companions import RECORD
 from fastft.export.folder import run_record
+from fastft.export.place import MARK, RECORD
 from fastft.model import files
 from fastft.train.card import facts
 from fastft.train.checkpoint import write_text
 
 CARD = "README.md"
-_MARK = "exported with fastft"
 _ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 # The records name folders of the machine that they were made on; the card has what others can use of them.
 _KEPT_BACK = ("run.json", RECORD, CARD, files.ADAPTER_CONFIG, ".*", "checkpoint-*", "*.partial", "trainer_state.json")
@@ -187,7 +186,7 @@ def _card(folder: Path, repo_id: str, kind: str, base: str | None, record: Mappi
     if path.is_file():
         text = path.read_text("utf-8")
         # PEFT writes a form that nobody has filled in
-        if _MARK not in text and "[More Information Needed]" not in text:
+        if MARK not in text and "[More Information Needed]" not in text:
             return text
     return made_card(folder, repo_id.rpartition("/")[2], kind, base, record)
 
@@ -207,7 +206,7 @@ def made_card(folder: Path, name: str, kind: str, base: str | None, record: Mapp
     table = [f"| {label} | {value} |" for label, value in rows if value not in (None, "")]
     versions = ", ".join(f"{key} {value}" for key, value in record.get("versions", {}).items() if value)
     end = ["", f"Versions: {versions}."] if versions else []
-    return "\n".join([*head, f"# {name}, {_MARK}", "", "| | |", "|---|---|", *table, *end, ""])
+    return "\n".join([*head, f"# {name}, {MARK}", "", "| | |", "|---|---|", *table, *end, ""])
 
 
 def _shown(label: str, value: Any, base: str | None) -> Any:

@@ -7,11 +7,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fastft.errors import SaveError, UsageError
+from fastft.model import files
 from fastft.train import checkpoint
 
-# What the folders that fastft exports hold; a folder with anything else is not replaced.
-_OURS = (".safetensors", ".json", ".jinja", ".model", ".txt", ".md", ".gguf", ".bin", ".tiktoken")
-_OUR_NAMES = ("Modelfile", ".gitattributes")
+RECORD = "export.json"
+MARK = "exported with fastft"  # in the model cards that fastft writes
 _SPARE = 64 * 2**20  # tokenizer, configs, and what a file system wants for itself
 
 
@@ -19,15 +19,19 @@ _SPARE = 64 * 2**20  # tokenizer, configs, and what a file system wants for itse
 def new_folder(target: Path, size: int, sources: tuple[Path | None, ...] = ()) -> Iterator[Path]:
     """Give an empty folder beside `target`, which takes its place when the block ends well.
 
-    `size` bytes must be free. A folder that is there is replaced only if it looks like an export, and never one of
-    `sources`, which are being read. Raises `UsageError` for a wrong target and `SaveError` if it cannot be written;
-    then, or if the process is killed, what was there is as it was.
+    `size` bytes must be free. A folder that is there is replaced only if it is an export (its export.json names the
+    files that were written, and there are no others), and never one of `sources`, which are being read. Raises
+    `UsageError` for a wrong target and `SaveError` if it cannot be written; then, or if the process is killed, what was
+    there is as it was.
     """
     check_target(target, sources)
     restore(target)
     check_space(target, size)
     with checkpoint.staged(target, "Nothing was written there.") as folder:
         yield folder
+        record = files.read_json(folder / RECORD) if (folder / RECORD).is_file() else {}
+        contents = sorted({RECORD, *(str(path.relative_to(folder)) for path in folder.rglob("*"))})
+        checkpoint.write_json(folder / RECORD, {**record, "contents": contents})
         _sync(folder)
     checkpoint.put_in_place(folder, target)
 
@@ -38,7 +42,7 @@ def check_target(target: Path, sources: tuple[Path | None, ...] = ()) -> None:
         raise UsageError(f"{target}: the weights are read from this folder; choose another one to write to")
     if target.exists() and not target.is_dir():
         raise UsageError(f"{target}: this is a file; give the name of a folder")
-    strange = [path.name for path in sorted(target.iterdir()) if not _is_ours(path)] if target.is_dir() else []
+    strange = _not_ours(target) if target.is_dir() else []
     if strange:
         raise UsageError(
             f"{target}: this folder holds more than an export ({', '.join(strange[:3])}{' ...' * (len(strange) > 3)}) "
@@ -46,8 +50,20 @@ def check_target(target: Path, sources: tuple[Path | None, ...] = ()) -> None:
         )
 
 
-def _is_ours(path: Path) -> bool:
-    return path.is_file() and (path.suffix in _OURS or path.name in _OUR_NAMES)
+def _not_ours(target: Path) -> list[str]:
+    """Return what lies in a folder beside an export: files that its record does not name, but for GGUF files, their
+    Modelfiles and cards that fastft made.
+    """
+    record = files.read_json(target / RECORD) if (target / RECORD).is_file() else {}
+    written = set(record.get("contents", ()))
+    others = [p for p in sorted(target.rglob("*")) if str(p.relative_to(target)) not in written]
+    return [str(path.relative_to(target)) for path in others if not (record and _is_made_beside(path))]
+
+
+def _is_made_beside(path: Path) -> bool:
+    if path.name == "README.md":
+        return MARK in path.read_text("utf-8", errors="replace")
+    return path.suffix == ".gguf" or path.name == "Modelfile" or path.name.startswith("Modelfile.")
 
 
 def check_space(target: Path, size: int) -> None:
@@ -70,7 +86,7 @@ def restore(target: Path) -> None:
 
 def _sync(folder: Path) -> None:
     """Wait until the folder's files are on the disk."""
-    for path in folder.iterdir():
+    for path in (path for path in folder.rglob("*") if path.is_file()):
         handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)
