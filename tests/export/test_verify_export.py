@@ -230,6 +230,14 @@ def test_limits_of_kinds():
     assert limits_of("tq1_0", "float32") is None
 
 
+def test_gguf_files_beside_merged_weights_are_verified_too(trained, tmp_path):
+    model, tokenizer, folder = trained
+    out = damaged(folder, tmp_path)
+    shutil.copy2(folder / "gguf" / "demo-q8_0.gguf", out)
+    kinds = [artefact.kind for artefact in verify_export(model, tokenizer, out, **QUICK).artefacts]
+    assert kinds == ["fp32", "q8_0"]
+
+
 def test_wrong_use(trained, tmp_path):
     model, tokenizer, folder = trained
     with pytest.raises(UsageError, match="no such file or folder"):

@@ -14,6 +14,7 @@ from fastft.errors import Problem, UsageError
 from fastft.export.compare import Distance, Limits, distance, limits_of
 from fastft.export.engines import CONTEXT, Engine, check_artefact, engine, run_model, token_ids
 from fastft.export.folder import assumptions, find_weights, load_folder
+from fastft.model.files import ADAPTER_CONFIG
 from fastft.state import base_model, get_state
 
 Message = Mapping[str, Any]
@@ -192,8 +193,9 @@ def _artefacts(given: str | Path | Sequence[str | Path]) -> list[Path]:
     found = []
     for path in (Path(one).expanduser() for one in several):
         check_artefact(path)
-        files = sorted(path.glob("*.gguf")) if path.is_dir() and not (path / "config.json").is_file() else []
-        found += files or [path]
+        files = sorted(path.glob("*.gguf")) if path.is_dir() else []
+        weights = any((path / name).is_file() for name in ("config.json", ADAPTER_CONFIG))
+        found += [path, *files] if weights or not files else files
     if not found:
         raise UsageError(Problem("artefact", given, "a merged folder, an adapter's folder, a .gguf file, or several"))
     return found
