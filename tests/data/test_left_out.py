@@ -106,3 +106,49 @@ def test_reasoning(text_only, name):
 def test_a_pair_is_named_as_one(text_only):
     with pytest.raises(DataError, match=r"row 0, prompt \+ completion\[1\].tool_calls"):
         chat_dataset([{"prompt": [USER], "completion": [CALL]}], text_only)
+
+
+def thought(content, **fields):
+    return {"role": "assistant", "content": content, **fields}
+
+
+LATER = [{"role": "user", "content": "r"}, {"role": "assistant", "content": "b"}]
+EARLIER = {
+    "field": thought("a", reasoning_content="why"),
+    "another field": thought("a", reasoning="why"),
+    "in the content": thought("<think>\nwhy\n</think>\n\na"),
+}
+
+
+@pytest.mark.parametrize("answer", EARLIER.values(), ids=EARLIER)
+def test_an_earlier_answer_without_its_reasoning_is_not_learnt(text_only, answer, capsys):
+    tokenizer = get_chat_template(text_only, "qwen-3")
+    assert learnt([USER, answer, *LATER], tokenizer)[0] == "<think>\n\n</think>\n\nb<|im_end|>"
+    assert "fastft: 1 earlier answers bear no loss" in capsys.readouterr().out
+    assert learnt([USER, BOT, *LATER], tokenizer)[0] == "a<|im_end|><think>\n\n</think>\n\nb<|im_end|>"
+    assert "bear no loss" not in capsys.readouterr().out
+
+
+def test_reasoning_that_the_prompt_opens(text_only):
+    said, whole = learnt([USER, BOT, *LATER], get_chat_template(text_only, "deepseek-r1"))
+    assert "a" not in said.partition("</think>")[0] and said.count("b") == 1 and "a<" in whole
+
+
+@pytest.mark.parametrize("name", ["reasoning", "thinking", "reasoning_content"])
+def test_reasoning_that_no_template_knows(text_only, name):
+    assert f"row 1, messages[1].{name}: expected reasoning" in told([USER, thought("a", **{name: "why"})], text_only)
+    line = told([USER, thought("a", **{name: "why"}), *LATER], text_only)
+    assert f"row 1, messages[1].{name}: expected reasoning" in line
+
+
+def test_weights(text_only):
+    turns = [USER, {**BOT, "weight": 0}, *LATER]
+    assert learnt(turns, text_only)[0] == "b<|im_end|>"
+    assert learnt([{**USER, "weight": 0}, {**BOT, "weight": 1}, *LATER], text_only)[0] == "a<|im_end|>b<|im_end|>"
+    pair = {"prompt": [USER, {**BOT, "weight": 0}, LATER[0]], "completion": [{**LATER[1], "weight": 0}, *turns]}
+    (row,) = chat_dataset([pair], text_only)
+    assert text_only.decode([label for label in row["labels"] if label != -100]) == "b<|im_end|>"
+    assert "row 1, messages[1].weight: expected 0 or 1, got 0.5" in told([USER, {**BOT, "weight": 0.5}], text_only)
+    with pytest.raises(DataError, match=r"row 0, messages\[1\].weight: expected no weight of 0 with train_on='all'"):
+        chat_dataset([{"messages": turns}], text_only, "all")
+    assert "nothing to learn" in told([USER, {**BOT, "weight": 0}], text_only)

@@ -185,7 +185,7 @@ def test_a_tokenizer_that_tells_no_offsets(build_tokenizer):
         ("gpt-oss", "<|channel|>final<|message|>b<|channel|>final<|message|>d<|return|>"),  # history has another end
         ("glm-4", "b<|user|>d<|user|>"),  # the stop token opens the next turn
         ("command-r7b", "".join(f"<|START_RESPONSE|>{a}<|END_RESPONSE|><|END_OF_TURN_TOKEN|>" for a in "bd")),
-        ("qwen-3-thinking", "b<|im_end|>\n</think>\n\nd<|im_end|>"),  # the generation prompt opens the thinking
+        ("qwen-3-thinking", "\n</think>\n\nd<|im_end|>"),  # the prompt opens the thinking, and did before b
     ],
 )
 def test_formats_with_ends_of_their_own(name, learnt, build_tokenizer):

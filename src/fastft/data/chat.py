@@ -57,7 +57,8 @@ def chat_dataset(
 
     Two assistant turns in a row are refused; `alternate=False` takes them where the template does. Lists of texts are
     joined for templates that know text alone; tool calls, reasoning and images that a template would leave out are
-    errors.
+    errors. An answer with `weight: 0` bears no loss; nor does an earlier answer where the template leaves out the
+    reasoning before it, which is said.
 
     Large sets are tokenised over `num_proc` processes (default: all that this one may use) with a `progress` bar and
     kept on disk by content, so that the same set is not tokenised twice. A `datasets.IterableDataset` becomes another
@@ -78,6 +79,7 @@ def chat_dataset(
     found = pipeline.encoded(given.rows, encoder, num_proc, progress)
     found = _sound_rows(found, max_length, max_unlearnable)
     _need_stops(found, encoder)
+    _tell_unlearnt(found)
     return found.select_columns(["input_ids", "labels"])
 
 
@@ -169,6 +171,17 @@ def _told_cut(count: int, total: int, max_length: int | None, allowed: float) ->
     except DataError as error:
         return error.problems
     return ()
+
+
+def _tell_unlearnt(found: Any) -> None:
+    """Print how many earlier answers bear no loss, if there are any."""
+    tables = found.with_format("arrow").select_columns(["unlearnt"]).iter(100_000)
+    count = sum(int(np.sum(table["unlearnt"].to_numpy())) for table in tables)
+    if count:
+        print(
+            f"fastft: {count:,} earlier answers bear no loss: the chat template leaves out the reasoning that a model "
+            "writes before them."
+        )
 
 
 def _need_stops(found: Any, encoder: Encoder) -> None:

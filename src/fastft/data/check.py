@@ -197,7 +197,7 @@ def _role_problem(where: str, message: Mapping[str, Any], keys: tuple[str, str])
 
 def _content_problem(where: str, message: Mapping[str, Any], role: Any, content: Any) -> Problem | None:
     """Return what is wrong with the content of one message."""
-    said = any(message.get(name) for name in ("tool_calls", "reasoning_content", "thinking"))
+    said = any(message.get(name) for name in ("tool_calls", "reasoning_content", "thinking", "reasoning"))
     if content is None and said:
         return None
     if isinstance(content, list | tuple):

@@ -10,7 +10,7 @@ from fastft.data.check import short
 from fastft.errors import Problem
 
 Messages = Sequence[Mapping[str, Any]]
-REASONING = ("reasoning_content", "thinking")
+REASONING = ("reasoning_content", "thinking", "reasoning")
 _ANOTHER = "fastft.chat_templates.get_chat_template(tokenizer, name) has other formats"
 _CALLS = f"Write the call into 'content' as the model is to write it; {_ANOTHER}."
 _PARTS = "Take the part out, or the row."
@@ -80,12 +80,17 @@ def left_out(
     last = messages[-1]
     name = next((name for name in REASONING if isinstance(last.get(name), str) and last[name].strip()), None)
     if name and render([*messages[:-1], {**last, name: f"{last[name]}_"}], tools) == text:
-        expected = "reasoning that the chat template renders"
-        problems.append(Problem(f"{where}[{len(messages) - 1}].{name}", short(last[name]), expected, _REASONING))
+        problems.append(reasoning_problem(f"{where}[{len(messages) - 1}]", name, last[name]))
     if tools and render(messages, None) == text:
         expected = "no tools, for the chat template does not list them"
         problems.append(Problem(f"{where.partition(',')[0]}, tools", short(tools), expected, _TOOLS))
     return problems
+
+
+def reasoning_problem(where: str, name: str, value: Any) -> Problem:
+    """Return the problem of reasoning under the field `name` that a template leaves out."""
+    other = "" if name == REASONING[0] else f"Name it {REASONING[0]!r} where the template knows that. "
+    return Problem(f"{where}.{name}", short(value), "reasoning that the chat template renders", f"{other}{_REASONING}")
 
 
 def _is_texts(message: Mapping[str, Any]) -> bool:

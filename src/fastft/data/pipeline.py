@@ -124,7 +124,8 @@ def features() -> Any:
     from datasets import List as ListOf
 
     ids = ListOf(Value("int32"))
-    return Features({"input_ids": ids, "labels": ids, "problems": Value("binary"), "turns": Value("bool")})
+    others = {"problems": Value("binary"), "turns": Value("bool"), "unlearnt": Value("int32")}
+    return Features({"input_ids": ids, "labels": ids, **others})
 
 
 def cache_folder() -> Path:
@@ -191,6 +192,7 @@ def _fingerprint(rows: str, encoder: Encoder) -> str:
         "templates": [*templates, encoder.templates.plain, encoder.templates.tools],
         "tokenizer": tokenizer_hash(encoder.tokenizer),
         "settings": [encoder.train_on, encoder.max_length, encoder.truncate],
+        "columns": sorted(features()),
         "versions": [version_of(name) for name in ("fastft", "transformers", "tokenizers", "jinja2")],
         "date": _today() if any("strftime_now" in template for template in templates) else None,
     }

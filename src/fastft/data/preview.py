@@ -198,7 +198,7 @@ def _contents(row: Mapping[str, Any]) -> list[tuple[str, str]]:
         if isinstance(value, str):
             said.append((field, value.strip()))
         for message in value if isinstance(value, list) else ():
-            for name in ("reasoning_content", "thinking", "content"):
+            for name in ("reasoning_content", "thinking", "reasoning", "content"):
                 content = message.get(name)
                 parts = content if isinstance(content, list) else [content]
                 texts = [part.get("text") if isinstance(part, Mapping) else part for part in parts]

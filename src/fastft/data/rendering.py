@@ -8,6 +8,7 @@ from attrs import evolve, frozen
 from fastft.data import left_out
 from fastft.data.check import short
 from fastft.data.mask import GENERATION, Scaffold, Span, find_scaffold
+from fastft.data.unlearnt import NO_RULES, Rules, find_rules
 from fastft.errors import DataError, Problem
 
 NO_TEMPLATE = "Set tokenizer.chat_template, or give rows with 'prompt' and 'completion' or 'text'."
@@ -28,7 +29,8 @@ class Templates:
 
     Where `compare` is set, `plain` and `tools` are those of a known format, marked with `{% generation %}`, and a row
     is only used if the tokenizer's own template in `compare` renders the same text, stop tokens in `ends` and white
-    space at its end excepted. `lists`: it takes contents that are lists of parts. `problem` says why messages cannot
+    space at its end excepted. `lists`: it takes contents that are lists of parts. `rules` say what it does to earlier
+    answers. `problem` says why messages cannot
     be rendered, or (`unmarked`) why their assistant turns cannot be told from the rest.
     """
 
@@ -37,6 +39,7 @@ class Templates:
     compare: tuple[str, str] | None = None
     ends: tuple[str, ...] = ()
     lists: bool = True
+    rules: Rules = NO_RULES
     problem: Problem | None = None
     unmarked: Problem | None = None
 
@@ -162,20 +165,25 @@ def templates_of(tokenizer: Any, train_on: str) -> tuple[Templates, Scaffold]:
     marked = all(GENERATION.search(template) for template in (plain, tools))
     known = None if marked else _known_format(tokenizer)
 
-    def probe(messages: Sequence[Any], opened: bool) -> tuple[str, list[Span]] | None:
+    def probe(messages: Sequence[Any], opened: bool, template: str = plain) -> tuple[str, list[Span]] | None:
         try:
-            return render(tokenizer, plain, [messages], opened, marked=marked)[0]
+            return render(tokenizer, template, [messages], opened, marked=marked or template != plain)[0]
         except render_errors():
             return None
 
     scaffold = find_scaffold(tokenizer, probe, known.stop_tokens if known else ())
     parts = probe([{"role": "user", "content": [{"type": "text", "text": "question"}]}], False)
     lists = parts is not None and parts == probe([{"role": "user", "content": "question"}], False)
-    if marked or train_on == "all":
+    if train_on == "all":
         return Templates(plain, tools, lists=lists), scaffold
+    if marked:
+        rules = find_rules(lambda messages: probe(messages, False), scaffold.prompt)
+        return Templates(plain, tools, lists=lists, rules=rules), scaffold
     if known is not None:
         ends = tuple({*known.stop_tokens, tokenizer.eos_token or ""} - {""})
-        return Templates(known.jinja, known.jinja, compare=(plain, tools), ends=ends, lists=lists), scaffold
+        rules = find_rules(lambda messages: probe(messages, False, known.jinja), scaffold.prompt)
+        made = Templates(known.jinja, known.jinja, compare=(plain, tools), ends=ends, lists=lists, rules=rules)
+        return made, scaffold
     unmarked = Problem("tokenizer.chat_template", "no {% generation %} markers", "markers", NO_MARKERS)
     return Templates(plain, tools, lists=lists, unmarked=unmarked), scaffold
 

@@ -38,7 +38,8 @@ class Responses:
     stops: frozenset[int]
     last: bool = False
     exact: bool = True
-    opening: str = ""  # what the generation prompt has behind the response part: given, where it is there
+    opening: str = ""  # what the generation prompt has behind the response part: given; a document that has it anywhere
+    # has its responses there alone
     thinking: tuple[str, str] = ("", "")
     pieces: Pieces = field(init=False)
     special: frozenset[int] = field(init=False)
@@ -70,7 +71,8 @@ class Responses:
         ends = list(accumulate(map(len, pieces)))
         text = "".join(pieces)
         begins = [match.end() for match in self._pattern(self.response_part).finditer(text)]
-        begins = [end + len(self.opening) if text.startswith(self.opening, end) else end for end in begins]
+        opened = [end + len(self.opening) for end in begins if text.startswith(self.opening, end)]
+        begins = opened or begins  # what stands where another prompt was, is not what the model would write
         heads = [self.instruction_part, self.response_part]
         opens = sorted(match.start() for head in heads if head for match in self._pattern(head).finditer(text))
         spans: list[Span] = []

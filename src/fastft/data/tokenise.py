@@ -14,6 +14,7 @@ from fastft.data.inputs import Input
 from fastft.data.left_out import is_plain
 from fastft.data.mask import IGNORE, Scaffold, Span
 from fastft.data.rendering import Renderer, Templates, render_errors
+from fastft.data.unlearnt import refuse_weights, unlearnt
 from fastft.errors import DataError, Problem
 
 
@@ -151,16 +152,23 @@ class Encoder:
         cuts = [*chain(*text.spans), *([len(text.given.text)] if text.given else [])]
         return mask.prefix_offsets(text.text, text.ids, self._plain_ids, cuts)
 
-    def turns(self, text: "Text", spans: Sequence[tuple[int, Span]]) -> list[Span]:
-        """Return the token ranges of numbered spans, each with its stop token. Raises `DataError` without one.
+    def turns(self, text: "Text", messages: Sequence[Any], spans: Sequence[Span], last: bool) -> list[Span]:
+        """Return the token ranges of the spans that bear loss, each with its stop token; `DataError` without one.
+
+        `spans` are those of the assistant turns in `messages`; `last`: only the last one's is asked for.
 
         Some formats write another token where an earlier turn ended than the model sampled there: a turn before the
         last may end at a special token that is not learnt.
         """
+        light, thought = unlearnt(f"{text.row.where}, {text.name}", messages, text.text, spans, self.templates.rules)
+        first = len(spans) - 1 if last else 0
+        text.row.unlearnt = len([number for number in thought if number >= first])
         ranges, problems, offsets = [], [], self.offsets(text)
-        for number, span in spans:
+        for number, span in enumerate(spans):
+            if number < first or number in light | thought:
+                continue
             found = mask.turn_range(text.text, span, text.ids, offsets, self.scaffold)
-            if found is None and number != spans[-1][0]:
+            if found is None and number != len(spans) - 1:
                 low, high = mask.token_range(offsets, *span)
                 found = (low, high) if high < len(text.ids) and text.ids[high] in self.scaffold.special else None
             if found is None:
@@ -228,6 +236,7 @@ class Row:
     ids: list[int] = field(factory=list)
     spans: list[Span] = field(factory=list)
     problems: list[Problem | str | Unlearnable] = field(factory=list)
+    unlearnt: int = 0  # earlier answers that bear no loss, for the reasoning before them is left out
     turns: bool = True  # whether the model is to learn when to stop: not asked of plain text
 
 
@@ -271,6 +280,7 @@ def _finish_completion(encoder: Encoder, text: Text) -> None:
 def _finish_messages(encoder: Encoder, text: Text) -> None:
     text.row.ids = text.ids
     if encoder.train_on == "all":
+        refuse_weights(f"{text.row.where}, {text.name}", text.messages)
         text.row.spans = [(0, len(text.ids))]
         return
     spans = mask.merged(text.spans)
@@ -278,8 +288,7 @@ def _finish_messages(encoder: Encoder, text: Text) -> None:
         remedy = "The template's {% generation %} block renders nothing for it."
         expected = "an assistant turn that leaves tokens"
         raise DataError(Problem(f"{text.row.where}, messages", short(text.messages), expected, remedy))
-    first = 0 if encoder.train_on == "assistant" else len(spans) - 1
-    text.row.spans = encoder.turns(text, list(enumerate(spans))[first:])
+    text.row.spans = encoder.turns(text, text.messages, spans, encoder.train_on != "assistant")
 
 
 def _finish_turns(encoder: Encoder, text: Text) -> None:
@@ -291,7 +300,10 @@ def _finish_turns(encoder: Encoder, text: Text) -> None:
         raise DataError(Problem(f"{where}, prompt", short(text.given.messages), expected, remedy))
     spans = [(max(start, len(given)), end) for start, end in mask.merged(text.spans) if end > len(given)]
     spans = spans or [(len(given), len(text.text))]
-    whole = encoder.turns(text, list(enumerate(spans))[-1 if encoder.train_on == "last" else 0 :])
+    if encoder.train_on == "all":
+        refuse_weights(f"{where}, {text.name}", text.messages)
+    completion = text.messages[len(text.given.messages) :]
+    whole = encoder.turns(text, completion, spans, encoder.train_on == "last")
     text.row.ids = text.ids
     text.row.spans = [(0, len(text.ids))] if encoder.train_on == "all" else whole
 
@@ -321,7 +333,7 @@ def starts_anew(tokenizer: Any, text: str) -> bool:
 
 
 def to_table(rows: Sequence[Row]) -> Any:
-    """Return a `pyarrow.Table` with `input_ids` and `labels` (lists of int32), `problems` and `turns` (bool).
+    """Return a `pyarrow.Table` with `input_ids`, `labels` (lists of int32), `problems`, `turns` (bool) and `unlearnt`.
 
     `problems` is null, or a pickled list of what is wrong with the row; such a row has no ids.
     """
@@ -341,5 +353,6 @@ def to_table(rows: Sequence[Row]) -> Any:
         "labels": pyarrow.ListArray.from_arrays(ends, labels),
         "problems": pyarrow.array(problems, pyarrow.binary()),
         "turns": pyarrow.array([row.turns for row in rows], pyarrow.bool_()),
+        "unlearnt": pyarrow.array([row.unlearnt for row in rows], pyarrow.int32()),
     }
     return pyarrow.table(columns)
