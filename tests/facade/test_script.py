@@ -163,8 +163,11 @@ def test_the_script_runs_unchanged(folder, aot_eager, tmp_path, monkeypatch, cap
     with torch.no_grad():
         torch.testing.assert_close(ours, plain.model(**text).logits, rtol=0, atol=2e-3 * ours.abs().max().item())
     printed = capsys.readouterr().out
-    moved = [line for line in printed.splitlines() if line.startswith("fastft: ")]
-    assert len(moved) == 4 and all("SFTTrainer(" in line and "was moved there" in line for line in moved)
+    said = [line for line in printed.splitlines() if line.startswith("fastft: ")]
+    moved = [line for line in said if "was moved there" in line]
+    assert len(moved) == 4 and all("SFTTrainer(" in line for line in moved)
+    learnt = "fastft: train: plain text (column 'text'), 24 rows; learnt: every token."
+    assert said.count(learnt) == 2  # of the script and of the reference
 
 
 def test_the_script_with_a_config_in_16_bits(folder, aot_eager, tmp_path, monkeypatch):

@@ -38,7 +38,7 @@ def test_responses_alone_bear_loss_in_a_trainer(kind, build_model, tokenizer, se
     """Also where the pad token is the stop token: padding is masked by length."""
     config = SFTConfig if kind is SFTTrainer else trl.SFTConfig
     tokenizer.pad_token = tokenizer.eos_token
-    options = {**settings, "report_to": "none"}
+    options = {**settings, "report_to": "none", "assistant_only_loss": False}
     trainer = make(kind, build_model, tokenizer, Dataset.from_list(CHATS), options, config)
     before = decoded(trainer, tokenizer)
     assert all("<|user|>" in text for text in before)

@@ -127,11 +127,11 @@ def test_the_trainer_refuses_the_same(build_model, tokenizer, settings):
     for wrong in (None, tokenizer, (build_model(), tokenizer)):
         with pytest.raises(UsageError, match="expected a model"):
             made(wrong, good)
-    with pytest.raises(DataError, match="from_list"):
-        made(build_model(), [row()])
+    with pytest.raises(DataError, match="into a list"):
+        made(build_model(), row())
     with pytest.raises(DataError) as caught:
         made(build_model(), Dataset.from_list([{"text": "w1 w2"}, {"text": None}, {"text": " "}]))
-    assert [problem.where for problem in caught.value.problems] == [f"train_dataset row {i}, text" for i in (1, 2)]
+    assert [problem.where for problem in caught.value.problems] == [f"train row {i}, text" for i in (1, 2)]
     with pytest.raises(DataError, match="row 1, messages"):
         made(build_model(), Dataset.from_list([row(), {"messages": []}]))
 

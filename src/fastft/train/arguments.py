@@ -50,6 +50,13 @@ class DefaultLength(int):
 DEFAULT_LENGTH = DefaultLength(1024)
 
 
+class DefaultField(str):
+    """A column's name that the user has not chosen, to be told from the same name given."""
+
+
+DEFAULT_FIELD = DefaultField("text")
+
+
 def with_length(args: Any, loaded: int | None) -> Any:
     """Return a copy of `args` whose `max_length`, if the user has not chosen one, is that of the loaded model."""
     args = copy.copy(args)

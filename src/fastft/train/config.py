@@ -23,6 +23,9 @@ class SFTConfig(trl.SFTConfig):
     transformers recomputes. `max_length` left out is the length that `fastft.load` has set, or 1024 for another model.
     `bf16` left open means bf16 autocast where the GPU has it, and none on a CPU.
 
+    `assistant_only_loss` left out means True for conversations (TRL: False), `completion_only_loss` left out True for
+    prompts with completions. `dataset_text_field`, if given, wins over all other columns: that text is learnt whole.
+
     `embedding_learning_rate`: for trained embeddings and head. `loraplus_ratio`: LoRA's B matrices learn that many
     times faster. `early_stopping_patience`: evaluations without an improvement of `metric_for_best_model` (default
     eval_loss) before training stops with the best weights. `max_seq_length`: the older name of `max_length`.
@@ -34,6 +37,12 @@ class SFTConfig(trl.SFTConfig):
     gradient_checkpointing: bool = dataclasses.field(default=False, metadata={"help": "Memory plan 'min'."})
     max_length: int | None = dataclasses.field(
         default=arguments.DEFAULT_LENGTH, metadata={"help": "Longest row in tokens; what is longer is cut off."}
+    )
+    dataset_text_field: str = dataclasses.field(
+        default=arguments.DEFAULT_FIELD, metadata={"help": "Column to train on as text; wins over all others if given."}
+    )
+    assistant_only_loss: bool | None = dataclasses.field(
+        default=None, metadata={"help": "Of conversations learn the assistant's turns (default), or all (False)."}
     )
     embedding_learning_rate: float | None = dataclasses.field(default=None, metadata={"help": "Rate for embeddings."})
     loraplus_ratio: float | None = dataclasses.field(
@@ -119,6 +128,16 @@ def take_older_arguments(args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[s
     return (_evolve(args, fields) if fields else args), kwargs
 
 
+def by_name(positional: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return the keyword arguments with those that were given by their place behind `args`. Raises `UsageError`."""
+    names = list(inspect.signature(trl.SFTTrainer.__init__).parameters)[3:]
+    doubled = [name for name in names[: len(positional)] if name in kwargs]
+    if doubled or len(positional) > len(names):
+        told = f"{', '.join(doubled)} given twice" if doubled else "too many arguments"
+        raise UsageError(f"SFTTrainer: {told}; pass all behind args by their names")
+    return {**dict(zip(names, positional, strict=False)), **kwargs}
+
+
 def _evolve(args: Any, fields: Mapping[str, Any]) -> "SFTConfig":
     """Return `args` as a SFTConfig with some fields changed, whatever training arguments they were."""
     if args is None:
@@ -127,6 +146,10 @@ def _evolve(args: Any, fields: Mapping[str, Any]) -> "SFTConfig":
     same = {
         item.name: getattr(args, item.name) for item in dataclasses.fields(args) if item.init and item.name in taken
     }
+    if not isinstance(args, SFTConfig):  # what TRL has by default is not what the user has said
+        for name, default in (("assistant_only_loss", False), ("dataset_text_field", "text")):
+            if same.get(name) == default:
+                del same[name]
     return SFTConfig(**{**same, **fields})
 
 

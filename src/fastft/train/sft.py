@@ -14,20 +14,21 @@ from typing import Any
 
 import torch
 import trl
+from accelerate import PartialState
 from attrs import frozen
 from transformers import EarlyStoppingCallback
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from fastft.data import check, packing
+from fastft.data import packing
 from fastft.data.chat import tokenised
 from fastft.data.training_collator import CountingCollator
 from fastft.errors import Problem, SaveError, UsageError
 from fastft.model.quantize import quiet
 from fastft.state import base_model, get_state
-from fastft.train import arguments, card, checkpoint, flops, hygiene, memory, optimizers, preparation, step
+from fastft.train import arguments, card, checkpoint, flops, hygiene, memory, optimizers, preparation, reading, step
 from fastft.train import resume as resuming
 from fastft.train.compiling import CompileCallback
-from fastft.train.config import SFTConfig, as_config, make_config, take_older_arguments
+from fastft.train.config import SFTConfig, as_config, by_name, make_config, take_older_arguments
 from fastft.train.record import RecordCallback, Tally
 
 
@@ -36,8 +37,16 @@ class SFTTrainer(trl.SFTTrainer):
 
     `compile=True` compiles the model's layers (`fastft.compile`) unless that was done before. It also takes what older
     scripts pass: `tokenizer`, `dataset_text_field`, `max_seq_length`, `packing`, `dataset_num_proc`; each is moved
-    into the config with one line. Raises `UsageError` for unknown arguments and combinations that cannot work,
-    `DataError` for data that cannot be trained on, `SaveError` when a checkpoint cannot be written.
+    into the config with one line.
+
+    `train_dataset` and `eval_dataset` are token ids, or what `sft` takes: rows are recognised, rendered and masked by
+    `chat_dataset`, and one line says what is learnt. Of conversations that is the assistant's turns; every token with
+    `SFTConfig(assistant_only_loss=False)`, which in TRL is the default. `SFTConfig(dataset_text_field=...)` trains on
+    that column as text, `formatting_func` on the text it makes of a row. Rows are left alone with
+    `dataset_kwargs={"skip_prepare_dataset": True}`.
+
+    Raises `UsageError` for unknown arguments and combinations that cannot work, `DataError` for data that cannot be
+    trained on, `SaveError` when a checkpoint cannot be written.
 
     The log holds `loss`, `grad_norm` and `learning_rate` (tokens and speed go to metrics.jsonl); evaluation gives
     `eval_loss` (the mean over all targets), `eval_perplexity`, `eval_mean_token_accuracy` and `eval_num_targets`.
@@ -47,12 +56,14 @@ class SFTTrainer(trl.SFTTrainer):
     def __init__(
         self, model: Any = None, args: Any = None, *positional: Any, compile: bool = True, **kwargs: Any
     ) -> None:
-        args, kwargs = take_older_arguments(args, kwargs)
+        args, kwargs = take_older_arguments(args, by_name(positional, kwargs))
         if isinstance(model, str):
             model, kwargs = _load(model, args, kwargs)
         arguments.refuse_pair(model)
         args = arguments.with_length(as_config(args, model), get_state(model).max_length)
-        check.check_arguments(kwargs, args.dataset_text_field)
+        self._reading = reading.reading_of(args, kwargs.get("formatting_func"))
+        given_ids = reading.is_token_ids(kwargs.get("train_dataset"))
+        kwargs |= reading.datasets_of(kwargs, self._reading, args.chat_template_path)
         checkpoint.make_folder(Path(args.output_dir))
         arguments.refuse_untrainable(model, kwargs.get("peft_config"))
         arguments.refuse_early_stopping(args, kwargs.get("eval_dataset"))
@@ -60,8 +71,12 @@ class SFTTrainer(trl.SFTTrainer):
             args.gradient_checkpointing,
             args.gradient_checkpointing and not compile,
         )
+        args.dataset_text_field = str(args.dataset_text_field)
+        if not self._reading.skip and not given_ids:  # else TRL would exchange the template, and format once more
+            args.assistant_only_loss, kwargs["formatting_func"] = False, None
         with quiet(), hygiene.own_dtypes(model), hygiene.unpatched(model), hygiene.head_out_of_sight(model):
-            super().__init__(model, args, *positional, **kwargs)
+            super().__init__(model, args, **kwargs)
+        args.assistant_only_loss = self._reading.assistant_only
         if self.model is not model:  # TRL has wrapped it with the `peft_config` it was given
             base_model(self.model).__dict__.pop("forward", None)
         self.model_accepts_loss_kwargs = True
@@ -308,11 +323,13 @@ class SFTTrainer(trl.SFTTrainer):
     def _prepare_dataset(
         self, dataset: Any, processing_class: Any, args: Any, packing_: bool, formatting_func: Any, dataset_name: str
     ) -> Any:
-        """Tokenise and cut as TRL does; say what was cut, refuse rows left with nothing to learn, and pack."""
+        """Tokenise as `sft` does, cut as TRL does; say what was cut, refuse rows with nothing to learn, and pack."""
         ours = packing_ and args.packing_strategy == "bfd"
         if ours and args.max_length is None:
             raise UsageError(Problem("SFTConfig max_length", None, "a number of tokens to pack into"))
         theirs = packing_ and not ours
+        with PartialState().main_process_first():
+            dataset = self._reading.token_ids(dataset, processing_class, dataset_name)
         made = super()._prepare_dataset(dataset, processing_class, args, theirs, formatting_func, dataset_name)
         if theirs:
             return made
