@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import fastft
 from fastft.demo import MODEL_FOLDER
-from fastft.errors import LoadError, UsageError
+from fastft.errors import UsageError
 from fastft.export import llama_cpp
 from fastft.export.compare import Limits, distance, limits_of
 from fastft.export.engines import kind_of_gguf
@@ -249,8 +249,52 @@ def test_wrong_use(trained, tmp_path):
     with pytest.raises(UsageError, match="a model, or the path"):
         verify_export(None, tokenizer, folder / "fp32")
     (tmp_path / "cut.gguf").write_bytes((folder / "gguf" / "demo-f32.gguf").read_bytes()[:100000])
-    with pytest.raises(LoadError, match="cut short or damaged"):
-        verify_export(model, tokenizer, tmp_path / "cut.gguf")
+
+
+def test_what_cannot_be_read_fails_and_the_others_are_judged(trained, tmp_path):
+    model, tokenizer, folder = trained
+    good, file = folder / "fp32", tmp_path / "cut.gguf"
+    file.write_bytes((folder / "gguf" / "demo-f32.gguf").read_bytes()[:100000])
+    out = damaged(folder, tmp_path)
+    weights = out / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+    report = verify_export(model, tokenizer, [file, out, good], **QUICK)
+    assert [artefact.ok for artefact in report.artefacts] == [False, False, True]
+    assert "cut short or damaged" in report.artefacts[0].problems[0]
+    assert "model.safetensors is damaged" in report.artefacts[1].problems[0]
+    assert report.artefacts[0].distance is None
+    assert "FAILED cut.gguf: " in str(report)
+    json.dumps(report.to_dict(), allow_nan=False)
+
+
+def test_a_folder_of_folders_and_an_adapter_file(trained, tmp_path):
+    from fastft.export.gguf.lora import export_lora_gguf
+
+    model, tokenizer, folder = trained
+    for name in ("fp32", "bf16"):
+        shutil.copytree(folder / name, tmp_path / "m" / name)
+    alone = export_lora_gguf(model, tmp_path / "m" / "fp32" / "adapter.gguf")
+    report = verify_export(model, tokenizer, tmp_path / "m", **QUICK)
+    assert [artefact.kind for artefact in report.artefacts] == ["bf16", "fp32"]
+    assert report.ok
+    assert "adapter.gguf is an adapter" in str(report)
+    with pytest.raises(UsageError, match="of a whole model"):
+        verify_export(model, tokenizer, alone, **QUICK)
+
+
+def test_tensors_and_end_tokens_that_differ_are_named(trained, tmp_path):
+    model, tokenizer, folder = trained
+    out = damaged(folder, tmp_path)
+    tensors = load_file(out / "model.safetensors")
+    tensors["model.stray"] = torch.zeros(2)
+    del tensors["model.layers.0.mlp.up_proj.weight"]
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    path = out / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": 5}))
+    problems = "\n".join(verify_export(model, tokenizer, out, **QUICK).artefacts[0].problems)
+    assert "it lacks 1 tensors: model.layers.0.mlp.up_proj.weight" in problems
+    assert "the model has no place for 1 tensors: model.stray" in problems
+    assert "generation stops at the tokens [5] there" in problems
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)

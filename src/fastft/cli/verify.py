@@ -52,11 +52,11 @@ def verify(
         typer.echo(str(report))
     failed = [Path(artefact.path).name for artefact in report.artefacts if not artefact.ok]
     if failed:
-        raise CheckFailed(f"{', '.join(failed)} differ from the trained model")
+        raise CheckFailed(f"{', '.join(failed)} differ from the trained model, or cannot be read")
 
 
 def _has_gguf(path: Path) -> bool:
-    return path.suffix == ".gguf" or (path.is_dir() and any(path.glob("*.gguf")))
+    return path.suffix == ".gguf" or (path.is_dir() and any([*path.glob("*.gguf"), *path.glob("*/*.gguf")]))
 
 
 def _read(path: Path) -> str:

@@ -74,7 +74,11 @@ def _of_folder(path: Path, model: Any) -> Engine:
     from fastft.model.tokenizer import load_tokenizer
 
     found = find_weights(path)
+    damage = files.weight_problems(found.folder)
+    if damage:
+        raise LoadError(*(f"{found.folder}: {problem}" for problem in damage))
     config = files.read_json(found.folder / "config.json") if not found.adapter else {}
+    problems: list[str] = []
     method = (config.get("quantization_config") or {}).get("quant_method")
     if found.adapter:
         dtype = str(base_model(model).dtype).removeprefix("torch.")
@@ -83,24 +87,41 @@ def _of_folder(path: Path, model: Any) -> Engine:
     elif method == "compressed-tensors":
         loaded, kind, runner = _dequantised(found), "fp8", "transformers, dequantised"
     else:
-        loaded, kind = _plain(found, config, model)
+        loaded, kind = _plain(found, config, model, problems)
         runner = "transformers"
     loaded.eval()
     tokenizer = load_tokenizer(found.folder) if files.has_tokenizer(found.folder) else None
     notes = list(found.notes)
     if kind == "fp8":
         notes.append("an engine that runs fp8 also rounds the inputs of each layer to fp8; that is not done here")
-    problems = () if tokenizer is not None else ("no tokenizer lies beside the weights",)
+    problems += [] if tokenizer is not None else ["no tokenizer lies beside the weights"]
+    problems += [] if found.adapter else _end_differences(found.folder, loaded, model)
     encode = None if tokenizer is None else partial(token_ids, tokenizer)
     kind = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}.get(kind, kind)
     template = getattr(tokenizer, "chat_template", None)
     exported = files.read_json(found.folder / RECORD) if (found.folder / RECORD).is_file() else {}
     original = exported.get("base") == "original" and exported.get("quant") is not None
-    return Engine(kind, runner, template, encode, partial(run_model, loaded), problems, tuple(notes), original)
+    return Engine(kind, runner, template, encode, partial(run_model, loaded), tuple(problems), tuple(notes), original)
 
 
-def _plain(found: Any, config: dict[str, Any], model: Any) -> tuple[Any, str]:
-    """Load a folder as transformers does: 16-bit weights in the reference's dtype if it is theirs, else in fp32."""
+def _end_differences(folder: Path, loaded: Any, model: Any) -> list[str]:
+    """Return where a folder's generation config ends an answer at other tokens than that of the model."""
+    from transformers import GenerationConfig
+
+    from fastft.model.tokenizer import id_list
+
+    stored = (folder / "generation_config.json").is_file()
+    theirs = GenerationConfig.from_pretrained(folder) if stored else getattr(loaded, "generation_config", None)
+    ours = getattr(base_model(model), "generation_config", None)
+    there, here = (sorted(id_list(getattr(one, "eos_token_id", None))) for one in (theirs, ours))
+    return [] if there == here else [f"generation stops at the tokens {there} there (eos_token_id) and at {here} here"]
+
+
+def _plain(found: Any, config: dict[str, Any], model: Any, problems: list[str]) -> tuple[Any, str]:
+    """Load a folder as transformers does: 16-bit weights in the reference's dtype if it is theirs, else in fp32.
+
+    Tensors that it lacks, or that the model has no place for, are added to `problems`.
+    """
     from transformers import AutoModelForCausalLM
 
     quantised = config.get("quantization_config") or {}
@@ -109,11 +130,19 @@ def _plain(found: Any, config: dict[str, Any], model: Any) -> tuple[Any, str]:
     dtype = "auto" if quantised or stored == ours else torch.float32
     device = model.get_input_embeddings().weight.device
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(
-            found.folder, dtype=dtype, local_files_only=True, device_map={"": str(device)}
+        loaded, loading = AutoModelForCausalLM.from_pretrained(
+            found.folder,
+            dtype=dtype,
+            local_files_only=True,
+            device_map={"": str(device)},
+            output_loading_info=True,
         )
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError) as error:
         raise LoadError(f"{found.folder}: transformers cannot load it ({type(error).__name__}): {error}") from error
+    for what, key in (("it lacks", "missing_keys"), ("the model has no place for", "unexpected_keys")):
+        names = sorted(loading[key])
+        if names:
+            problems.append(f"{what} {len(names)} tensors: {', '.join(names[:5])}{' ...' * (len(names) > 5)}")
     kind = "nf4" if quantised.get("load_in_4bit") else "int8" if quantised.get("load_in_8bit") else stored
     return loaded, kind
 

@@ -10,7 +10,7 @@ from typing import Any
 from attrs import asdict, evolve, field, frozen
 from torch import Tensor, nn
 
-from fastft.errors import Problem, UsageError
+from fastft.errors import FastftError, LoadError, Problem, UsageError
 from fastft.export.compare import Distance, Limits, distance, limits_of
 from fastft.export.engines import CONTEXT, Engine, check_artefact, engine, run_model, token_ids
 from fastft.export.folder import assumptions, find_weights, load_folder
@@ -41,7 +41,8 @@ class ArtefactReport:
     """What was found of one exported file or folder.
 
     `same_prompts` and `same_ids` are None where they could not be compared. `base_kl` is its mean KL divergence from
-    the model without its adapters, None without any. `problems` is empty if all is well.
+    the model without its adapters, None without any. `distance` is None of what could not be read or run. `problems` is
+    empty if all is well.
     """
 
     path: str
@@ -49,7 +50,7 @@ class ArtefactReport:
     runner: str
     same_prompts: bool | None
     same_ids: bool | None
-    distance: Distance
+    distance: Distance | None
     base_kl: float | None
     limits: Limits | None
     problems: tuple[str, ...]
@@ -96,11 +97,11 @@ class ExportReport:
                     artefact.runner,
                     _same(artefact.same_prompts),
                     _same(artefact.same_ids),
-                    f"{found.largest_difference:.3g}",
-                    f"{found.kl:.2e}",
+                    "-" if found is None else f"{found.largest_difference:.3g}",
+                    "-" if found is None else f"{found.kl:.2e}",
                     "-" if limits is None else f"{limits.kl:.2g}",
-                    f"{found.same_choice:.1%}",
-                    f"{found.perplexity:.3f} ({found.perplexity_rise:+.2%})",
+                    "-" if found is None else f"{found.same_choice:.1%}",
+                    "-" if found is None else f"{found.perplexity:.3f} ({found.perplexity_rise:+.2%})",
                 )
             )
             rows[-1] += ("ok" if artefact.ok else "FAILED",)
@@ -153,10 +154,11 @@ def verify_export(
     Compared are the rendered prompts, the token ids, and the logits (largest difference, mean KL divergence, share of
     equal first choices, perplexity). With adapters, an artefact must also be nearer to the trained model than to the
     model without them. GGUF files run in llama.cpp (package xllamacpp), or, where that is missing, dequantised through
-    transformers, which a note says. Nothing is written and the model is left as it was.
+    transformers, which a note says. What cannot be read has failed, with its reason; a GGUF file of an adapter alone is
+    left out with a note. Nothing is written and the model is left as it was.
     """
-    paths = _artefacts(artefact)
     notes: list[str] = []
+    paths = _artefacts(artefact, notes)
     model, tokenizer, reference = _reference(model, tokenizer, notes)
     questions = _questions(tokenizer, prompts, text, text_tokens, _room(model), notes)
     with _evaluating(model):
@@ -166,9 +168,13 @@ def verify_export(
         held = "int8" if get_state(model).quant == "int8" else str(base_model(model).dtype).removeprefix("torch.")
         reports = []
         for path in paths:
-            with engine(path, model, tokenizer) as opened:
-                report = _judge(path, opened, tokenizer, questions, expected, base, held)
-            reports.append(_limited(report, limits or report.limits, adapter_kl))
+            try:
+                with engine(path, model, tokenizer) as opened:
+                    report = _judge(path, opened, tokenizer, questions, expected, base, held)
+            except FastftError as error:
+                reports.append(_unreadable(path, error))
+            else:
+                reports.append(_limited(report, limits or report.limits, adapter_kl))
     return ExportReport(reference, len(questions.prompts), tuple(reports), adapter_kl, tuple(notes))
 
 
@@ -188,17 +194,53 @@ def _reference(model: Any, tokenizer: Any, notes: list[str]) -> tuple[Any, Any, 
     return model, tokenizer, f"{state.source or type(model).__name__} in {state.quant or dtype}{adapters}"
 
 
-def _artefacts(given: str | Path | Sequence[str | Path]) -> list[Path]:
+def _artefacts(given: str | Path | Sequence[str | Path], notes: list[str]) -> list[Path]:
+    """Return the files and folders to judge; GGUF files that are adapters are left out with a note."""
     several = [given] if isinstance(given, str | Path) else list(given)
     found = []
     for path in (Path(one).expanduser() for one in several):
         check_artefact(path)
-        files = sorted(path.glob("*.gguf")) if path.is_dir() else []
-        weights = any((path / name).is_file() for name in ("config.json", ADAPTER_CONFIG))
-        found += [path, *files] if weights or not files else files
+        found += _inside(path) if path.is_dir() else [path]
+    alone = [path for path in found if path.suffix == ".gguf" and _is_adapter_file(path)]
+    notes += [
+        f"{path.name} is an adapter, which runs beside its base's file only; it was not verified" for path in alone
+    ]
+    found = [path for path in found if path not in alone]
     if not found:
-        raise UsageError(Problem("artefact", given, "a merged folder, an adapter's folder, a .gguf file, or several"))
+        expected = "a merged folder, an adapter's folder, the .gguf file of a whole model, or several"
+        raise UsageError(Problem("artefact", [str(path) for path in alone] or given, expected))
     return found
+
+
+def _inside(folder: Path) -> list[Path]:
+    """Return what a folder is or holds: its own weights and GGUF files, or folders of either."""
+    from fastft.train.checkpoint import checkpoints
+
+    files = sorted(folder.glob("*.gguf"))
+    if _has_weights(folder) or checkpoints(folder):
+        return [folder, *files]
+    folders = [path for path in sorted(folder.iterdir()) if path.is_dir()]
+    found = files + [one for path in folders for one in ([path] * _has_weights(path) + sorted(path.glob("*.gguf")))]
+    return found or [folder]
+
+
+def _has_weights(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("config.json", ADAPTER_CONFIG))
+
+
+def _is_adapter_file(path: Path) -> bool:
+    from fastft.export.gguf.file import read_gguf
+
+    try:
+        return read_gguf(path).metadata.get("general.type") == "adapter"
+    except LoadError:
+        return False  # its turn to fail, with its reason, comes
+
+
+def _unreadable(path: Path, error: FastftError) -> ArtefactReport:
+    kind = "gguf" if path.suffix == ".gguf" else "folder"
+    reasons = tuple(str(problem) for problem in error.problems)
+    return ArtefactReport(str(path), kind, "-", None, None, None, None, None, reasons)
 
 
 def _room(model: Any) -> int:
