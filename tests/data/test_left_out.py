@@ -152,3 +152,27 @@ def test_weights(text_only):
     with pytest.raises(DataError, match=r"row 0, messages\[1\].weight: expected no weight of 0 with train_on='all'"):
         chat_dataset([{"messages": turns}], text_only, "all")
     assert "nothing to learn" in told([USER, {**BOT, "weight": 0}], text_only)
+
+
+def test_settings_that_no_template_reads(text_only):
+    tokenizer, settings = get_chat_template(text_only, "qwen-3"), {"enable_thinkin": False}
+    line = told([USER, BOT], tokenizer, chat_template_kwargs=settings)
+    assert line.startswith("row 1, chat_template_kwargs['enable_thinkin']: expected a setting that the chat template")
+    assert "did you mean 'enable_thinking'?" in line
+    assert "expected a dict of settings" in told([USER, BOT], tokenizer, chat_template_kwargs="x")
+    assert learnt([USER, BOT], tokenizer, chat_template_kwargs={"enable_thinking": False})[0] == "a<|im_end|>"
+
+
+def test_calls_as_they_once_were_written(text_only):
+    for content in (None, "So:"):
+        call = {**BOT, "content": content, "function_call": FUNCTION["function"]}
+        line = told([USER, call], text_only)
+        assert "row 1, messages[1].function_call: expected calls under 'tool_calls'" in line and "Remove" not in line
+
+
+def test_images_are_said_and_never_learnt(text_only, capsys):
+    tokenizer = get_chat_template(text_only, "qwen-2.5")
+    assert "image" not in learnt([{**USER, "content": [*texts("q"), IMAGE]}, BOT], tokenizer)[0]
+    assert "fastft: 1 images or the like become" in capsys.readouterr().out
+    line = told([USER, {**BOT, "content": [*texts("a"), IMAGE]}], tokenizer)
+    assert line.startswith("row 1, messages[1].content[1]: expected text in an assistant's turn, got {'type': 'image'")

@@ -57,8 +57,9 @@ def chat_dataset(
 
     Two assistant turns in a row are refused; `alternate=False` takes them where the template does. Lists of texts are
     joined for templates that know text alone; tool calls, reasoning and images that a template would leave out are
-    errors. An answer with `weight: 0` bears no loss; nor does an earlier answer where the template leaves out the
-    reasoning before it, which is said.
+    errors, and so are images in an answer; others become the template's markers, which is said. An answer with
+    `weight: 0` bears no loss; nor does an earlier answer where the template leaves out the reasoning before it, which
+    is said.
 
     Large sets are tokenised over `num_proc` processes (default: all that this one may use) with a `progress` bar and
     kept on disk by content, so that the same set is not tokenised twice. A `datasets.IterableDataset` becomes another
@@ -79,7 +80,7 @@ def chat_dataset(
     found = pipeline.encoded(given.rows, encoder, num_proc, progress)
     found = _sound_rows(found, max_length, max_unlearnable)
     _need_stops(found, encoder)
-    _tell_unlearnt(found)
+    _tell(found)
     return found.select_columns(["input_ids", "labels"])
 
 
@@ -173,10 +174,13 @@ def _told_cut(count: int, total: int, max_length: int | None, allowed: float) ->
     return ()
 
 
-def _tell_unlearnt(found: Any) -> None:
-    """Print how many earlier answers bear no loss, if there are any."""
-    tables = found.with_format("arrow").select_columns(["unlearnt"]).iter(100_000)
-    count = sum(int(np.sum(table["unlearnt"].to_numpy())) for table in tables)
+def _tell(found: Any) -> None:
+    """Print how many earlier answers bear no loss and how many images are not seen, if there are any."""
+    names = ["unlearnt", "media"]
+    tables = found.with_format("arrow").select_columns(names).iter(100_000)
+    count, media = sum(np.array([np.sum(table[name].to_numpy()) for name in names]) for table in tables).tolist()
+    if media:
+        print(f"fastft: {media:,} images or the like become the chat template's markers: the model sees none of them.")
     if count:
         print(
             f"fastft: {count:,} earlier answers bear no loss: the chat template leaves out the reasoning that a model "

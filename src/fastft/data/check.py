@@ -11,6 +11,7 @@ from fastft.errors import DataError, Problem
 SHOWN = 10
 LONGEST = 4_000_000  # characters of one text: a million tokens or so, more than a model can take
 _EMPTY = "Remove the row or give it text."
+_CALL = "Write it as 'tool_calls': [{'type': 'function', 'function': {'name': ..., 'arguments': {...}}}]."
 
 
 def check_tokenised(dataset: Any, name: str = "train") -> None:
@@ -166,6 +167,10 @@ def message_problems(where: str, messages: Any, keys: tuple[str, str] = ("role",
         if not isinstance(message, Mapping):
             expected = f"a dict with {keys[0]!r} and {keys[1]!r}"
             problems.append(Problem(f"{where}[{number}]", short(message), expected))
+            continue
+        if message.get("function_call"):
+            value = short(message["function_call"])
+            problems.append(Problem(f"{where}[{number}].function_call", value, "calls under 'tool_calls'", _CALL))
             continue
         role, content = message.get(keys[0]), message.get(keys[1])
         if type(role) is not str or not role:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fastft.data.check import short
-from fastft.errors import Problem
+from fastft.errors import DataError, Problem
 
 Messages = Sequence[Mapping[str, Any]]
 REASONING = ("reasoning_content", "thinking", "reasoning")
@@ -31,6 +31,27 @@ def with_texts(messages: Messages) -> Messages:
 def is_plain(messages: Messages) -> bool:
     """Return whether messages are role and text alone, which every template renders."""
     return all(len(message) == 2 and type(message.get("content")) is str for message in messages)
+
+
+def count_media(where: str, messages: Messages) -> int:
+    """Return how many parts are no texts. Raises `DataError` for one in an assistant's turn: a model writes text."""
+    if is_plain(messages):
+        return 0
+    parts = [
+        (number, place, part)
+        for number, message in enumerate(messages)
+        if isinstance(message.get("content"), list | tuple)
+        for place, part in enumerate(message["content"])
+        if part["type"] != "text"
+    ]
+    wrong = [
+        Problem(f"{where}[{number}].content[{place}]", short(part), "text in an assistant's turn", _PARTS)
+        for number, place, part in parts
+        if messages[number]["role"] == "assistant"
+    ]
+    if wrong:
+        raise DataError(*wrong)
+    return len(parts)
 
 
 def refused_parts(where: str, messages: Messages, error: str = "") -> list[Problem]:

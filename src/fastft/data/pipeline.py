@@ -124,7 +124,7 @@ def features() -> Any:
     from datasets import List as ListOf
 
     ids = ListOf(Value("int32"))
-    others = {"problems": Value("binary"), "turns": Value("bool"), "unlearnt": Value("int32")}
+    others = {"problems": Value("binary"), "turns": Value("bool"), "unlearnt": Value("int32"), "media": Value("int32")}
     return Features({"input_ids": ids, "labels": ids, **others})
 
 

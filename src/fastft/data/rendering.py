@@ -1,5 +1,6 @@
 """Chat templates: which one to render with, so that what the assistant says is marked, and the rendering itself."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ from fastft.data import left_out
 from fastft.data.check import short
 from fastft.data.mask import GENERATION, Scaffold, Span, find_scaffold
 from fastft.data.unlearnt import NO_RULES, Rules, find_rules
-from fastft.errors import DataError, Problem
+from fastft.errors import DataError, Problem, did_you_mean
 
 NO_TEMPLATE = "Set tokenizer.chat_template, or give rows with 'prompt' and 'completion' or 'text'."
 NO_MARKERS = (
@@ -99,6 +100,9 @@ class Renderer:
             except (*render_errors(), DataError):
                 return None
 
+        problems = _setting_problems(where, extra, self.templates)
+        if problems:
+            raise DataError(*problems)
         if not self.templates.lists:
             messages = left_out.with_texts(messages)
             problems = left_out.refused_parts(where, messages)
@@ -134,6 +138,20 @@ class Renderer:
             if not self.templates.same(text, wanted):
                 raise DataError(Problem("messages", short(messages), "the rendering of the known format", OTHERWISE))
         return found
+
+
+def _setting_problems(where: str, settings: Any, templates: Templates) -> list[Problem]:
+    """Return a problem for every setting that no template reads: its name does not stand in one."""
+    where = f"{where.partition(',')[0]}, chat_template_kwargs"
+    if settings is not None and not isinstance(settings, Mapping):
+        return [Problem(where, short(settings), "a dict of settings of the chat template")]
+    texts = [templates.plain, templates.tools, *(templates.compare or ())]
+    words = {word for text in texts for word in re.findall(r"[A-Za-z_]\w*", text)} if settings else set()
+    return [
+        Problem(f"{where}[{name!r}]", short(value), "a setting that the chat template reads", did_you_mean(name, words))
+        for name, value in (settings or {}).items()
+        if name not in words
+    ]
 
 
 def own_templates(tokenizer: Any) -> tuple[str, str]:

@@ -11,7 +11,7 @@ from attrs import define, field, frozen
 from fastft.data import mask
 from fastft.data.check import row_problem, short
 from fastft.data.inputs import Input
-from fastft.data.left_out import is_plain
+from fastft.data.left_out import count_media, is_plain
 from fastft.data.mask import IGNORE, Scaffold, Span
 from fastft.data.rendering import Renderer, Templates, render_errors
 from fastft.data.unlearnt import refuse_weights, unlearnt
@@ -68,6 +68,7 @@ class Encoder:
             return [self._plain_text(row, content["text"])]
         if kind != "prompt_completion":
             self._refuse_templates(row.where, content["messages"], self.train_on != "all")
+            row.media = count_media(f"{row.where}, messages", content["messages"])
             return [Text(row, _finish_messages, content["messages"], content)]
         prompt, completion = content["prompt"], content["completion"]
         if isinstance(prompt, str):
@@ -78,6 +79,7 @@ class Encoder:
         several = len(completion) > 1 and self.train_on != "all"
         whole = [*prompt, *completion]
         self._refuse_templates(row.where, whole, several)
+        row.media = count_media(f"{row.where}, prompt + completion", whole)
         given = Text(row, _finish_nothing, prompt, content, name="prompt", opened=True)
         return [given, Text(row, _finish_turns, whole, content, name="prompt + completion", given=given)]
 
@@ -237,6 +239,7 @@ class Row:
     spans: list[Span] = field(factory=list)
     problems: list[Problem | str | Unlearnable] = field(factory=list)
     unlearnt: int = 0  # earlier answers that bear no loss, for the reasoning before them is left out
+    media: int = 0  # images and other parts that are no text: the template's markers stand for them
     turns: bool = True  # whether the model is to learn when to stop: not asked of plain text
 
 
@@ -333,7 +336,7 @@ def starts_anew(tokenizer: Any, text: str) -> bool:
 
 
 def to_table(rows: Sequence[Row]) -> Any:
-    """Return a `pyarrow.Table` with `input_ids`, `labels` (lists of int32), `problems`, `turns` (bool) and `unlearnt`.
+    """Return a `pyarrow.Table` with `input_ids`, `labels` (lists of int32), `problems`, `turns` (bool), and two counts.
 
     `problems` is null, or a pickled list of what is wrong with the row; such a row has no ids.
     """
@@ -354,5 +357,6 @@ def to_table(rows: Sequence[Row]) -> Any:
         "problems": pyarrow.array(problems, pyarrow.binary()),
         "turns": pyarrow.array([row.turns for row in rows], pyarrow.bool_()),
         "unlearnt": pyarrow.array([row.unlearnt for row in rows], pyarrow.int32()),
+        "media": pyarrow.array([row.media for row in rows], pyarrow.int32()),
     }
     return pyarrow.table(columns)
