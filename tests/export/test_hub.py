@@ -2,6 +2,7 @@
 
 import json
 
+import httpx
 import pytest
 
 from fastft.errors import LoadError, SaveError, UsageError
@@ -138,11 +139,12 @@ def test_a_card_that_cannot_be_written_sends_nothing(tmp_path, online):
     assert [told[0] for told in online.sent] == ["whoami"]
 
 
-def test_a_hub_that_does_not_answer(tmp_path, online, monkeypatch):
+@pytest.mark.parametrize("error", [ConnectionError, httpx.ConnectError, httpx.ReadTimeout])
+def test_a_hub_that_does_not_answer(error, tmp_path, online, monkeypatch):
     (tmp_path / "m.gguf").write_bytes(b"GGUF")
 
     def refuse(self):
-        raise ConnectionError("no route")
+        raise error("no route")
 
     monkeypatch.setattr(online, "whoami", refuse)
     with pytest.raises(LoadError, match=r"cannot be reached.*nothing was sent"):
@@ -151,7 +153,7 @@ def test_a_hub_that_does_not_answer(tmp_path, online, monkeypatch):
     assert not (tmp_path / "README.md").exists()
 
     def full(self, **_):
-        raise OSError("broken pipe")
+        raise error("broken pipe")
 
     monkeypatch.setattr(online, "whoami", lambda self: None)
     monkeypatch.setattr(online, "upload_folder", full)

@@ -118,6 +118,7 @@ def _run_problems(run: str | Path | None) -> list[Problem]:
 
 def _answering(token: str | None) -> Any:
     """Return the hub's API after it has said whose token this is."""
+    from httpx import HTTPError
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -126,7 +127,7 @@ def _answering(token: str | None) -> Any:
         api.whoami()
     except HfHubHTTPError as error:
         raise LoadError(f"the hub refuses the token ({error}); make one that may write; nothing was sent") from error
-    except OSError as error:
+    except (HTTPError, OSError) as error:  # httpx's own are no OSErrors
         raise LoadError(
             f"the hub cannot be reached ({type(error).__name__}: {error}); check the network; nothing was sent"
         ) from error
@@ -142,7 +143,7 @@ def _send(
     adapter_config: Mapping[str, Any],
     options: Mapping[str, Any],
 ) -> Pushed:
-    from huggingface_hub.errors import HfHubHTTPError
+    from httpx import HTTPError
 
     write_text(folder / CARD, card)
     where = {"repo_id": repo_id, "revision": options["revision"], "commit_message": options["message"]}
@@ -155,7 +156,7 @@ def _send(
         if adapter_config:
             content = json.dumps(adapter_config, indent=2).encode()
             api.upload_file(path_or_fileobj=content, path_in_repo=files.ADAPTER_CONFIG, **where)
-    except (HfHubHTTPError, OSError) as error:
+    except (HTTPError, OSError) as error:
         raise LoadError(
             f"{repo_id}: the upload failed ({type(error).__name__}: {error}); push again to go on"
         ) from error
