@@ -52,8 +52,12 @@ def get_chat_template(
     """
     from copy import deepcopy
 
+    from fastft.data.check import tokenizer_problem
     from fastft.registry.chat_jinja import renamed
 
+    wrong = tokenizer_problem(tokenizer)
+    if wrong:
+        raise UsageError(wrong)
     template, stop = _template(tokenizer, chat_template, system_message)
     keys, roles = _checked_mapping(mapping)
     changed = deepcopy(tokenizer)

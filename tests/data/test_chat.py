@@ -162,3 +162,11 @@ def test_collate():
     assert packed["position_ids"].tolist() == [[0, 1, 2, 0, 1]] and packed["labels"].tolist() == [[-100, 6, 7, -100, 9]]
     with pytest.raises(DataError, match="row 1"):
         collate([rows[0], {"input_ids": []}])
+
+
+def test_arguments_of_a_wrong_type(tmp_path):
+    with pytest.raises(UsageError, match=r"tokenizer: expected a tokenizer, got .*from_pretrained"):
+        chat_dataset([{"messages": CHAT}], tmp_path)
+    for name, value in (("max_length", "30"), ("max_length", 70.5), ("num_proc", 0), ("max_unlearnable", "x")):
+        with pytest.raises(UsageError, match=f"{name}: expected"):
+            chat_dataset([{"messages": CHAT}], tokenizer(), **{name: value})

@@ -191,6 +191,8 @@ def test_mistakes(loaded):
         get_chat_template(loaded, mapping={"rolle": "from", "user": 3, "assistant": "system"})
     text = str(caught.value)
     assert "mapping['rolle']" in text and "mapping['user']" in text and "another name for every role" in text
+    with pytest.raises(UsageError, match=r"tokenizer: expected a tokenizer, got 'x'"):
+        get_chat_template("x", "gemma")
     with pytest.raises(UsageError, match="system_message"):
         get_chat_template(loaded, "gpt-oss", system_message="x")
     with pytest.raises(UsageError, match="system_message"):

@@ -82,3 +82,14 @@ def test_the_page_needs_nothing_else(build_tokenizer, chats, tmp_path):
         assert outside not in page
     assert page.count('class="learnt"') == found.rows[0].learnt
     assert "&lt;" in page and "prefers-color-scheme" in page
+
+
+def test_arguments_of_a_wrong_type(build_tokenizer, chats):
+    for wrong in ({"rows": "3"}, {"lengths": 10}, {"lengths": "10"}, {"max_length": 3.5}):
+        with pytest.raises(UsageError, match=f"preview: {next(iter(wrong))}"):
+            preview(chats(1), build_tokenizer(), **wrong)
+    for dataset in ("rows.jsonl", chats(1)):
+        with pytest.raises(UsageError, match=r"truncation_table: dataset: expected a datasets.Dataset with 'input_ids'"):
+            truncation_table(dataset)
+    with pytest.raises(LoadError, match=r"'/nope/x': no such folder \(looked at /nope/x\)"):
+        preview(chats(1), "/nope/x")

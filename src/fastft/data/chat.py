@@ -12,7 +12,15 @@ from typing import Any, Literal
 import numpy as np
 
 from fastft.data import inputs, pipeline
-from fastft.data.check import check_tokenised, named, refuse, refuse_empty, refuse_unlearnable
+from fastft.data.check import (
+    check_tokenised,
+    named,
+    refuse,
+    refuse_empty,
+    refuse_unlearnable,
+    tokenizer_problem,
+    whole_number,
+)
 from fastft.data.columns import trained_ids
 from fastft.data.rendering import templates_of
 from fastft.data.sources import load_rows
@@ -69,7 +77,8 @@ def chat_dataset(
     type, without text, or with nothing to learn, for a template without markers where they are needed, and for a set
     in which no stop token is learnt.
     """
-    _check_arguments(train_on, max_length, overlong, max_unlearnable)
+    wrong = tokenizer_problem(tokenizer)
+    _check_arguments(wrong, train_on, max_length, overlong, max_unlearnable, num_proc)
     given = rows if isinstance(rows, inputs.Input) else inputs.read(rows, alternate)
     inputs.refuse_others(given)
     templates, scaffold = templates_of(tokenizer, train_on)
@@ -206,15 +215,20 @@ def _need_stops(found: Any, encoder: Encoder) -> None:
         raise DataError(Problem(where, "0 times", f"at least once one of {names}", remedy))
 
 
-def _check_arguments(train_on: str, max_length: int | None, overlong: str, max_unlearnable: float) -> None:
-    problems = []
+def _check_arguments(
+    wrong: Problem | None, train_on: str, max_length: Any, overlong: str, max_unlearnable: Any, num_proc: Any
+) -> None:
+    problems = [wrong] if wrong else []
     if train_on not in TRAIN_ON:
         problems.append(Problem("train_on", train_on, f"one of {TRAIN_ON}", did_you_mean(train_on, TRAIN_ON)))
     if overlong not in ("refuse", "truncate"):
         problems.append(Problem("overlong", overlong, "'refuse' or 'truncate'"))
-    if max_length is not None and max_length < 2:
-        problems.append(Problem("max_length", max_length, "at least 2: the first token is never predicted"))
-    if not 0 <= max_unlearnable <= 1:
+    if max_length is not None and not (whole_number(max_length) and max_length >= 2):
+        expected = "a whole number of tokens, at least 2: the first token is never predicted"
+        problems.append(Problem("max_length", max_length, expected))
+    if num_proc is not None and not (whole_number(num_proc) and num_proc >= 1):
+        problems.append(Problem("num_proc", num_proc, "a whole number of processes, at least 1, or None"))
+    if not isinstance(max_unlearnable, int | float) or not 0 <= max_unlearnable <= 1:
         problems.append(Problem("max_unlearnable", max_unlearnable, "a share from 0 to 1"))
     if problems:
         raise UsageError(*problems)

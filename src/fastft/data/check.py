@@ -1,6 +1,8 @@
 """Is every row whole, and is there something to learn in it? Asked before training, answered with row numbers."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral
+from pathlib import Path
 from typing import Any
 
 from attrs import evolve
@@ -226,6 +228,21 @@ def _parts_problem(where: str, parts: Sequence[Any]) -> Problem | None:
             if problem:
                 return problem
     return None
+
+
+def tokenizer_problem(tokenizer: Any) -> Problem | None:
+    """Return what is wrong with something that is given as a tokenizer."""
+    if callable(getattr(tokenizer, "convert_tokens_to_ids", None)):
+        return None
+    path = isinstance(tokenizer, str | Path)
+    remedy = f"transformers.AutoTokenizer.from_pretrained({str(tokenizer)!r}) loads it." if path else ""
+    remedy = "Pass its .tokenizer." if hasattr(tokenizer, "tokenizer") else remedy
+    return Problem("tokenizer", short(str(tokenizer)) if path else type(tokenizer).__name__, "a tokenizer", remedy)
+
+
+def whole_number(value: Any) -> bool:
+    """Return whether a value is a whole number, and no truth value."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def named(problem: Problem | str, name: str) -> Problem | str:

@@ -11,9 +11,10 @@ from attrs import asdict, evolve, frozen
 
 from fastft.data import columns, inputs, packing
 from fastft.data.chat import TrainOn, chat_dataset
+from fastft.data.check import whole_number
 from fastft.data.mask import IGNORE
 from fastft.data.pieces import Pieces
-from fastft.data.truncation import LENGTHS, TruncationTable, truncation_table
+from fastft.data.truncation import LENGTHS, TruncationTable, check_lengths, truncation_table
 from fastft.errors import LoadError, UsageError
 
 STREAMED = 1000  # rows of a stream that are looked at
@@ -117,8 +118,11 @@ def preview(
 
     Raises `UsageError`, `LoadError`, and what `chat_dataset` raises.
     """
-    if rows < 1:
-        raise UsageError(f"preview: rows is a number of at least 1, got {rows}")
+    if not whole_number(rows) or rows < 1:
+        raise UsageError(f"preview: rows is a number of at least 1, got {rows!r}")
+    if max_length is not None and not (whole_number(max_length) and max_length >= 1):
+        raise UsageError(f"preview: max_length is a whole number of tokens of at least 1, got {max_length!r}")
+    check_lengths(lengths, "preview")
     tokenizer = _tokenizer(tokenizer)
     source = str(data) if isinstance(data, str | Path) else type(data).__name__
     given = inputs.read(data, alternate)
@@ -146,8 +150,14 @@ def _tokenizer(tokenizer: Any) -> Any:
         return getattr(tokenizer, "tokenizer", tokenizer)
     from transformers import AutoTokenizer
 
+    from fastft.model.files import locate
+
+    name = str(tokenizer)
+    folder = Path(name).expanduser()
+    if folder.exists() or folder.is_absolute() or name.startswith(".") or name.count("/") > 1 or "\\" in name:
+        name = str(locate(name))  # says where it looked, where nothing is
     try:
-        return AutoTokenizer.from_pretrained(str(tokenizer))
+        return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise LoadError(f"the tokenizer of {str(tokenizer)!r} cannot be loaded: {error}") from error
 

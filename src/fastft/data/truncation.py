@@ -1,13 +1,14 @@
 """What cutting rows to a length would lose: rows that are cut, rows left with nothing to learn, loss-bearing tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 from attrs import asdict, frozen
 
 from fastft.data import columns
-from fastft.errors import UsageError
+from fastft.data.check import short, whole_number
+from fastft.errors import Problem, UsageError
 
 LENGTHS = (1024, 2048, 4096, 8192)
 
@@ -54,14 +55,25 @@ class TruncationTable:
         return "\n".join([whole, *shown])
 
 
+def check_lengths(lengths: Any, name: str) -> None:
+    """Raise `UsageError` where `lengths`, an argument of the function `name`, are no whole numbers of at least 1."""
+    listed = isinstance(lengths, Iterable) and not isinstance(lengths, str | bytes)
+    wrong = [length for length in lengths if not whole_number(length) or length < 1] if listed else lengths
+    if not listed or wrong:
+        raise UsageError(f"{name}: lengths are whole numbers of tokens of at least 1, a list of them, got {wrong!r}")
+
+
 def truncation_table(dataset: Any, lengths: Sequence[int] = LENGTHS) -> TruncationTable:
     """Return what a `datasets.Dataset` of token ids (`chat_dataset`'s result) would lose when cut to each of `lengths`.
 
-    A row is lost if it had something to learn and has nothing left. Raises `UsageError` for a length below 1.
+    A row is lost if it had something to learn and has nothing left. Raises `UsageError` for a length below 1, and for
+    what is no data set of token ids.
     """
-    wrong = [length for length in lengths if not isinstance(length, int) or length < 1]
-    if wrong:
-        raise UsageError(f"truncation_table: lengths are whole numbers of tokens of at least 1, got {wrong}")
+    check_lengths(lengths, "truncation_table")
+    if "input_ids" not in (getattr(dataset, "column_names", None) or ()) or not hasattr(dataset, "__len__"):
+        remedy = "fastft.chat_dataset(rows, tokenizer) makes one."
+        expected = "a datasets.Dataset with 'input_ids'"
+        raise UsageError(Problem("truncation_table: dataset", short(type(dataset).__name__), expected, remedy))
     cut, lost, tokens, bearing_lost = (dict.fromkeys(lengths, 0) for _ in range(4))
     rows = whole = bearing = longest = 0
     for batch in columns.columns(dataset):
