@@ -49,8 +49,8 @@ class Reading:
             given = self._recognised(rows)
             inputs.refuse_others(given)
             train_on, learnt = self._train_on(given.recognised.kind, name)
-            about = given.recognised.statement if given.recognised.kind in PLAIN else "rows"
-            print(f"fastft: {name}: {about}; {learnt}.")
+            about = f"{given.recognised.statement}; " if given.recognised.kind in PLAIN else ""  # else it has been said
+            print(f"fastft: {name}: {about}{learnt}.")
             return chat_dataset(given, tokenizer, train_on, num_proc=self.processes)
         except DataError as error:
             raise DataError(*(self._told(problem, name) for problem in error.problems)) from error
