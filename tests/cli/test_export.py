@@ -56,6 +56,9 @@ def test_lora(adapter, tmp_path, capsys):
     code, out, _ = run(capsys, "export", "lora", adapter, tmp_path / "copy")
     assert (code, out.strip()) == (0, f"{tmp_path / 'copy'}: written")
     assert (tmp_path / "copy" / "adapter_model.safetensors").is_file()
+    code, out, _ = run(capsys, "export", "lora", adapter, tmp_path / "gguf", "--gguf")
+    assert code == 0
+    assert "adapter.gguf: f32, 0." in out and f"its base, {MODEL_FOLDER}" in out
     code, out, _ = run(capsys, "export", "lora", adapter, tmp_path / "gguf", "--gguf", "--json")
     assert code == 0
     assert json.loads(out)["path"] == str(tmp_path / "gguf" / "adapter.gguf")
@@ -80,25 +83,50 @@ def test_gguf_with_its_modelfile(adapter, tmp_path, capsys):
 
 def test_wrong_use(adapter, tmp_path, capsys):
     code, _, err = run(capsys, "export", "merged", adapter, tmp_path / "m", "--precision", "bf17")
-    assert code == 1
+    assert code == 3
     assert "did you mean 'bf16'" in err
     code, _, err = run(capsys, "export", "gguf", adapter, tmp_path / "g", "-q", "f16", "--chat-format", "gemma")
-    assert code == 1
+    assert code == 3
     assert "no token of this tokenizer" in err
     assert "--no-modelfile" in err
     assert not (tmp_path / "g").exists()
     code, _, err = run(capsys, "export", "gguf", adapter, tmp_path / "g", "-q", "f16", "-q", "q8_0", "--ollama", "x")
-    assert (code, "takes one --quant" in err) == (1, True)
+    assert (code, "takes one --quant" in err) == (3, True)
     (tmp_path / "file").write_text("mine")
     for command in (["merged"], ["lora"], ["lora", "--gguf"], ["gguf"]):
         code, _, err = run(capsys, "export", *command, adapter, tmp_path / "file")
-        assert (code, "this is a file" in err) == (1, True)
+        assert (code, "this is a file" in err) == (3, True)
     (tmp_path / "bad.jsonl").write_text("{\n3\n")
     code, _, err = run(capsys, "verify", adapter, "--model", adapter, "--prompts", tmp_path / "bad.jsonl")
-    assert code == 1
+    assert code == 3
     assert "bad.jsonl:1: not JSON" in err
     assert "bad.jsonl:2" in err
     code, _, err = run(capsys, "verify", tmp_path / "absent", "--model", adapter)
-    assert (code, "no such file or folder" in err) == (1, True)
+    assert (code, "no such file or folder" in err) == (3, True)
     assert run(capsys, "verify", adapter)[0] == 3
     assert run(capsys, "export", "other")[0] == 3
+
+
+def test_arguments_are_checked_before_anything_is_loaded(adapter, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("fastft.cli.export._folder", lambda model: pytest.fail("the model was looked for"))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "note.txt").write_text("mine")
+    for command in (["merged"], ["lora"]):
+        code, _, err = run(capsys, "export", *command, adapter, tmp_path / "mine")
+        assert (code, "note.txt" in err) == (3, True)
+    assert run(capsys, "export", "lora", adapter, tmp_path / "a", "--gguf", "--quant", "q8_0")[0] == 3
+    code, _, err = run(capsys, "export", "gguf", adapter, tmp_path / "g", "-q", "q4_k_x")
+    assert (code, "did you mean" in err) == (3, True)
+    assert run(capsys, "export", "gguf", adapter, tmp_path / "g", "--base", "16")[0] == 3
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    code, _, err = run(capsys, "export", "gguf", adapter, tmp_path / "g", "--ollama", "x")
+    assert (code, "nothing was written" in err) == (1, True)
+    assert not (tmp_path / "g").exists()
+
+
+def test_files_are_told_of_before_ollama_fails(adapter, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda name: "/bin/false")
+    code, out, err = run(capsys, "export", "gguf", adapter, tmp_path / "g", "-q", "q8_0", "--ollama", "x")
+    assert code == 1
+    assert "adapter-q8_0.gguf: q8_0" in out
+    assert "ollama create x" in err

@@ -285,3 +285,12 @@ def test_memory_is_bounded_by_the_largest_tensor(tmp_path):
     assert done.returncode == 0, done.stderr
     used = int(done.stdout) * (1 if sys.platform == "darwin" else 1024)
     assert resource.RUSAGE_SELF == 0 and used < whole / 2, (used, whole)
+
+
+def test_names_and_folders_in_the_wrong_place(adapted, tmp_path):
+    model, tokenizer = adapted()
+    with pytest.raises(UsageError, match=r"name: expected a name for files, without / .*folder="):
+        export_gguf(model, tokenizer, tmp_path, name="a/b")
+    with pytest.raises(UsageError, match=r"tokenizer: .*pass folder='gx'"):
+        export_gguf(model, "gx")
+    assert not list(tmp_path.iterdir())

@@ -7,9 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from fastft.cli.output import JsonOption, print_json
+from fastft.cli.output import ArgumentsError, JsonOption, checking_arguments, print_json
 from fastft.environment import installed
-from fastft.errors import UsageError
+from fastft.errors import SaveError, UsageError
 
 app = typer.Typer(
     name="export",
@@ -43,8 +43,14 @@ def merged(
     For example: fastft export merged run/first merged
     """
     _check_installed(*NEEDED)
-    from fastft.export.merge import merge
+    from fastft.export.merge import chosen_precision, merge
+    from fastft.export.place import check_target
+    from fastft.export.weights import check_base
 
+    with checking_arguments():
+        chosen_precision(precision)
+        check_base(base)
+        check_target(out.expanduser(), (Path(model).expanduser(),))
     with _quiet(json):
         report = merge(_folder(model), out, precision=precision, base=base)
     _show(report.to_dict() if json else str(report), json)
@@ -55,7 +61,7 @@ def lora(
     model: Model,
     out: Out,
     gguf: Annotated[bool, typer.Option("--gguf", help="Write OUT/adapter.gguf, beside the base's file.")] = False,
-    quant: Annotated[str, typer.Option(help="With --gguf: f32, f16 or bf16.")] = "f16",
+    quant: Annotated[str, typer.Option(help="With --gguf: f32, f16 or bf16.")] = "f32",
     json: JsonOption = False,
 ) -> None:
     """Write the adapter alone, with its tokenizer.
@@ -65,14 +71,35 @@ def lora(
     _check_installed(*NEEDED, *(["gguf"] if gguf else []))
     with _quiet(json):
         if gguf:
-            from fastft.export.gguf.lora import export_lora_gguf
-
-            path = export_lora_gguf(_folder(model), out / "adapter.gguf", quant)
+            path, said = _lora_gguf(model, out, quant)
         else:
             from fastft.export.merge import save_adapter
+            from fastft.export.place import check_target
 
+            with checking_arguments():
+                check_target(out.expanduser(), (Path(model).expanduser(),))
             path = save_adapter(_folder(model), out)
-    _show({"path": str(path)} if json else f"{path}: written", json)
+            said = f"{path}: written"
+    _show({"path": str(path)} if json else said, json)
+
+
+def _lora_gguf(model: str, out: Path, quant: str) -> tuple[Path, str]:
+    """Write the GGUF file of an adapter; returns its path, and the line that says what it is."""
+    from fastft.export.folder import find_weights
+    from fastft.export.gguf.lora import check_quant, export_lora_gguf
+    from fastft.export.gguf.stream import check_folder
+    from fastft.model import files
+
+    with checking_arguments():
+        check_quant(quant)
+        check_folder(out.expanduser())
+    folder = _folder(model)
+    path = export_lora_gguf(folder, out / "adapter.gguf", quant)
+    base = files.read_json(find_weights(folder).folder / files.ADAPTER_CONFIG).get("base_model_name_or_path")
+    return (
+        path,
+        f"{path}: {quant}, {path.stat().st_size / 1e6:.1f} MB, to be used beside a GGUF file of its base, {base}",
+    )
 
 
 @app.command()
@@ -99,8 +126,7 @@ def gguf(
     from fastft.export.modelfile import create_ollama_model, write_modelfile
 
     quant = quant or ["q4_k_m"]
-    if ollama and (len(quant) > 1 or not modelfile):
-        raise UsageError("--ollama takes one --quant, with its Modelfile")
+    _check_gguf(quant, base, out.expanduser(), ollama, modelfile)
     with _quiet(json):
         source = _folder(model)
         tokenizer = _tokenizer(source) if modelfile else None
@@ -112,14 +138,40 @@ def gguf(
         made = [file.path for file in report.files]
         names = ["Modelfile"] if len(made) == 1 else [f"Modelfile.{path.stem}" for path in made]
         written = [write_modelfile(p, tokenizer, n, **options) for p, n in zip(made, names)] if modelfile else []
-        said = create_ollama_model(written[0], ollama) if ollama else None
+        said, failure = None, None
+        try:
+            said = create_ollama_model(written[0], ollama) if ollama else None
+        except SaveError as error:
+            failure = error  # the files are written, and told of first
     if json:
         files = [{"quant": f.quant, "path": str(f.path), "bytes": f.size, "types": dict(f.types)} for f in report.files]
         _show({"files": files, "modelfiles": [str(p) for p in written], "ollama": said, "notes": report.notes}, json)
-        return
-    lines = [f"{file.path}: {file.quant}, {file.size / 1e9:.2f} GB" for file in report.files]
-    lines += [f"{path}: written" for path in written] + ([said] if said else [])
-    _show("\n".join(lines + [f"note: {note}" for note in report.notes]), json)
+    else:
+        lines = [f"{file.path}: {file.quant}, {file.size / 1e9:.2f} GB" for file in report.files]
+        lines += [f"{path}: written" for path in written] + ([said] if said else [])
+        _show("\n".join(lines + [f"note: {note}" for note in report.notes]), json)
+    if failure is not None:
+        raise failure
+
+
+def _check_gguf(quant: list[str], base: str, out: Path, ollama: str | None, modelfile: bool) -> None:
+    """Raise `ArgumentsError` for what can be seen before anything is loaded."""
+    from fastft.export.gguf.export import chosen_quants
+    from fastft.export.gguf.stream import check_folder
+    from fastft.export.modelfile import MODELFILE, ollama_program
+    from fastft.export.weights import check_base
+
+    with checking_arguments():
+        chosen_quants(quant)
+        check_base(base)
+        check_folder(out)
+        if ollama and (len(quant) > 1 or not modelfile):
+            raise UsageError("--ollama takes one --quant, with its Modelfile")
+    if ollama:
+        try:
+            ollama_program(ollama, out / MODELFILE)
+        except UsageError as error:
+            raise UsageError(*error.problems, "nothing was written; leave --ollama out to export first") from error
 
 
 def _check_modelfile(tokenizer: Any, options: dict[str, Any]) -> None:
@@ -129,7 +181,7 @@ def _check_modelfile(tokenizer: Any, options: dict[str, Any]) -> None:
     try:
         modelfile("x", tokenizer, **options)
     except UsageError as error:
-        raise UsageError(*error.problems, "--no-modelfile exports without one") from error
+        raise ArgumentsError(*error.problems, "--no-modelfile exports without one") from error
 
 
 def _check_installed(*names: str) -> None:

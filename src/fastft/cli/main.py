@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from fastft.cli.output import CheckFailed
+from fastft.cli.output import ArgumentsError, CheckFailed
 from fastft.errors import FastftError
 
 OK, ERROR, CHECK_FAILED, WRONG_USAGE = 0, 1, 2, 3
@@ -82,7 +82,7 @@ def main(arguments: list[str] | None = None) -> int:
     except FastftError as error:
         for problem in error.problems:
             print(f"error: {problem}", file=sys.stderr)
-        return ERROR
+        return WRONG_USAGE if isinstance(error, ArgumentsError) else ERROR
     except CheckFailed as failure:
         if str(failure):
             print(f"check failed: {failure}", file=sys.stderr)

@@ -2,16 +2,32 @@
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
+
+from fastft.errors import UsageError
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 class CheckFailed(Exception):  # noqa: N818 - an outcome, not an error
     """A command did its work and found that what it checked does not hold; exit code 2."""
+
+
+class ArgumentsError(UsageError):
+    """Arguments that were found wrong before any work; exit code 3."""
+
+
+@contextmanager
+def checking_arguments() -> Iterator[None]:
+    """Raise a `UsageError` of the block as `ArgumentsError`."""
+    try:
+        yield
+    except UsageError as error:
+        raise ArgumentsError(*error.problems) from error
 
 
 def print_json(value: Any) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fastft.cli.output import CheckFailed, JsonOption, print_json
+from fastft.cli.output import CheckFailed, JsonOption, checking_arguments, print_json
 from fastft.environment import installed
 from fastft.errors import Problem, UsageError
 
@@ -38,13 +38,17 @@ def verify(
         missing.append("gguf")
     if missing:
         raise UsageError(f"fastft verify needs {', '.join(missing)}: pip install 'fastft[export]'")
+    from fastft.export.engines import check_artefact
     from fastft.export.verify import verify_export
     from fastft.train.checkpoint import plain
 
     # with --json, what is printed on the way must not mix with the result
     with contextlib.redirect_stdout(sys.stderr) if json else contextlib.nullcontext():
-        asked = None if prompts is None else _prompts(prompts)
-        passage = None if text is None else _read(text)
+        with checking_arguments():
+            for path in artefacts:
+                check_artefact(path.expanduser())
+            asked = None if prompts is None else _prompts(prompts)
+            passage = None if text is None else _read(text)
         report = verify_export(model, None, artefacts, prompts=asked, text=passage, text_tokens=text_tokens)
     if json:
         print_json(plain(report.to_dict()))

@@ -59,7 +59,9 @@ def write_tokenizer(folder: Path, source: WeightSource | None, tokenizer: Any) -
 
         tokenizer = load_tokenizer(base)
     if tokenizer is None:
-        return ["no tokenizer is known for this model and none was written; pass tokenizer="]
+        return [
+            "no tokenizer is known for this model and none was written; pass tokenizer=, or put its files beside them"
+        ]
     tokenizer.save_pretrained(str(folder))
     if base is not None and (base / "tokenizer.model").is_file() and not (folder / "tokenizer.model").exists():
         shutil.copy2(base / "tokenizer.model", folder)  # tools outside transformers read SentencePiece's own file

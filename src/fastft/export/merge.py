@@ -12,7 +12,7 @@ from torch import Tensor
 from fastft.errors import Problem, SaveError, UsageError, did_you_mean
 from fastft.export import companions
 from fastft.export.encode import DENSE, PRECISIONS, Encoding, Planned, decode, planned_bytes
-from fastft.export.place import new_folder
+from fastft.export.place import check_target, new_folder
 from fastft.export.tensorfile import TensorFile
 from fastft.export.weights import Weight, WeightSource, weight_source
 from fastft.model import files
@@ -92,9 +92,10 @@ def merge(
     folder appears when it is whole; an export that is there is replaced then. Raises `UsageError` and `SaveError`: too
     little room on the disk (told before anything is written), NaN or infinity, a number too large for fp16.
     """
-    precision = _precision(precision)
+    precision = chosen_precision(precision)
     started = time.monotonic()
     folder = Path(folder).expanduser()
+    check_target(folder, companions.read_from(None, model))  # before weights are loaded
     source = weight_source(model, base)
     encoding = Encoding(precision, DENSE.get(precision) or _half(source))
     if encoding.quantises and any(".experts." in name for name in source.names):
@@ -129,7 +130,8 @@ def merge(
     return report
 
 
-def _precision(precision: object) -> str:
+def chosen_precision(precision: object) -> str:
+    """Return the name of a precision. Raises `UsageError` for what is none."""
     if precision in PRECISIONS:
         return str(precision)
     alias = _ALIASES.get(str(precision).removeprefix("torch.").lower())

@@ -79,17 +79,23 @@ def create_ollama_model(path: str | Path, name: str) -> str:
     path = Path(path).expanduser()
     if not path.is_file():
         raise UsageError(Problem("Modelfile", str(path), "a file that is there", "Write it with write_modelfile."))
+    program = ollama_program(name, path)
+    done = subprocess.run([program, "create", name, "-f", str(path)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        said = (done.stderr or done.stdout).strip().splitlines()
+        raise SaveError(f"ollama create {name} -f {path} failed: {said[-1] if said else f'code {done.returncode}'}")
+    return (done.stdout or done.stderr).strip()
+
+
+def ollama_program(name: str, path: str | Path) -> str:
+    """Return where the program ollama is; raises `UsageError` with the line to run once it is installed."""
     program = shutil.which("ollama")
     if program is None:
         raise UsageError(
             f"the program ollama is not on this machine's PATH; install it (https://ollama.com/download), then run: "
             f"ollama create {name} -f {path}"
         )
-    done = subprocess.run([program, "create", name, "-f", str(path)], capture_output=True, text=True, check=False)
-    if done.returncode:
-        said = (done.stderr or done.stdout).strip().splitlines()
-        raise SaveError(f"ollama create {name} -f {path} failed: {said[-1] if said else f'code {done.returncode}'}")
-    return (done.stdout or done.stderr).strip()
+    return program
 
 
 def _format(tokenizer: Any, name: str | None) -> ChatFormat:

@@ -80,6 +80,12 @@ class WeightSource:
         return self.weights[name].read_base()
 
 
+def check_base(base: object) -> None:
+    """Raise `UsageError` for a `base` that is none of `BASES`."""
+    if base not in BASES:
+        raise UsageError(Problem("base", base, "'dequantised' or 'original'", did_you_mean(str(base), BASES)))
+
+
 def weight_source(model_or_folder: Any, base: str = "dequantised") -> WeightSource:
     """Return the weights of a model, or of a folder: a checkpoint, an adapter, or a run of fastft.
 
@@ -91,8 +97,7 @@ def weight_source(model_or_folder: Any, base: str = "dequantised") -> WeightSour
 
     Raises `UsageError` for what cannot be merged and `LoadError` for files that cannot be read.
     """
-    if base not in BASES:
-        raise UsageError(Problem("base", base, "'dequantised' or 'original'", did_you_mean(str(base), BASES)))
+    check_base(base)
     if isinstance(model_or_folder, nn.Module):
         return _of_model(model_or_folder, base)
     if isinstance(model_or_folder, str | Path):

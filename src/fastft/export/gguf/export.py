@@ -25,7 +25,7 @@ from fastft.export.gguf.file import (
 )
 from fastft.export.gguf.imatrix import ImportanceMatrix, load_imatrix
 from fastft.export.gguf.mixture import MIXTURES, ModelFacts, mixture, tensor_types
-from fastft.export.gguf.stream import make_folder, stream
+from fastft.export.gguf.stream import check_folder, make_folder, stream
 from fastft.export.gguf.tensors import FileTensor, plan_tensors
 from fastft.export.gguf.vocabulary import vocabulary_of
 from fastft.export.weights import WeightSource, weight_source
@@ -94,13 +94,15 @@ def export_gguf(
     for a disk that is too small or fails.
     """
     chosen = chosen_quants(quants)
+    target = Path(folder).expanduser()
+    _check_names(tokenizer, name)
+    check_folder(target)
     spec = family(model_or_folder)
     check_supported(spec)
     source = weight_source(model_or_folder, base)
     tokenizer = tokenizer if tokenizer is not None else source.tokenizer
     if tokenizer is None:
         raise UsageError("export_gguf: the model's tokenizer is not known; pass it as the second argument")
-    target = Path(folder).expanduser()
     name = name or model_name(model_or_folder, source)
     architecture, tensors = _plan(source, spec)
     vocabulary = vocabulary_of(
@@ -123,6 +125,18 @@ def export_gguf(
         for quant, writer in zip(chosen, writers)
     )
     return GgufReport(reports, (*source.notes, *architecture.notes, *vocabulary.notes))
+
+
+def _check_names(tokenizer: Any, name: str | None) -> None:
+    problems = []
+    if isinstance(tokenizer, str | Path):
+        remedy = f"If it is where the files go, pass folder={str(tokenizer)!r}."
+        problems.append(Problem("tokenizer", str(tokenizer), "a tokenizer, or None for the model's own", remedy))
+    if name is not None and (not isinstance(name, str) or not name or re.search(r"[/\\\0]", name)):
+        remedy = "folder= says where the files go."
+        problems.append(Problem("name", name, "a name for files, without / and \\", remedy))
+    if problems:
+        raise UsageError(*problems)
 
 
 def quant_names() -> tuple[str, ...]:

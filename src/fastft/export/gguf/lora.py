@@ -13,7 +13,7 @@ from fastft.errors import Problem, UsageError, did_you_mean
 from fastft.export import deltas
 from fastft.export.gguf.architecture import Heads, check_supported, heads_of
 from fastft.export.gguf.file import FileWriter, Value, check_space, f32, tensor_entry, text, u32
-from fastft.export.gguf.stream import make_folder, stream
+from fastft.export.gguf.stream import check_folder, make_folder, stream
 from fastft.export.gguf.tensors import FileTensor, change_of, gguf_name
 from fastft.registry.resolve import resolve
 from fastft.registry.spec import ModelSpec
@@ -47,10 +47,9 @@ def export_lora_gguf(
     every reason at once, for what such a file cannot hold: DoRA, trained copies of whole modules, trained token rows,
     biases, adapters on tied embeddings; those can be merged.
     """
-    if not isinstance(quant, str) or quant not in _FILE_TYPES:
-        near = did_you_mean(str(quant), _FILE_TYPES)
-        raise UsageError(Problem("quant", quant, f"one of {', '.join(_FILE_TYPES)}", near))
+    check_quant(quant)
     path = Path(path).expanduser()
+    check_folder(path.parent)
     if path.suffix != ".gguf" or path.is_dir():
         raise UsageError(Problem("path", str(path), "the name of a file that ends in .gguf"))
     model = _model(model_or_folder)
@@ -68,6 +67,13 @@ def export_lora_gguf(
     check_space(path.parent, writer.size, "the adapter")
     stream(tensors, [writer], torch.device("cpu"), progress=progress)
     return path
+
+
+def check_quant(quant: object) -> None:
+    """Raise UsageError for a type that A and B cannot have in the file."""
+    if not isinstance(quant, str) or quant not in _FILE_TYPES:
+        near = did_you_mean(str(quant), _FILE_TYPES)
+        raise UsageError(Problem("quant", quant, f"one of {', '.join(_FILE_TYPES)}", near))
 
 
 def _model(model_or_folder: Any) -> nn.Module:

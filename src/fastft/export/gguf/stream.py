@@ -57,10 +57,15 @@ def stream(
             file.finish()
 
 
-def make_folder(folder: Path) -> None:
-    """Make a folder and those above it; raises UsageError for a file of that name, and SaveError."""
+def check_folder(folder: Path) -> None:
+    """Raise UsageError if a file has the name of the folder."""
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{folder}: this is a file; give the name of a folder")
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it; raises UsageError for a file of that name, and SaveError."""
+    check_folder(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
