@@ -95,12 +95,13 @@ def test_mixed_and_moved_layers_give_the_gradients_of_eager_without_compiling_ag
 
 def test_a_budget_is_solved_for_the_largest_batch_seen():
     model = make("llama", torch.bfloat16, True, num_hidden_layers=4)
-    model = fastft.compile(model, plan="10MB", backend="aot_eager", batch=(2, 32))
+    model = fastft.compile(model, plan="100MB", backend="aot_eager", batch=(2, 32))
     planned = get_state(model).compiled.planned
     assert planned.largest == (2, 32) and planned.fits and {mode.level for mode in planned.modes} == {"keep"}
-    assert "keep" in str(fastft.report(model)) and fastft.report(model).plan == "10MB"
+    assert "keep" in str(fastft.report(model)) and fastft.report(model).plan == "100MB"
     setup = planned.setup
-    planned.budget = int(planned.predicted().peak * 1.2)
+    fixed = next(part.bytes for part in planned.predicted().parts if part.name == "workspace")
+    planned.budget = int(fixed + (planned.predicted().peak - fixed) * 1.2)
     planned.see(8, 64, torch.device("cpu"))
     assert planned.largest == (8, 64)
     assert planned.modes == solve(planned.setup, planned.budget, None).modes != (Mode(),) * 4
