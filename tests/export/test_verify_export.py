@@ -211,6 +211,23 @@ def test_prompts_and_limits_of_ones_own(trained):
     assert not verify_export(model, tokenizer, folder / "bf16", limits=Limits(1e-9, 0.0, 0.0), **QUICK).ok
 
 
+def test_rounding_beyond_the_adapters_whole_effect_is_told(tmp_path):
+    model, tokenizer = fastft.load(MODEL_FOLDER, dtype="float32")
+    model = fastft.add_lora(model, r=4)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.fill_(1e-3)
+    for precision in ("nf4", "fp32"):
+        merge(model, tmp_path / precision, precision=precision)
+    report = verify_export(model, tokenizer, [tmp_path / "nf4", tmp_path / "fp32"], **QUICK)
+    assert report.ok, str(report)
+    assert report.adapter_kl < report.artefacts[0].distance.kl
+    assert ["is more than all that the adapters changed" in "".join(one.notes) for one in report.artefacts] == [
+        True, False,
+    ]  # fmt: skip
+
+
 def test_merging_into_the_original_base_is_known(tmp_path):
     model, tokenizer = fastft.load(MODEL_FOLDER, quant="nf4", dtype="float32")
     model = fastft.add_lora(model)

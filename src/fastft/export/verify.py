@@ -431,6 +431,11 @@ def _limited(report: ArtefactReport, limits: Limits | None, adapter_kl: float | 
                 f"it is nearer to the model without its adapters (KL {report.base_kl:.3g}) than to the trained one "
                 f"({found.kl:.3g}): the adapter is missing in it, or not whole"
             )
+        if adapter_kl is not None and found.kl > adapter_kl and not problems:
+            notes.append(
+                f"allowed for {report.kind}, but its rounding (KL {found.kl:.3g}) is more than all that the adapters "
+                f"changed ({adapter_kl:.3g}): little of what was learnt may be left; take a finer quant"
+            )
     return evolve(report, limits=limits, problems=tuple(problems), notes=tuple(notes))
 
 
