@@ -73,6 +73,7 @@ def _template(tokenizer: Any, given: Any, system_message: str | None) -> tuple[s
     """Return the Jinja template and the stop token that the vocabulary must have; None where that is EOS."""
     from attrs import evolve
 
+    from fastft.data.check import short
     from fastft.registry.chat import chat_format, has_own_template
     from fastft.registry.chat_jinja import jinja_template
 
@@ -82,9 +83,13 @@ def _template(tokenizer: Any, given: Any, system_message: str | None) -> tuple[s
         if system_message is not None:
             remedy = "Write the system message into your template."
             raise UsageError(Problem("system_message", system_message, "None for a template of your own", remedy))
+        _check_syntax(given[0])
         return given[0], given[1]
     if not isinstance(given, str):
         raise UsageError(Problem("chat_template", given, "a format's name, or a pair (jinja template, stop token)"))
+    if "{{" in given or "{%" in given:
+        remedy = "A template of your own comes with its stop token: (template, '<|im_end|>')."
+        raise UsageError(Problem("chat_template", short(given), "a pair (jinja template, stop token)", remedy))
     form = chat_format(given)
     if system_message is not None:
         if has_own_template(form) or form.system_rule == "refused":
@@ -99,6 +104,23 @@ def _template(tokenizer: Any, given: Any, system_message: str | None) -> tuple[s
         remedy = f"Set tokenizer.eos_token; {form.name} ends turns with it."
         raise UsageError(Problem("tokenizer.eos_token", tokenizer.eos_token, "an EOS token", remedy))
     return template, None
+
+
+def _check_syntax(template: str) -> None:
+    """Raise `UsageError` for a template that Jinja cannot read."""
+    from jinja2 import TemplateSyntaxError
+
+    from fastft.data.check import short
+    from fastft.data.template import render
+    from fastft.errors import DataError
+
+    try:
+        render(template, [{"role": "user", "content": "question"}])
+    except DataError as error:
+        # Other errors are about this conversation, which need not be one for the template.
+        if isinstance(error.__cause__, TemplateSyntaxError):
+            remedy = f"Line {error.__cause__.lineno}: {error.__cause__.message}"
+            raise UsageError(Problem("chat_template", short(template), "a Jinja template", remedy)) from error
 
 
 def _checked_mapping(mapping: Mapping[str, str] | None) -> tuple[tuple[str, str], dict[str, str]]:

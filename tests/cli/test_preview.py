@@ -51,6 +51,6 @@ def test_mistakes(data, tmp_path, capsys):
     assert main(["preview", data, "--model", str(tmp_path)]) == 1
     assert main(["preview", str(tmp_path / "none.jsonl"), "--model", str(MODEL_FOLDER)]) == 1
     assert "none.jsonl" in capsys.readouterr().err
-    assert main(["preview", data, "--model", str(MODEL_FOLDER), "--train-on", "asistant"]) == 1
+    assert main(["preview", data, "--model", str(MODEL_FOLDER), "--train-on", "asistant"]) == 3
     assert "did you mean 'assistant'" in capsys.readouterr().err
     assert main(["preview", data]) == 3

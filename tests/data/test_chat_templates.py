@@ -191,6 +191,10 @@ def test_mistakes(loaded):
         get_chat_template(loaded, mapping={"rolle": "from", "user": 3, "assistant": "system"})
     text = str(caught.value)
     assert "mapping['rolle']" in text and "mapping['user']" in text and "another name for every role" in text
+    with pytest.raises(UsageError, match=r"chat_template: expected a Jinja template, got .*Line 1: .*end of template"):
+        get_chat_template(loaded, ("{% for m in messages %}{{ m['content'] }}<|im_end|>", "<|im_end|>"))
+    with pytest.raises(UsageError, match=r"expected a pair \(jinja template, stop token\), got '{{ messages"):
+        get_chat_template(loaded, "{{ messages }}")
     with pytest.raises(UsageError, match=r"tokenizer: expected a tokenizer, got 'x'"):
         get_chat_template("x", "gemma")
     with pytest.raises(UsageError, match="system_message"):

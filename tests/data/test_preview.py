@@ -6,6 +6,7 @@ import pytest
 from datasets import Dataset
 
 import fastft
+from fastft.data import preview_text
 from fastft.data.chat import chat_dataset
 from fastft.data.preview import preview
 from fastft.data.training_collator import training_collator
@@ -89,7 +90,14 @@ def test_arguments_of_a_wrong_type(build_tokenizer, chats):
         with pytest.raises(UsageError, match=f"preview: {next(iter(wrong))}"):
             preview(chats(1), build_tokenizer(), **wrong)
     for dataset in ("rows.jsonl", chats(1)):
-        with pytest.raises(UsageError, match=r"truncation_table: dataset: expected a datasets.Dataset with 'input_ids'"):
+        with pytest.raises(UsageError, match=r"truncation_table: dataset: expected a datasets.Dataset with 'inp"):
             truncation_table(dataset)
     with pytest.raises(LoadError, match=r"'/nope/x': no such folder \(looked at /nope/x\)"):
         preview(chats(1), "/nope/x")
+
+
+def test_no_escape_codes_of_the_data_reach_a_terminal(build_tokenizer, chats):
+    found = preview(chats(1, answer="\x1b[2Jgone\x07\ttab"), build_tokenizer())
+    assert "\x1b" not in str(found) and "\x07" not in str(found) and "\ttab" in str(found)
+    assert "␛[2Jgone␇" in str(found).replace("]][[", "")
+    assert "\x1b[2J" not in preview_text.coloured(found)

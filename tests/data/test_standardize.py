@@ -187,3 +187,9 @@ def test_broken_cells():
     assert places == ["row 1, input", "row 2, input", "row 4, output"]
     with pytest.raises(DataError, match=r"conversations already.*standardize_sharegpt"):
         to_sharegpt([{"conversations": []}])
+
+
+def test_an_alias_that_is_one_text():
+    rows = [{"conversations": [{"from": "human", "value": "q"}, {"from": "bot9", "value": "a"}]}]
+    (row,) = standardize_data_formats(rows, aliases_for_assistant="bot9")
+    assert [turn["role"] for turn in row["conversations"]] == ["user", "assistant"]

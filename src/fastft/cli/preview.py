@@ -9,10 +9,11 @@ import typer
 
 from fastft.cli.output import JsonOption, print_json
 from fastft.environment import installed
-from fastft.errors import UsageError
+from fastft.errors import UsageError, did_you_mean
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
+TRAIN_ON = ("assistant", "last", "completion", "all")  # as chat_dataset has them, which needs torch to be imported
 NEEDED = ("torch", "transformers", "trl", "datasets")
 
 
@@ -29,6 +30,9 @@ def preview(
     json: JsonOption = False,
 ) -> None:
     """Show rows as they are trained on, what of them bears loss, and what cutting and packing would do to all."""
+    if train_on not in TRAIN_ON:
+        remedy = did_you_mean(train_on, TRAIN_ON)
+        raise typer.BadParameter(f"{train_on!r} is none of {', '.join(TRAIN_ON)}. {remedy}", param_hint="--train-on")
     missing = [name for name in NEEDED if not installed(name)]
     if missing:
         raise UsageError(f"fastft preview needs {', '.join(missing)}: pip install 'fastft[train]'")

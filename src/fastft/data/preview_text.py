@@ -8,6 +8,8 @@ if TYPE_CHECKING:
     from fastft.data.preview import Preview, PreviewRow
 
 OPEN, CLOSE = "[[", "]]"
+_PICTURES = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"}
+_PICTURES |= {0x7F: "\u2421", **{code: "\ufffd" for code in range(0x80, 0xA0)}}
 
 
 def plain(preview: "Preview") -> str:
@@ -19,7 +21,7 @@ def plain(preview: "Preview") -> str:
             parts.append(_lines(row))
         else:
             runs = groupby(row.tokens, key=lambda token: token.learnt)
-            texts = [(learnt, "".join(token.text for token in tokens)) for learnt, tokens in runs]
+            texts = [(learnt, _harmless("".join(token.text for token in tokens))) for learnt, tokens in runs]
             parts.append("".join(f"{OPEN}{text}{CLOSE}" if learnt else text for learnt, text in texts).rstrip("\n"))
     return "\n\n".join([*parts, str(preview.truncation), foot(preview)])
 
@@ -41,11 +43,16 @@ def coloured(preview: "Preview") -> str:
         text = Text()
         for token in row.tokens:
             style = "bold green" if token.learnt else "default" if token.role else "dim"
-            text.append(token.text, style=style)
+            text.append(_harmless(token.text), style=style)
         console.print(text)
     console.print(Text("\n" + str(preview.truncation)))
     console.print(Text("\n" + foot(preview)))
     return out.getvalue().rstrip("\n")
+
+
+def _harmless(text: str) -> str:
+    """Return a text with pictures of the control characters, which a terminal would obey."""
+    return text.translate(_PICTURES)
 
 
 def head(preview: "Preview", how: str) -> str:

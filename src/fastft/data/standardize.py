@@ -40,6 +40,7 @@ def standardize_data_formats(
         remedy = "fastft.to_sharegpt merges columns into conversations."
         raise DataError(Problem("dataset", recognised.statement, f"a column of turns: {CONVERSATIONS}", remedy))
     given = {"system": aliases_for_system, "user": aliases_for_user, "assistant": aliases_for_assistant}
+    given = {role: (names,) if isinstance(names, str) else names for role, names in given.items()}
     roles = {**ROLE_OF, **{name.lower(): role for role, names in given.items() for name in names}}
     column, keys = recognised.fields["messages"], recognised.keys or CHAT_KEYS
     features = getattr(dataset, "features", None) or {}
