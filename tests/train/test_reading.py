@@ -121,6 +121,15 @@ def test_a_named_text_wins_over_what_stands_beside(beside, trainer, tokenizer, c
         trainer(both, dataset_text_field="txt")
 
 
+def test_a_parsed_config_says_no_more_than_was_written(trainer, tokenizer, settings):
+    from transformers import HfArgumentParser
+
+    given = ["--output_dir", settings["output_dir"], "--use_cpu", "true", "--report_to", "none"]
+    (parsed,) = HfArgumentParser(SFTConfig).parse_args_into_dataclasses(given)
+    made = trainer(CHATS, dataset_text_field=parsed.dataset_text_field, assistant_only_loss=parsed.assistant_only_loss)
+    assert rows_of(made.train_dataset) == rows_of(chat_dataset(CHATS, tokenizer))
+
+
 def test_what_cannot_be_meant_is_refused(trainer, tokenizer):
     with pytest.raises(UsageError, match="train: assistant_only_loss: expected conversations"):
         trainer(TEXTS, assistant_only_loss=True)

@@ -11,7 +11,7 @@ from fastft.data.chat import chat_dataset
 from fastft.data.kinds import PLAIN, Recognised
 from fastft.data.sources import load_rows
 from fastft.errors import DataError, Problem, UsageError, did_you_mean
-from fastft.train.arguments import DefaultField
+from fastft.train.arguments import DEFAULT_FIELD, DefaultField
 
 _LEARNT = {
     "conversation": "learnt: the assistant's turns with their stop tokens (assistant_only_loss=False: every token)",
@@ -65,6 +65,8 @@ class Reading:
             return inputs.read(rows)
         field, head = self.text_field, _head(rows)
         columns = list(dict.fromkeys(name for row in head for name in row))
+        if field == DEFAULT_FIELD and field not in columns:  # an argument parser's copy of the default says nothing
+            return inputs.read(rows)
         if field not in columns:
             near = did_you_mean(field, columns) or "Leave it out, and the rows are recognised by their columns."
             raise DataError(Problem("data, dataset_text_field", field, f"one of the columns {columns}", near))
