@@ -21,7 +21,7 @@ from fastft.data.check import (
     tokenizer_problem,
     whole_number,
 )
-from fastft.data.columns import trained_ids
+from fastft.data.columns import any_trained
 from fastft.data.rendering import templates_of
 from fastft.data.sources import load_rows
 from fastft.data.tokenise import Encoder, Unlearnable
@@ -207,7 +207,7 @@ def _need_stops(found: Any, encoder: Encoder) -> None:
     ):
         return
     stops = encoder.scaffold.stops
-    if stops and not trained_ids(found, stops):
+    if stops and not any_trained(found, stops):
         names = sorted(encoder.tokenizer.convert_ids_to_tokens(sorted(stops)))
         cut = "Raise max_length: every turn is cut before it. " if encoder.max_length else ""
         remedy = f"{cut}A model that never learns to stop goes on until it is stopped."

@@ -9,6 +9,7 @@ from attrs import frozen
 from fastft.data.mask import IGNORE
 
 BATCH = 20_000
+FIRST = 1_000  # rows at once where the first ones mostly tell
 
 
 @frozen
@@ -78,6 +79,12 @@ def trained_ids(dataset: Any, ids: Collection[int]) -> int:
     """Return how many tokens of `ids` bear loss in the whole set."""
     wanted = np.asarray(sorted(ids), dtype=np.int32)
     return sum(int((np.isin(batch.ids, wanted) & batch.bearing()).sum()) for batch in columns(dataset))
+
+
+def any_trained(dataset: Any, ids: Collection[int]) -> bool:
+    """Return whether a token of `ids` bears loss anywhere; reads no further than the first few rows that tell."""
+    wanted = np.asarray(sorted(ids), dtype=np.int32)
+    return any(bool((np.isin(batch.ids, wanted) & batch.bearing()).any()) for batch in columns(dataset, FIRST))
 
 
 def present_ids(dataset: Any, ids: Collection[int]) -> int:
