@@ -2,8 +2,8 @@
 
 import json
 
-import httpx
 import pytest
+from huggingface_hub.errors import HTTPError
 
 from fastft.errors import LoadError, SaveError, UsageError
 from fastft.export import hub
@@ -139,7 +139,7 @@ def test_a_card_that_cannot_be_written_sends_nothing(tmp_path, online):
     assert [told[0] for told in online.sent] == ["whoami"]
 
 
-@pytest.mark.parametrize("error", [ConnectionError, httpx.ConnectError, httpx.ReadTimeout])
+@pytest.mark.parametrize("error", [ConnectionError, HTTPError, TimeoutError])
 def test_a_hub_that_does_not_answer(error, tmp_path, online, monkeypatch):
     (tmp_path / "m.gguf").write_bytes(b"GGUF")
 

@@ -118,16 +118,15 @@ def _run_problems(run: str | Path | None) -> list[Problem]:
 
 def _answering(token: str | None) -> Any:
     """Return the hub's API after it has said whose token this is."""
-    from httpx import HTTPError
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError  # of whichever HTTP library the client is built on
 
     api = HfApi(token=token)
     try:
         api.whoami()
     except HfHubHTTPError as error:
         raise LoadError(f"the hub refuses the token ({error}); make one that may write; nothing was sent") from error
-    except (HTTPError, OSError) as error:  # httpx's own are no OSErrors
+    except (HTTPError, OSError) as error:  # the HTTP library's own are no OSErrors
         raise LoadError(
             f"the hub cannot be reached ({type(error).__name__}: {error}); check the network; nothing was sent"
         ) from error
@@ -143,7 +142,7 @@ def _send(
     adapter_config: Mapping[str, Any],
     options: Mapping[str, Any],
 ) -> Pushed:
-    from httpx import HTTPError
+    from huggingface_hub.errors import HTTPError
 
     write_text(folder / CARD, card)
     where = {"repo_id": repo_id, "revision": options["revision"], "commit_message": options["message"]}
