@@ -165,13 +165,13 @@ import fastft.data.pipeline
 fastft.data.pipeline.LARGE = 1000
 tokenizer, seen, marks = build(), 0, []
 if {lazy}:
-    data = chat_dataset(datasets.IterableDataset.from_generator(rows, gen_kwargs={{"count": 8000}}), tokenizer)
+    data = chat_dataset(datasets.IterableDataset.from_generator(rows, gen_kwargs={{"count": 12000}}), tokenizer)
     for row in data:
         seen += 1
-        if seen in (2000, 8000):
+        if seen in (6000, 12000):
             marks.append(peak())
 else:
-    for count in (2000, 8000):
+    for count in (6000, 12000):
         made = chat_dataset(rows(count), tokenizer, num_proc=1, progress=False)
         marks.append(peak())
 print(marks[1] - marks[0], marks[0])
