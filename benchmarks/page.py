@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks import plots
 from benchmarks.arms import find_arm
 from benchmarks.fit import memory_fits
-from benchmarks.parity import GRADIENT_OF_EAGER
+from benchmarks.parity import GRADIENT_OF_EAGER, INEXACT_CURVE
 from fastft.errors import Problem, UsageError
 
 SPEED = (
@@ -113,6 +113,19 @@ def speed_table(lines: Sequence[Mapping[str, Any]]) -> str:
     return table(["arm", *(head for head, _, _ in SPEED)], rows)
 
 
+def _inexact(line: Mapping[str, Any]) -> str:
+    """Return what an arm that is not exact was judged by, "" for any other."""
+    parity = line["parity"]
+    if "curve_difference" not in parity:
+        return ""
+    return (
+        f"\n`{line['arm']}` is not exact and has limits of its own: loss {parity['loss_allowed']:g}, norm "
+        f"{parity['grad_norm_allowed']:g}, gradient {parity['gradient_allowed']:g}; its losses differ from an exact "
+        f"arm's by {parity['curve_difference']:.1e} of themselves on average over all steps, allowed "
+        f"{INEXACT_CURVE:g}.\n"
+    )
+
+
 def parity_table(lines: Sequence[Mapping[str, Any]]) -> str:
     """Return the table of losses and gradients against the reference's."""
     rows, judged = [], [line for line in lines if line.get("parity")]
@@ -131,12 +144,13 @@ def parity_table(lines: Sequence[Mapping[str, Any]]) -> str:
         return ""
     text = table(["arm", *(head for head, _, _ in PARITY), "same"], rows)
     if with_reference:
-        one = with_reference[0]
+        one = next((parity for parity in with_reference if "curve_difference" not in parity), with_reference[0])
         text = (
             f"The reference's loss of step 0, in fp32, is {one['reference_loss0']:.6f}, its gradient norm "
             f"{one['reference_grad_norm0']:.6f}. Allowed: loss {one['loss_allowed']:g}, norm "
             f"{one['grad_norm_allowed']:g}. The gradient's error is the relative L2 difference from the reference's; "
             f"allowed is {GRADIENT_OF_EAGER:g} times that of eager transformers and PEFT in bf16.\n\n{text}"
+            + "".join(_inexact(line) for line in judged)
         )
     return text
 

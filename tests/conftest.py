@@ -1,11 +1,40 @@
-"""Settings for every test: few threads, no network, and uninitialised memory that shows."""
+"""Settings for every test: few threads, no network, a light heap, and uninitialised memory that shows."""
 
+import gc
 import os
+import sys
+from functools import partial
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
+
+
+@pytest.fixture(autouse=True, scope="module")
+def light_heap():
+    """Leave no compiled graphs to the next module, and keep what stays (imported code) out of the collector's sight.
+
+    Trainers collect garbage often, and the collector looks at every object of the process each time.
+    """
+    gc.freeze()
+    yield
+    if "torch._dynamo" in sys.modules:
+        sys.modules["torch._dynamo"].reset()
+    gc.collect()
+
+
+def pytest_unconfigure():
+    """Let the interpreter take everything down at its end."""
+    gc.unfreeze()
+
+
+@pytest.fixture
+def aot_eager(monkeypatch):
+    """Have what compiles by default do so without Inductor, which is slow on a CPU."""
+    import fastft.graph.compile as module
+
+    monkeypatch.setattr(module, "compile", partial(module.compile, backend="aot_eager"))
 
 
 @pytest.fixture

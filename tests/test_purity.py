@@ -12,6 +12,8 @@ import accelerate, bitsandbytes, datasets, peft, torch, transformers, trl
 import matplotlib.figure, torch._dynamo, torch._inductor.compile_fx, torch.distributed.fsdp
 import torch._inductor.config, torch._functorch.config
 import transformers.masking_utils, trl.trainer.sft_trainer, peft.tuners.lora
+import trl.trainer.grpo_trainer, trl.trainer.dpo_trainer, trl.trainer.kto_trainer
+import trl.experimental.cpo.cpo_trainer, trl.experimental.orpo.orpo_trainer
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, Trainer, TrainingArguments
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -54,47 +56,68 @@ def settings():
     }
 
 
+def changes(before, flags):
+    after, later = attributes(), settings()
+    changed = sorted(key for key, value in before.items() if after.get(key) != value)
+    for key, value in flags.items():
+        new = later[key]
+        if isinstance(value, dict):
+            changed += [f"{key}:{k}" for k, v in value.items() if new.get(k) != v]
+        elif new != value:
+            changed.append(key)
+    return changed
+
+
+# name of what is changed -> what changes it
+FAULTS = {
+    "modeling_llama.LlamaForCausalLM.forward": lambda: setattr(LlamaForCausalLM, "forward", lambda self: None),
+    "SFTTrainer.compute_loss": lambda: setattr(trl.trainer.sft_trainer.SFTTrainer, "compute_loss", lambda self: None),
+    "environ:PATH": lambda: os.environ.pop("PATH"),
+    "torch._dynamo.config": lambda: setattr(torch._dynamo.config, "specialize_float", True),
+    "logging:transformers": lambda: logging.getLogger("transformers").setLevel(50),
+}
+
+
+def changes_after(fault, before, flags):
+    """Commit a fault in a fork of this process, and return what has changed there."""
+    sys.stdout.flush()
+    out, into = os.pipe()
+    if not os.fork():
+        fault()
+        with os.fdopen(into, "w") as pipe:
+            json.dump(changes(before, flags), pipe)
+        os._exit(0)
+    os.close(into)
+    with os.fdopen(out) as pipe:
+        found = json.load(pipe)
+    os.wait()
+    return found
+
+
 before, flags = attributes(), settings()
 import fastft
-CHANGE
 names = [m.name for m in pkgutil.walk_packages(fastft.__path__, "fastft.") if not m.name.endswith(".triton")]
 for name in names:
     importlib.import_module(name)
-after, later = attributes(), settings()
-changed = sorted(key for key, value in before.items() if after.get(key) != value)
-for key, value in flags.items():
-    new = later[key]
-    if isinstance(value, dict):
-        changed += [f"{key}:{k}" for k, v in value.items() if new.get(k) != v]
-    elif new != value:
-        changed.append(key)
-print(json.dumps({"changed": changed, "modules": len(names), "watched": len(before)}))
+changed = changes(before, flags)
+faults = {name: changes_after(fault, before, flags) for name, fault in FAULTS.items()}
+print(json.dumps({"changed": changed, "faults": faults, "modules": len(names), "watched": len(before)}))
 '''
 
 
-def look(change=""):
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT.replace("CHANGE", change)], capture_output=True, text=True, timeout=300
-    )
+@pytest.fixture(scope="module")
+def look():
+    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def test_importing_every_module_changes_nothing():
-    found = look()
-    assert found["changed"] == []
-    assert found["modules"] > 80 and found["watched"] > 10_000
+def test_importing_every_module_changes_nothing(look):
+    assert look["changed"] == []
+    assert look["modules"] > 80 and look["watched"] > 10_000
 
 
-@pytest.mark.parametrize(
-    ("change", "name"),
-    [
-        ("LlamaForCausalLM.forward = lambda self: None", "modeling_llama.LlamaForCausalLM.forward"),
-        ("trl.trainer.sft_trainer.SFTTrainer.compute_loss = print_ = lambda self: None", "SFTTrainer.compute_loss"),
-        ("os.environ['A'] = 'b'; os.environ.pop('PATH')", "environ:PATH"),
-        ("torch._dynamo.config.specialize_float = True", "torch._dynamo.config"),
-        ("logging.getLogger('transformers').setLevel(50)", "logging:transformers"),
-    ],
-)
-def test_the_look_can_fail(change, name):
-    assert any(changed.endswith(name) for changed in look(change)["changed"])
+def test_the_look_can_fail(look):
+    assert len(look["faults"]) == 5
+    for name, changed in look["faults"].items():
+        assert any(found.endswith(name) for found in changed), name

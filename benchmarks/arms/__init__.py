@@ -5,6 +5,8 @@ from typing import Any
 
 from attrs import frozen
 
+from fastft.memory.plan import named_part
+
 REFERENCE = "reference"
 FOLDER = "folder"
 """Not an arm: the process that writes a model's folder for arms that load from one."""
@@ -15,7 +17,8 @@ class Arm:
     """One way to train.
 
     `module` prepares the model in the arm's process; `needs` are the packages it imports that may be absent; `loads`
-    says that it wants the model as a folder. `options` are for its module.
+    says that it wants the model as a folder. `options` are for its module. `exact`: its numbers are to be the model's
+    own up to rounding; another arm is judged by limits of its own (`benchmarks.parity`).
     """
 
     name: str
@@ -24,6 +27,7 @@ class Arm:
     needs: tuple[str, ...] = ()
     loads: bool = False
     options: tuple[str, ...] = ()
+    exact: bool = True
 
 
 @frozen
@@ -46,6 +50,15 @@ ARMS: Mapping[str, Arm] = {
     arm.name: arm
     for arm in (
         Arm("fastft", 'fastft, plan="keep"', "benchmarks.arms.fastft", options=("keep",)),
+        Arm("fastft-launch", "fastft without CUDA graphs", "benchmarks.arms.fastft", options=("keep", "never")),
+        Arm(
+            "fastft-fp8", 'fastft, plan="keep", compute="fp8"', "benchmarks.arms.fastft", options=("keep", "fp8"),
+            exact=False,
+        ),
+        Arm(
+            "fastft-fp8-head", 'fastft, plan="keep", compute="fp8+head"', "benchmarks.arms.fastft",
+            options=("keep", "fp8+head"), exact=False,
+        ),
         Arm("fastft-auto", 'fastft, plan="auto"', "benchmarks.arms.fastft", options=("auto",)),
         Arm("fastft-min", 'fastft, plan="min"', "benchmarks.arms.fastft", options=("min",)),
         _peft("peft", "transformers + PEFT, eager"),
@@ -68,6 +81,9 @@ ARMS: Mapping[str, Arm] = {
     )
 }  # fmt: skip
 
+# What stands before the colon of an arm with a memory plan -> its title, and options beside the plan.
+PLANNED = {"fastft": ("fastft",), "fastft-replay": ('fastft, cuda_graphs="always"', "always")}
+
 DEFAULT_ARMS = (
     "fastft", "fastft-min", "peft", "peft-checkpoint", "peft-compile", "peft-liger", "peft-liger-checkpoint", "unsloth",
     "unsloth-none",
@@ -77,11 +93,14 @@ DEFAULT_ARMS = (
 def find_arm(name: str) -> Arm | None:
     """Return the arm called `name`, None if there is none.
 
-    "fastft:PLAN" is fastft with that memory plan; "module:NAME" an arm of one's own, a module with `prepare`.
+    "fastft:PLAN" is fastft with that memory plan, "fastft-replay:PLAN" with CUDA graphs wherever they can be recorded;
+    "module:NAME" an arm of one's own, a module with `prepare`.
     """
-    if name.startswith("fastft:") and name.removeprefix("fastft:"):
-        plan = name.removeprefix("fastft:")
-        return Arm(name, f'fastft, plan="{plan}"', "benchmarks.arms.fastft", options=(plan,))
+    kind, _, plan = name.partition(":")
+    if kind in PLANNED and plan:
+        title, *options = PLANNED[kind]
+        exact = not named_part(plan)[1]
+        return Arm(name, f'{title}, plan="{plan}"', "benchmarks.arms.fastft", options=(plan, *options), exact=exact)
     if name.startswith("module:"):
         return Arm(name, "an arm of one's own", name.removeprefix("module:"))
     if name == REFERENCE:

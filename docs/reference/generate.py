@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import types
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -42,8 +43,8 @@ API = {
         "registry.chat.chat_format",
         "registry.chat.chat_formats",
         "registry.chat.with_tokens",
-        "data.template.recognise_format",
-        "data.template.response_parts",
+        "data.known_format.recognise_format",
+        "data.known_format.response_parts",
         "data.template.render",
         "data.template.Rendered",
         "data.template.without_generation_markers",
@@ -58,7 +59,43 @@ API = {
         "graph.compile.uncompiled",
     ),
     "Verify": ("verify", "train.verify.VerifyReport", "train.verify.Comparison"),
-    "Train": ("sft", "train.sft.SftResult", "SFTTrainer", "SFTConfig"),
+    "Train": (
+        "sft",
+        "train.sft.run.SftResult",
+        "SFTTrainer",
+        "SFTConfig",
+        "grpo",
+        "train.grpo.run.GrpoResult",
+        "GRPOTrainer",
+        "GRPOConfig",
+        "preference",
+        "train.preference.run.PreferenceResult",
+        "DPOTrainer",
+        "DPOConfig",
+        "KTOTrainer",
+        "KTOConfig",
+        "ORPOTrainer",
+        "ORPOConfig",
+        "CPOTrainer",
+        "CPOConfig",
+    ),
+    "Log-probabilities": ("train.logprobs.completion_logprobs", "train.logprobs.CompletionLogprobs"),
+    "Rewards": (
+        "rewards.matches",
+        "rewards.number",
+        "rewards.expression",
+        "rewards.json_schema",
+        "rewards.code",
+        "rewards.length",
+        "rewards.combine",
+        "rewards.guard",
+        "rewards.guarding.Guarded",
+        "rewards.guarding.Call",
+        "rewards.sandbox.Limits",
+        "rewards.sandbox.run",
+        "rewards.sandbox.missing",
+        "rewards.sandbox.Outcome",
+    ),
     "Generate": ("generate",),
     "Export": (
         "merge",
@@ -81,6 +118,23 @@ API = {
         "export.weights.WeightSource",
         "export.weights.Weight",
     ),
+    "Rollouts": (
+        "rollout.make_engine",
+        "rollout.base.Engine",
+        "rollout.base.Sampling",
+        "rollout.base.Completion",
+        "rollout.hf.TransformersEngine",
+        "rollout.vllm.VLLMEngine",
+        "rollout.server.ServerEngine",
+        "rollout.base_weights.write_base",
+    ),
+    "Sampling methods of FastLanguageModel's models": (
+        "facade.inference.fast_generate",
+        "facade.inference.save_lora",
+        "facade.inference.load_lora",
+        "facade.inference.SampledPrompt",
+        "facade.inference.SampledText",
+    ),
     "Saving methods of FastLanguageModel's models": (
         "facade.saving.save_pretrained_merged",
         "facade.saving.push_to_hub_merged",
@@ -88,7 +142,16 @@ API = {
         "facade.saving.push_to_hub_gguf",
         "facade.saving.save_pretrained_torchao",
     ),
-    "Familiar names": ("FastLanguageModel", "FastModel", "FastVisionModel", "is_bfloat16_supported"),
+    "Familiar names": (
+        "FastLanguageModel",
+        "FastModel",
+        "FastVisionModel",
+        "is_bfloat16_supported",
+        "PatchFastRL",
+        "PatchDPOTrainer",
+        "PatchKTOTrainer",
+        "vLLMSamplingParams",
+    ),
     "Errors": (
         "errors.FastftError",
         "errors.UsageError",
@@ -97,9 +160,11 @@ API = {
         "errors.SaveError",
         "errors.OutOfMemoryError",
         "errors.SpecError",
+        "errors.RewardError",
         "errors.Problem",
     ),
 }
+TRAINERS = ("SFTTrainer", "DPOTrainer", "KTOTrainer", "ORPOTrainer", "CPOTrainer")
 COMMANDS = ((), ("registry",), ("registry", "list"), ("registry", "show"), ("registry", "resolve"))
 COMMANDS += (("registry", "check"), ("registry", "formats"), ("registry", "format"), ("env",), ("demo",), ("preview",))
 COMMANDS += (("plan",),)
@@ -182,13 +247,14 @@ def entry(name: str) -> str:
     if thing is spec.ModelSpec:
         return "\n".join([*lines, "Its fields and those of its parts: [spec](spec.md).", ""])
     if dataclasses.is_dataclass(thing):
-        own = set(vars(thing).get("__annotations__", ()))
+        ours = [base for base in thing.__mro__ if base.__module__.startswith("fastft.")]
+        own = {name for base in ours for name in vars(base).get("__annotations__", ())}
         mine = [f for f in dataclasses.fields(thing) if f.name in own]
         rows = [_row(f.name, annotation(f.type), f"`{f.default!r}`") for f in mine]
         lines += ["Its own fields, and those whose default differs:", "", *table("field", "type", "default", rows), ""]
         return "\n".join(lines)
-    if full == "fastft.SFTTrainer":
-        return "\n".join([*lines, "Arguments: those of TRL's `SFTTrainer`, and `compile: bool = True`.", ""])
+    if name in TRAINERS:
+        return "\n".join([*lines, f"Arguments: those of TRL's `{name}`, and `compile: bool = True`.", ""])
     for method, value in inspect.getmembers(thing, inspect.isfunction):
         if not method.startswith("_") and (method in vars(thing) or name == "FastLanguageModel"):
             call = f"{thing.__name__}.{method}"
@@ -242,9 +308,20 @@ def api() -> str:
         "Any field of `SFTConfig` is taken under its own name as well.",
         "",
     ]
-    from fastft.train.arguments import PLAIN
+    from fastft.train import arguments
+    from fastft.train.grpo import config as grpo_config
+    from fastft.train.preference import config as preference_settings
 
-    lines += table("option", "field of SFTConfig", [f"| `{plain}` | `{name}` |" for plain, name in PLAIN.items()])
+    def fields(config: str, plain: Mapping[str, str]) -> list[str]:
+        return table("option", f"field of {config}", [f"| `{short}` | `{name}` |" for short, name in plain.items()])
+
+    lines += fields("SFTConfig", arguments.PLAIN)
+    lines += ["", "## Plain names of `grpo`'s options", ""]
+    lines += ["Any field of `GRPOConfig` is taken under its own name as well.", ""]
+    lines += fields("GRPOConfig", grpo_config.PLAIN)
+    lines += ["", "## Plain names of `preference`'s options", ""]
+    lines += ["Any field of the loss's config is taken under its own name as well.", ""]
+    lines += fields("the config", preference_settings.PLAIN)
     return "\n".join(lines) + "\n"
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from fastft.errors import Problem, UsageError
+from fastft.errors import Problem, UsageError, short
 
 # name -> module that defines it, imported on first use
 _EXPORTS = {
@@ -73,7 +73,6 @@ def _template(tokenizer: Any, given: Any, system_message: str | None) -> tuple[s
     """Return the Jinja template and the stop token that the vocabulary must have; None where that is EOS."""
     from attrs import evolve
 
-    from fastft.data.check import short
     from fastft.registry.chat import chat_format, has_own_template
     from fastft.registry.chat_jinja import jinja_template
 
@@ -110,7 +109,6 @@ def _check_syntax(template: str) -> None:
     """Raise `UsageError` for a template that Jinja cannot read."""
     from jinja2 import TemplateSyntaxError
 
-    from fastft.data.check import short
     from fastft.data.template import render
     from fastft.errors import DataError
 

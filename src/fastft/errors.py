@@ -1,9 +1,13 @@
 """Errors that name the thing, its value, what is allowed, and the remedy; several mistakes are told together."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
 
 from attrs import frozen
+
+_SHOWN = 10  # parts of a value that an error shows
 
 
 @frozen
@@ -52,7 +56,43 @@ class OutOfMemoryError(FastftError, MemoryError):
     """A step that needs more memory than the device has: what used it, and what would save some, in order of cost."""
 
 
+class EngineError(FastftError, RuntimeError):
+    """A rollout engine that failed or cannot be had; what was trained up to then is untouched."""
+
+
+class RewardError(FastftError, RuntimeError):
+    """A reward that hangs, or fails for every row time and again; what was trained up to then is untouched."""
+
+
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """Return "did you mean 'x'?" for the choice nearest to `word`, or an empty string."""
     near = get_close_matches(str(word), list(choices), n=1, cutoff=0.6)
     return f"did you mean {near[0]!r}?" if near else ""
+
+
+def did_you_mean_path(path: Path) -> str:
+    """Return "did you mean 'x' or 'y'?" for what in the path's folder has a name like it, or an empty string."""
+    try:
+        there = [entry.name for entry in path.parent.iterdir()]
+    except OSError:
+        return ""
+    near = [repr(str(path.parent / name)) for name in get_close_matches(path.name, there, n=3, cutoff=0.6)]
+    return f"did you mean {' or '.join(near)}?" if near else ""
+
+
+def short(value: Any, limit: int = 80) -> Any:
+    """Return `value`, or the start of its text and its size where it is longer than `limit` characters."""
+    if isinstance(value, str):
+        return value if len(value) <= limit else f"{value[: limit - 3]}... ({len(value):,} characters)"
+    if isinstance(value, bytes):
+        return value if len(value) <= limit else f"{value[: limit // 4]!r}... ({len(value):,} bytes)"
+    # An outline before the whole: the repr of a row may be as long as the row.
+    if isinstance(value, Mapping):
+        outline: Any = {key: short(part, limit // 2) for key, part in list(value.items())[:_SHOWN]}
+    elif isinstance(value, list | tuple):
+        outline = [short(part, limit // 2) for part in value[:_SHOWN]]
+    else:
+        outline = value
+    text = repr(outline)
+    whole = not isinstance(value, Mapping | list | tuple) or len(value) <= _SHOWN
+    return outline if whole and len(text) <= limit else text[: limit - 3] + "..."

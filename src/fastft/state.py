@@ -13,11 +13,12 @@ ATTRIBUTE = "fastft_state"
 class ModelState:
     """Facts about one loaded model.
 
-    `quant` is None, "nf4" or "int8"; `notes` are plain sentences about what loading put right.
+    `quant` is None, "nf4", "int8" or "fp8"; `notes` are plain sentences about what loading put right.
     `revision` is the hub revision asked for; `added_tokens` are the ids whose rows `add_tokens` made.
     `loftq`: the adapter started at what quantisation took away, so it fits the dequantised base alone.
     `plan` is the memory plan that `fastft.compile(plan="auto")` takes.
     `compiled` is the `fastft.graph.compile.Compiled` record once `fastft.compile` has run.
+    `rollouts` is the `fastft.rollout.choose.Attached` engine that the model was loaded with, if it was.
     """
 
     source: str = ""
@@ -32,6 +33,7 @@ class ModelState:
     loftq: bool = False
     plan: str = "auto"
     compiled: Any = None
+    rollouts: Any = None
 
 
 def base_model(model: Any) -> Any:

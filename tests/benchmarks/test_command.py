@@ -139,8 +139,13 @@ def start(*arguments):
     here = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
     return subprocess.Popen(
         [sys.executable, str(ROOT / "scripts/bench"), *map(str, arguments)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=here,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=here, preexec_fn=heed_interrupts,
     )  # fmt: skip
+
+
+def heed_interrupts():
+    """Undo what a shell does to its background jobs, which ignore SIGINT, and so would the command under test."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def test_a_stopped_command_writes_what_it_has(tmp_path):
@@ -214,6 +219,7 @@ def test_wrong_usage_names_every_mistake(tmp_path):
 
 def test_arms():
     assert set(DEFAULT_ARMS) <= set(ARMS)
+    assert find_arm("fastft-replay:24GB").options == ("24GB", "always") and find_arm("peft:24GB") is None
     assert find_arm("fastft:24GB").options == ("24GB",) and find_arm("fastft:") is None and find_arm("x") is None
 
 

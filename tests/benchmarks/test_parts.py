@@ -178,6 +178,30 @@ def test_gate(change):
     assert struck["struck_out"] == dict.fromkeys(parity.SPEEDS, 1.0)
 
 
+CURVE = [8.0, 7.9, 7.8]
+FP8 = {**RIGHT, "loss0": 8.01, "grad_norm0": 5.2, "sketch": [3.9, 3.6], "losses": [8.01, 7.905, 7.79]}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"loss0": 8.02}, {"grad_norm0": 5.3}, {"sketch": [4.4, 2.9]}, {"losses": [8.0, 7.9, 7.7]},
+        {"losses": [8.0, 7.9, math.nan]}, {"losses": [8.0, 7.9]},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_gate_of_an_arm_that_is_not_exact(change):
+    beside = {**RIGHT, "losses": CURVE}
+    assert parity.judged(FP8, REFERENCE)["parity"]["ok"] is False  # as an exact arm it would fail
+    kept = parity.judged(FP8, REFERENCE, False, beside)
+    assert kept["parity"]["ok"] and kept["tokens_per_second"] == 1.0
+    assert kept["parity"]["curve_difference"] == pytest.approx((0.01 / 8 + 0.005 / 7.9 + 0.01 / 7.8) / 3)
+    struck = parity.judged({**FP8, **change}, REFERENCE, False, beside)
+    assert struck["parity"]["ok"] is False and struck["tokens_per_second"] is None
+    alone = parity.judged(FP8, REFERENCE, False, None)["parity"]
+    assert alone == {"ok": None, "reason": "not exact, and no exact arm passed before it"}
+
+
 def test_the_noise_of_eager_passes_and_half_as_much_again_does_not():
     """With the gradients of a model: the truth's, and noise of random direction on them."""
     task = Task("reference", Cell("tiny", "nf4", 2, 32))

@@ -76,6 +76,7 @@ def test_gguf_with_its_modelfile(adapter, tmp_path, capsys):
     assert "PARAMETER num_ctx 256\n" in made
     code, out, _ = run(capsys, "export", "gguf", adapter, tmp_path / "h", "-q", "f16", "-q", "q8_0")
     assert code == 0
+    assert f"adapter-q8_0.gguf: q8_0, {(tmp_path / 'h' / 'adapter-q8_0.gguf').stat().st_size / 1e6:.1f} MB (" in out
     assert {path.name for path in (tmp_path / "h").iterdir()} == {
         "adapter-f16.gguf", "adapter-q8_0.gguf", "Modelfile.adapter-f16", "Modelfile.adapter-q8_0",
     }  # fmt: skip

@@ -32,8 +32,37 @@ def test_options_are_frozen():
     command = typer.main.get_command(app).get_command(None, "plan")
     names = sorted(name for parameter in command.params for name in parameter.opts)
     assert names == [
-        "--batch", "--full", "--gpu", "--json", "--length", "--optimizer", "--plan", "--quant", "--rank", "model",
+        "--batch", "--compute", "--full", "--gpu", "--json", "--length", "--optimizer", "--plan", "--quant", "--rank",
+        "model",
     ]  # fmt: skip
+
+
+def test_weights_that_stay_dequantised_are_told(folder, capsys):
+    code, out = told(capsys, folder, "--gpu", "H200", "--length", 4096, "--batch", 2, "--plan", "fast")
+    assert code == 0 and "32 layers keep, weights dequantised" in out.out and "weights dequantised    13.96" in out.out
+    _, out = told(capsys, folder, "--gpu", "H200", "--length", 4096, "--batch", 2, "--plan", "fast", "--json")
+    found = json.loads(out.out)
+    assert found["modes"][0] == {"level": "keep", "offload": False, "dequantised": True}
+    assert found["time_relative_to_keep"] < 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [(("--quant", "none"), "no layer has NF4 weights under an adapter"),
+     (("--compute", "fp8"), "NF4 weights become fp8 factors")],
+)  # fmt: skip
+def test_a_plan_that_is_another_says_so(arguments, why, folder, capsys):
+    given = (folder, "--gpu", "H200", *arguments, "--plan")
+    said = f"no weight is kept dequantised, plan 'fast' is 'keep': {why}"
+    _, out = told(capsys, *given, "fast")
+    assert said in out.out and "32 layers keep\n" in out.out
+    _, out = told(capsys, *given, "fast", "--json")
+    assert json.loads(out.out)["notes"] == [said]
+    for plan in ("keep", "100GB"):
+        _, out = told(capsys, *given, plan, "--json")
+        assert json.loads(out.out)["notes"] == []
+    _, out = told(capsys, folder, "--gpu", "H200", "--plan", "fast", "--json")
+    assert json.loads(out.out)["notes"] == []
 
 
 def test_what_fits_is_told_in_a_table_and_as_json(folder, capsys):
@@ -79,7 +108,7 @@ def test_a_known_gpu_gives_a_time_and_a_named_plan_is_taken(folder, capsys):
 )  # fmt: skip
 def test_mistakes_are_named_together(folder, capsys, arguments, words):
     code, out = told(capsys, folder, *arguments)
-    assert code == 1 and all(word in out.err for word in words)
+    assert code == 3 and all(word in out.err for word in words)
 
 
 def test_configs_that_cannot_be_read(tmp_path, capsys):

@@ -5,10 +5,10 @@ import math
 import pytest
 from datasets import Dataset
 
-from fastft.data.check import LONGEST, SHOWN, Mistakes, short
+import fastft
+from fastft.data.check import LONGEST, SHOWN, Mistakes
 from fastft.data.recognise import SAMPLE, canonical, recognise
-from fastft.data.sources import load_rows
-from fastft.errors import DataError
+from fastft.errors import DataError, short
 
 USER = {"role": "user", "content": "q"}
 BOT = {"role": "assistant", "content": "a"}
@@ -244,105 +244,6 @@ def test_values_are_shortened():
     assert LONGEST == 4_000_000  # as the documentation says
 
 
-# ---- broken files
-
-
-def file_told(path, stream=False):
-    with pytest.raises(DataError) as caught:
-        list(load_rows(path, stream=stream))
-    return str(caught.value).splitlines()
-
-
-def test_json_lines(tmp_path):
-    path = tmp_path / "a.jsonl"
-    path.write_text('{"text": "a"}\n{"text": }\n\n[1]\n{"text": "b", "text": "c"}\n{"text": "d"')
-    lines = file_told(path)
-    assert lines == [
-        f"""{path}, line 2, column 10: expected JSON, got '{{"text": }}'. Expecting value.""",
-        f"{path}, line 4: expected a JSON object, one row, got [1]. A row has its fields by name.",
-        f"""{path}, line 5: expected one value for each name, 'text' has two, got '{{"text": "b", "text": "c"}}'. """
-        "Remove one of them.",
-        f"""{path}, line 6, column 13: expected JSON, got '{{"text": "d"'. Expecting ',' delimiter.""",
-    ]
-    assert file_told(path, stream=True) == lines[:1]
-    path.write_text('{"n": ' + "1" * 5000 + "}\n" + "[" * 100_000)
-    assert [line.split(": expected")[0] for line in file_told(path)] == [f"{path}, line 1", f"{path}, line 2"]
-    path.write_text("{\n" * 1000)
-    assert file_told(path)[-1] == "and 990 more rows"
-
-
-def test_json(tmp_path):
-    path = tmp_path / "a.json"
-    path.write_text('[{"text": "a"},\n {"text" "b"}]')
-    assert file_told(path)[0].startswith(f"{path}, line 2, column 10: expected JSON, got ")
-    path.write_text('[{"text": "a"}, 3, "x"]')
-    assert [line.split(":")[0] for line in file_told(path)] == [f"{path}, row 1", f"{path}, row 2"]
-    path.write_text('{\n "data": [{"text": "a"}]\n}')
-    assert "Save the list under 'data' as a file of its own." in file_told(path)[0]
-    path.write_text("")
-    assert file_told(path)[0].startswith(f"{path}, line 1, column 1: expected JSON, got ''")
-
-
-def test_utf8(tmp_path):
-    for name, before in [
-        ("a.jsonl", b'{"text": "\xc3\xa9"}\n{"text": "'),
-        ("a.csv", b"text\n\xc3\xa9"),
-        ("a.txt", b"a\n"),
-    ]:
-        for mark in (b"", b"\xef\xbb\xbf"):
-            path = tmp_path / name
-            data = mark + before + b'caf\xe9"}\n'
-            path.write_bytes(data)
-            line = file_told(path)[0]
-            assert line.startswith(f"{path}, line 2, byte {data.index(b'caf') + 3} of the file: expected UTF-8, got ")
-            assert "caf\\xe9" in line and line.endswith("Save the file as UTF-8, or put the damaged bytes right.")
-    path = tmp_path / "first.jsonl"
-    path.write_bytes(b'\xef\xbb\xbf{"text": "\xff"}')
-    assert file_told(path)[0].startswith(f"{path}, line 1, byte 13 of the file")
-    path = tmp_path / "a.json"
-    path.write_bytes(b'[{"text":\n"\xff"}]')
-    assert file_told(path)[0].startswith(f"{path}, line 2, byte 11 of the file")
-
-
-def test_csv(tmp_path):
-    path = tmp_path / "a.csv"
-    path.write_text('question,answer\nq,a\nq,a,b\n"q\nr",a\nq\n')
-    assert file_told(path) == [
-        f"{path}, line 3: expected 2 cells, as in the header, got '3 cells'. Its cells are ['q', 'a', 'b']; a "
-        "cell with "
-        "the separator in it stands in quotes.",
-        f"{path}, line 6: expected 2 cells, as in the header, got '1 cells'. Its cells are ['q']; a cell with the "
-        "separator in it stands in quotes.",
-    ]
-    path.write_text('question,answer\nq,a\n"q,a\nq,a\n')
-    assert file_told(path)[0].startswith(f"{path}, line 3: expected cells in CSV, got 'unexpected end of data'")
-    path.write_bytes(b"a,b\r1,2\r")
-    assert "save it with line feeds" in file_told(path)[0]
-    path.write_text("a,a\n1,2\n")
-    assert file_told(path)[0].startswith(f"{path}, line 1: expected a header with a name of its own for each column")
-    path.write_text("")
-    assert file_told(path) == [f"{path}: expected a header and rows, got 'an empty file'"]
-    path.write_text("question,answer\n,a\nq,\n")  # empty cells are empty texts, and told as such
-    assert [line.split(":")[0] for line in told(load_rows(path))] == ["row 0, question", "row 1, answer"]
-
-
-def test_mistakes_of_several_files_are_told_together(tmp_path):
-    (tmp_path / "a.txt").write_text(" \n")
-    (tmp_path / "b.txt").write_bytes(b"\xff")
-    (tmp_path / "c.txt").write_text("fine")
-    assert [line.split(":")[0] for line in file_told(tmp_path)] == [
-        str(tmp_path / "a.txt"),
-        f"{tmp_path / 'b.txt'}, line 1, byte 0 of the file",
-    ]
-    (tmp_path / "p").mkdir()
-    (tmp_path / "p" / "0.parquet").write_bytes(b"PAR1")
-    Dataset.from_list([{"a": 1}]).to_parquet(tmp_path / "p" / "1.parquet")
-    Dataset.from_list([{"b": 1}]).to_parquet(tmp_path / "p" / "2.parquet")
-    first, second = file_told(tmp_path / "p")
-    assert "0.parquet: expected a Parquet file" in first
-    assert "2.parquet: expected the columns of 1.parquet, ['a'], got ['b']" in second
-
-
 def test_roles_that_nobody_knows():
     """A template renders such a turn, and nothing of it is learnt."""
     rows = [[USER, {**BOT, "role": "asistant"}], [{**USER, "role": "zzz"}, BOT], [USER, {**BOT, "role": "tool_call"}]]
@@ -351,3 +252,11 @@ def test_roles_that_nobody_knows():
     assert second.startswith("row 2, messages[0].role: expected a known role, got 'zzz'. Rename it: known are system, ")
     assert third.endswith("got 'tool_call'. fastft.standardize_sharegpt(rows) renames the roles.")
     assert canonical([{"messages": [USER, {"role": "ipython", "content": "3"}, BOT]}], recognise([GOOD]))
+
+
+@pytest.mark.parametrize("column, value", [("system", "Be brief."), ("tools", [{"name": "add"}])])
+def test_what_only_messages_have_a_place_for_is_no_column_beside_texts(column, value, build_tokenizer):
+    plain, tokenizer = {"prompt": "One?", "completion": " Two."}, build_tokenizer()
+    assert len(fastft.chat_dataset([plain, {**plain, column: None}], tokenizer)) == 2
+    with pytest.raises(DataError, match=rf"row 1, {column}: expected nothing beside .*Give the prompt as messages"):
+        fastft.chat_dataset([plain, {**plain, column: value}], tokenizer)

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from fastft.chat_templates import get_chat_template
-from fastft.data.template import recognise_format, response_parts
+from fastft.data.known_format import recognise_format, response_parts
 from fastft.demo import MODEL_FOLDER
 from fastft.errors import SpecError, UsageError
 from fastft.registry.chat import chat_format, chat_formats

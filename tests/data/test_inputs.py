@@ -3,7 +3,7 @@
 import itertools
 
 import pytest
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 
 from fastft.chat_templates import get_chat_template
 from fastft.data.chat import chat_dataset
@@ -97,3 +97,40 @@ def test_a_template_for_other_names_takes_what_was_renamed(build_tokenizer):
     assert learnt([SHAREGPT], tokenizer) == learnt([GOOD], tokenizer) == ["a<|im_end|>"]
     text = "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\na<|im_end|>\n"
     assert tokenizer.apply_chat_template(SHAREGPT["conversations"], tokenize=False) == text
+
+
+TURNS = {"prompt": [USER], "completion": [BOT]}
+ASKED = {"instruction": "i", "output": "o"}
+TOOLS = [{"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}]
+
+
+@pytest.mark.parametrize(
+    ("row", "more"),
+    [
+        (ASKED, {"input": "late"}),
+        (ASKED, {"system": "late"}),
+        (ASKED, {"history": [["late", "yes"]]}),
+        (GOOD, {"system_prompt": "late"}),
+        (GOOD, {"tools": TOOLS}),
+        (TURNS, {"tools": TOOLS}),
+        (GOOD, {"id": 3}),
+    ],
+)
+def test_a_stream_keeps_fields_that_its_first_row_lacks(row, more, build_tokenizer):
+    tokenizer = get_chat_template(build_tokenizer(), "qwen-3-instruct")
+    rows = [row, {**row, **more}, row]
+    stream = chat_dataset(IterableDataset.from_generator(lambda: iter(rows)), tokenizer)
+    assert list(stream) == list(chat_dataset(rows, tokenizer))  # not one column more, either
+
+
+def test_rows_may_name_a_field_differently(build_tokenizer):
+    """`datasets` gives every row of a batch of a stream the fields of all, empty where the row has none."""
+    tokenizer = build_tokenizer()
+    rows = [{**ASKED, "input": "first"}, {**ASKED, "context": "second", "system_prompt": "s"}, {**ASKED, "system": "t"}]
+    whole = chat_dataset(rows, tokenizer)
+    stream = chat_dataset(IterableDataset.from_generator(lambda: iter(rows)), tokenizer)
+    assert list(stream) == list(whole)
+    texts = [tokenizer.decode(row["input_ids"]) for row in whole]
+    for text, system, asked in zip(texts, (None, "s", "t"), ("i\n\nfirst", "i\n\nsecond", "i"), strict=True):
+        assert ("<|im_start|>system" in text) == (system is not None)
+        assert f"user\n{asked}<|im_end|>" in text and (system is None or f"system\n{system}<|im_end|>" in text)

@@ -216,6 +216,9 @@ def test_images_in_a_data_set_keep_their_type(keys, roles):
     [
         ({"mesages": TURNS}, ["['mesages']", "did you mean 'messages'?", "'prompt' and 'completion'"]),
         ({"a": "x", "b": "y"}, ["['a', 'b']", "to_sharegpt"]),
+        ({"Question": "q", " answer": "a", "id": "1"}, ["as in {'Question': 'question', ' answer': 'answer'}"]),
+        ({"role": "user", "content": "q"}, ["rows that are no single turns", "one row: [{'messages': turns}]"]),
+        ({"from": "human", "value": "q"}, ["rows that are no single turns", "one row: [{'messages': turns}]"]),
         ({"dialog": ["hello", "hi"]}, ["['dialog']"]),
         (
             {"instruction": "q", "input": "", "output": "a", "text": "t"},
@@ -237,7 +240,10 @@ def test_nothing_is_guessed(row, words):
 
 
 def test_what_is_no_rows():
-    for rows, words in [([], "0 rows"), ({"text": "a"}, "a list of rows"), ("a.jsonl", "load_rows"), ([3], "row 0")]:
+    for rows, words in [
+        ([], "0 rows"), ({"text": "a"}, "a list of rows"), ("a.jsonl", "load_rows"), ([3], "row 0"),
+        ([TURNS], r"row 0: expected a dict, .*\[\{'messages': turns\} for turns in rows\]"),
+    ]:  # fmt: skip
         with pytest.raises(DataError, match=words):
             recognise(rows)
 

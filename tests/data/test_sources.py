@@ -154,6 +154,7 @@ def test_a_saved_data_set(folder):
     [
         ([], ["no files"]),
         (["a.jsonl", "b.png"], ["['b.png']", "*.jsonl"]),
+        (["b.xlsx"], ["['b.xlsx']", "b.xlsx: Save the sheet as CSV in UTF-8"]),
         (["a.jsonl", "b.txt"], ["a.jsonl", "b.txt", "not several of them"]),
         (["a.jsonl", "b.parquet"], ["a.jsonl", "b.parquet"]),
         (["train.jsonl", "other.jsonl"], ["['other.jsonl']", "a split in every name"]),
@@ -161,7 +162,7 @@ def test_a_saved_data_set(folder):
 )
 def test_folders_that_are_not_clear(folder, names, words):
     for name in names:
-        if write(folder / name).suffix in (".png", ".txt"):
+        if write(folder / name).suffix in (".png", ".txt", ".xlsx"):
             (folder / name).write_text("x")
     with pytest.raises(DataError) as caught:
         load_rows(folder)
@@ -182,7 +183,8 @@ def test_folders_that_are_not_clear(folder, names, words):
         ("./rows.jsnl", ["did you mean 'rows.jsonl'"]),
         ("rows.jsnl", ["did you mean 'rows.jsonl'", "the hub is switched off"]),
         ("none/*.jsonl", ["a pattern that some file fits"]),
-        (["rows.jsonl", "gone.csv", "rows.xls"], ["gone.csv: expected a file", "rows.xls: expected one of", "'.xls'"]),
+        (["rows.jsonl", "gone.csv", "rows.xls"], ["gone.csv: expected a file", "rows.xls: expected one of", "as CSV"]),
+        ("rows.xls", ["rows.xls: expected one of", "Dataset.from_pandas(pandas.read_excel(path))"]),
         ("./gone", ["a file or folder that exists"]),
         ("not a name", ["a file, a folder, or a name of the hub"]),
     ],

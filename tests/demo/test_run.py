@@ -7,11 +7,11 @@ import typer
 
 from fastft.cli import demo
 from fastft.cli.main import app, main
-from fastft.demo import run
+from fastft.demo import run, terminal
 
 
 def test_loss_bars():
-    lines = run.loss_bars(((5, 4.0), (10, 0.4), (15, 0.04))).splitlines()
+    lines = terminal.loss_bars(((5, 4.0), (10, 0.4), (15, 0.04))).splitlines()
     assert [line.count("#") for line in lines] == [41, 21, 1]
     assert lines[0].startswith("  step    5  loss  4.0000  #")
 
@@ -27,7 +27,7 @@ def test_backend_needs_a_compiler(monkeypatch):
 def test_command_line_is_frozen():
     command = typer.main.get_command(app).get_command(typer.Context(typer.main.get_command(app)), "demo")
     options = sorted(name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts))
-    assert options == ["--chat", "--json", "--no-chat", "--output", "--steps"]
+    assert options == ["--chat", "--grpo", "--json", "--no-chat", "--output", "--steps"]
 
 
 def test_missing_packages_are_named(monkeypatch, capsys):
@@ -43,7 +43,7 @@ def test_chat_keeps_within_the_models_length():
     model, tokenizer = fastft.load(MODEL_FOLDER)
     heard = []
     lines = iter(["What is 31 + 27?", "word " * 600, *["Repeat after me: river stone"] * 14, "", "never asked"])
-    run.talk(model, tokenizer, heard.append, lines)
+    terminal.talk(model, tokenizer, "It adds.", heard.append, lines)
     text = "".join(heard)
     assert text.count("31 + 27 = 58.") == 1
     assert "too long" in text and text.count("river stone") == 14

@@ -1,6 +1,7 @@
 """The documentation: complete, its links whole, and its Python blocks run on the model that comes with fastft."""
 
 import contextlib
+import gc
 import importlib.util
 import json
 import re
@@ -13,6 +14,7 @@ import pytest
 
 import fastft
 from fastft.cli.main import app
+from fastft.graph.backend import BACKENDS
 from fastft.registry import spec as records
 from fastft.registry.resolve import specs
 
@@ -21,7 +23,8 @@ PAGES = {path.relative_to(ROOT).as_posix(): path.read_text("utf-8") for path in 
 PAGES |= {name: (ROOT / name).read_text("utf-8") for name in ("README.md", "llms.txt")}
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 BLOCKS = {name: [code for kind, code in FENCE.findall(text) if kind == "python"] for name, text in PAGES.items()}
-# Pages whose blocks compile with Inductor, as a reader's do.
+# Pages whose blocks compile as a reader's do, with Inductor by default; those of others with "eager": captured, proved
+# and rewritten, but not lowered.
 INDUCTOR = ("README.md", "docs/tutorial/first-fine-tune.md")
 
 
@@ -219,8 +222,28 @@ def own_registry(monkeypatch):
     monkeypatch.setattr(resolve, "_registered", resolve._registered)
 
 
+@pytest.fixture
+def not_lowered(monkeypatch):
+    """Compile with "eager" whatever backend is asked for, and leave no graphs to the next page."""
+    import torch
+
+    import fastft.graph.compile as module
+
+    real = module.compile
+
+    def compile(model, *args, backend="eager", **kwargs):
+        assert backend in BACKENDS
+        return real(model, *args, backend="eager", **kwargs)
+
+    monkeypatch.setattr(module, "compile", compile)
+    yield
+    torch._dynamo.reset()
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.mark.parametrize("page", [name for name in PAGES if BLOCKS[name] and name not in INDUCTOR])
-def test_pages_run(page, tmp_path, monkeypatch, own_registry, capsys):
+def test_pages_run(page, tmp_path, monkeypatch, own_registry, not_lowered, capsys):
     space = run_blocks(page, tmp_path, monkeypatch)
     if page.endswith("verify.md"):
         assert space["checked"].ok

@@ -10,13 +10,15 @@ import torch
 from gguf_models import MODELS, demo_tokenizer, gguf_model
 from tiny import with_lora
 
+from fastft.demo import MODEL_FOLDER
 from fastft.errors import SaveError, UsageError
 from fastft.export.gguf.architecture import architecture_of, heads_of
 from fastft.export.gguf.export import export_gguf, quant_names
 from fastft.export.gguf.file import read_gguf
 from fastft.export.gguf.lora import export_lora_gguf
 from fastft.export.gguf.quants import dequantize
-from fastft.export.gguf.tensors import pairs_from_halves
+from fastft.export.gguf.tensors import pairs_from_halves, plan_tensors
+from fastft.export.weights import weight_source
 from fastft.graph.twin import tiny_config
 from fastft.registry.resolve import register, resolve
 
@@ -89,6 +91,34 @@ def test_several_quants_in_one_pass(tmp_path):
         assert file.size == file.path.stat().st_size and sum(file.types.values()) == 27
     close = values(report.files[3].path, "blk.0.ffn_up.weight")
     assert 0 < (close - weight).abs().max() < weight.abs().max() / 127
+
+
+def test_the_report_tells_where_the_time_went(tmp_path):
+    phases = export_gguf(gguf_model("qwen2"), demo_tokenizer(), tmp_path, ["q8_0"], progress=False).phases
+    side_by_side = (phases.read, phases.quantise, phases.copy + phases.write)
+    assert all(0 < seconds < phases.whole for seconds in (*side_by_side, phases.finish))
+    assert phases.whole <= sum(side_by_side) + phases.finish + 1
+
+
+@pytest.mark.gpu
+def test_files_made_on_a_gpu_are_those_of_the_cpu(tmp_path):
+    """From a folder; and adapters on a GPU's weights, which another stream merges while the quantisers run."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    quants = ["q4_k_m", "q8_0", "f16"]
+    made = [
+        [
+            file.path.read_bytes()
+            for file in export_gguf(MODEL_FOLDER, folder=tmp_path / place, quants=quants, device=place).files
+        ]
+        for place in ("cpu", "cuda")
+    ]
+    assert made[0] == made[1]
+    model = with_lora(gguf_model("qwen2"), torch.float32).cuda()
+    source = weight_source(model)
+    path = export_gguf(model, demo_tokenizer(), tmp_path, "f32", name="m", device="cuda").files[0].path
+    for tensor in plan_tensors(source, resolve(model.get_base_model().config), {}):
+        assert torch.equal(values(path, tensor.name), tensor.read().cpu()), tensor.name
 
 
 def test_wrong_quants_are_told_together(tmp_path):

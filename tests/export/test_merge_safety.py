@@ -1,5 +1,6 @@
 """What merging must never do: leave half an export, replace what it should not, hide numbers that do not fit."""
 
+import json
 import os
 import resource
 import shutil
@@ -41,7 +42,7 @@ def test_folders_of_something_else_are_not_replaced(model, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "thesis.tex").write_text("years of work")
-    with pytest.raises(UsageError, match=r"holds more than an export \(thesis.tex\)"):
+    with pytest.raises(UsageError, match=r"holds more than an export, .*\(thesis.tex\)"):
         merge(model, out)
     assert contents(out) == {"thesis.tex": b"years of work"}
     with pytest.raises(UsageError, match="this is a file"):
@@ -56,11 +57,28 @@ def test_folders_of_something_else_are_not_replaced(model, tmp_path):
     assert contents(tmp_path / "base") == before
 
 
+def test_an_export_that_was_changed_is_not_replaced(model, tmp_path):
+    out = tmp_path / "out"
+    merge(model, out)
+    record = json.loads((out / "export.json").read_text())
+    written = contents(out)
+    assert record["contents"] == {name: len(data) for name, data in written.items() if name != "export.json"}
+    (out / "config.json").write_text('{"mine": 1}')
+    before = contents(out)
+    with pytest.raises(UsageError, match=r"changed since \(config.json\)"):
+        merge(model, out)
+    assert contents(out) == before
+    # as exports wrote it that named no sizes
+    (out / "export.json").write_text(json.dumps({**record, "contents": [*record["contents"], "export.json"]}))
+    merge(model, out)
+    assert contents(out)["config.json"] == written["config.json"]
+
+
 def test_files_that_only_look_like_an_export_are_not_replaced(model, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "train.json").write_text("rows")
-    with pytest.raises(UsageError, match=r"holds more than an export \(train.json\)"):
+    with pytest.raises(UsageError, match=r"holds more than an export, .*\(train.json\)"):
         merge(model, out)
     save_adapter(model, tmp_path / "mine")
     model.save_pretrained(tmp_path / "trained")  # by PEFT: the only copy of what was learnt

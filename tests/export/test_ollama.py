@@ -69,6 +69,20 @@ def test_it_is_written_beside_the_file(tokenizer, tmp_path):
     assert path.read_text().startswith("FROM ./m.gguf\n")
 
 
+def test_one_that_was_edited_is_kept(tokenizer, tmp_path, capsys):
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    path = write_modelfile(tmp_path / "m.gguf", tokenizer)
+    write_modelfile(tmp_path / "m.gguf", tokenizer)
+    assert not list(tmp_path.glob("*.earlier")) and capsys.readouterr().out == ""
+    path.write_text("FROM ./m.gguf\nSYSTEM mine\n")
+    write_modelfile(tmp_path / "m.gguf", tokenizer)
+    assert (tmp_path / "Modelfile.earlier").read_text().endswith("SYSTEM mine\n")
+    assert "SYSTEM" not in path.read_text() and "is kept as Modelfile.earlier" in capsys.readouterr().out
+    write_modelfile(tmp_path / "m.gguf", tokenizer, num_ctx=64)  # what was kept is not replaced
+    assert (tmp_path / "Modelfile.earlier").read_text().endswith("SYSTEM mine\n")
+    assert (tmp_path / "Modelfile.earlier-2").is_file() and "num_ctx 64" in path.read_text()
+
+
 def test_ollama_is_run_when_it_is_there(tokenizer, tmp_path, monkeypatch):
     (tmp_path / "m.gguf").write_bytes(b"GGUF")
     path = write_modelfile(tmp_path / "m.gguf", tokenizer)

@@ -263,9 +263,16 @@ def test_without_a_compiler_the_plain_steps_are_taken_and_it_is_said(monkeypatch
 def test_the_same_bytes_on_cuda(name):
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    for case, x in cases().items():
-        if case in ("1e19", "1e30", "1e38"):  # scales become NaN there, which has other bits on a GPU
-            continue
+    # scales become NaN in those left out, which has other bits on a GPU
+    every = {case: x for case, x in cases().items() if case not in ("1e19", "1e30", "1e38")}
+    usual = {
+        case: x for case, x in every.items() if x.abs().max() < 1e3
+    }  # rounding takes another way among larger ones
+    for group in (usual, every):
+        x = torch.cat(list(group.values()))
+        owner = [case for case, part in group.items() for _ in part]
         for importance in (None, importances()["spread"]):
             expected = quantize(x, name, importance, strict=False)
-            assert torch.equal(quantize(x.cuda(), name, importance, strict=False).cpu(), expected), case
+            got = quantize(x.cuda(), name, importance, strict=False).cpu()
+            differing = (got != expected).any(1).nonzero().flatten().tolist()
+            assert not differing, sorted({owner[row] for row in differing})

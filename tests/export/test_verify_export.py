@@ -314,6 +314,31 @@ def test_tensors_and_end_tokens_that_differ_are_named(trained, tmp_path):
     assert "generation stops at the tokens [5] there" in problems
 
 
+def test_the_end_tokens_of_tokenizer_and_configs_are_those_of_an_export(tmp_path):
+    """A folder whose files disagree, and a chat template whose stop token became the tokenizer's EOS."""
+    from fastft.chat_templates import get_chat_template
+
+    folder = shutil.copytree(MODEL_FOLDER, tmp_path / "base")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 5}))
+    eos = json.loads((folder / "config.json").read_text())["eos_token_id"]
+    made = merge(folder, tmp_path / "merged")
+    assert f"stops at the tokens [{eos}, 5], of which that of the model named [5]" in "\n".join(made.notes)
+    files = [tmp_path / "merged", export_gguf(folder, None, tmp_path, "f32", name="m", progress=False).files[0].path]
+    checked = verify_export(folder, None, files, **QUICK)
+    assert checked.ok, checked
+
+    model, tokenizer = fastft.load(MODEL_FOLDER, dtype="float32")
+    other = get_chat_template(tokenizer, "chatml")
+    assert other.eos_token == "<|im_end|>"
+    merge(model, tmp_path / "chatml", tokenizer=other)
+    stored = json.loads((tmp_path / "chatml" / "generation_config.json").read_text())["eos_token_id"]
+    assert other.eos_token_id in ([stored] if isinstance(stored, int) else stored)
+    assert verify_export(model, other, tmp_path / "chatml", **QUICK).ok
+    (tmp_path / "chatml" / "generation_config.json").write_text(json.dumps({"eos_token_id": 700}))
+    problems = verify_export(model, other, tmp_path / "chatml", **QUICK).artefacts[0].problems
+    assert any("generation stops at the tokens [700] there" in problem for problem in problems)
+
+
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_every_family_is_read_back(family, tmp_path, tools):
     """Names, orders of rows and folded offsets are undone: the model that comes back is the one that was written."""

@@ -1,6 +1,7 @@
 """Weights of a model or folder: names, and base plus adapters, against the model's own forward."""
 
 import copy
+import json
 
 import pytest
 import tiny
@@ -11,6 +12,7 @@ from transformers import AutoModelForCausalLM
 import fastft
 from fastft.demo import MODEL_FOLDER
 from fastft.errors import LoadError, UsageError
+from fastft.export.folder import run_record
 from fastft.export.weights import weight_source
 
 
@@ -177,6 +179,17 @@ def test_a_run_folder_tells_how_its_base_was_held(tmp_path, adapted):
             assert torch.equal(source.read(name), trained.read(name)), name
         fastft.merge(folder, tmp_path / "out")
         assert (tmp_path / "out" / "run.json").read_text() == (tmp_path / "run" / "run.json").read_text()
+
+
+@pytest.mark.parametrize(("of_run", "told"), [("a", "complete"), ("b", "running")])
+def test_a_checkpoints_record_is_that_of_its_run_or_its_own(tmp_path, of_run, told):
+    folder = tmp_path / "checkpoint-2"
+    folder.mkdir()
+    own = {"status": "running", "runs": [{"id": "a", "from_step": 0}]}
+    (folder / "run.json").write_text(json.dumps(own), "utf-8")
+    beside = {"status": "complete", "runs": [{"id": of_run, "from_step": 0}]}
+    (tmp_path / "run.json").write_text(json.dumps(beside), "utf-8")
+    assert run_record(folder)["status"] == told and run_record(tmp_path)["status"] == "complete"
 
 
 def test_a_sharded_checkpoint_is_read_from_its_files(tmp_path):

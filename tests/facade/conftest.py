@@ -1,6 +1,4 @@
-"""The shipped demo model (4.5 M parameters, tied head) and compilation without Inductor, which is slow on a CPU."""
-
-from functools import partial
+"""The shipped demo model (4.5 M parameters, tied head)."""
 
 import pytest
 
@@ -10,10 +8,3 @@ from fastft.demo import MODEL_FOLDER
 @pytest.fixture
 def folder():
     return str(MODEL_FOLDER)
-
-
-@pytest.fixture
-def aot_eager(monkeypatch):
-    import fastft.graph.compile as module
-
-    monkeypatch.setattr(module, "compile", partial(module.compile, backend="aot_eager"))

@@ -89,15 +89,14 @@ def test_what_cannot_work_together_is_refused(arguments, names, folder):
 
 def test_all_mistakes_of_loading_at_once_with_what_to_do(folder):
     found = problems(
-        from_pretrained, folder, max_seq_lenght=512, fast_inference=True, load_in_fp8="block", qat_scheme="int4",
+        from_pretrained, folder, max_seq_lenght=512, load_in_fp8="block", qat_scheme="int4",
         rope_scaling={"type": "linear"}, load_in_8bit=True, load_in_16bit=True, nothing_like_it=1,
     )  # fmt: skip
     text = "\n".join(found)
-    assert len(found) == 7
+    assert len(found) == 6
     assert "unknown argument 'max_seq_lenght'; did you mean 'max_seq_length'?" in text
     assert "unknown argument 'nothing_like_it'" in text
     for name, remedy in {
-        "fast_inference": "model.generate",
         "load_in_fp8": "load_in_4bit=True",
         "qat_scheme": "quantise afterwards",
         "rope_scaling": "max_seq_length",
@@ -294,7 +293,7 @@ def test_gradient_checkpointing_is_the_memory_plan(at_load, at_adapter, plan, fo
     assert compile_layers(model, backend="eager") is model and fastft.report(model).plan == plan
     compile_layers(model, plan="keep" if plan == "min" else "min", backend="eager")
     assert fastft.report(model).plan != plan  # what compile is told goes first
-    assert not model.base_model.model.is_gradient_checkpointing
+    assert not any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
 def test_without_the_familiar_names_the_plan_is_the_default_of_compile(folder):

@@ -148,9 +148,10 @@ def test_the_script_runs_unchanged(folder, aot_eager, tmp_path, monkeypatch, cap
     plain = reference(folder, made["dataset"], made["start"])
     report = fastft.report(made["trainer"].model)
     assert report.plan == "min" and report.refused() == ()
-    graphs = len(report.graphs)  # first layer and others, fixed and dynamic lengths, with and without padding
-    assert graphs >= 4
-    assert report.applied() == {"lora": 7 * graphs, "norm": 2 * graphs, "glu": graphs, "rope": graphs}
+    graphs = len(report.graphs) - 1  # the first layer and the others; again where lengths turn out to vary
+    assert graphs >= 2
+    # the norm behind the layers has a graph of its own
+    assert report.applied() == {"lora": 7 * graphs, "norm": 2 * graphs + 1, "glu": graphs, "rope": graphs}
     losses = curve(made["trainer"])
     torch.testing.assert_close(losses, curve(plain), rtol=2e-5, atol=0)
     torch.testing.assert_close(curve(made["trainer"], "grad_norm"), curve(plain, "grad_norm"), rtol=2e-4, atol=0)

@@ -8,8 +8,9 @@ from tiny import FAMILIES, batch, flat, make, relative, run
 
 import fastft
 
-SEEDS = (0, 1, 2)
-# Regions that the two-layer twin has: LoRA linears, gates, rotations, norms within layers.
+# Gradients in bf16 are noisy, and now and then one is far off: of a few batches two equal errors differ by a third.
+SEEDS = {torch.float32: range(3), torch.bfloat16: range(12)}
+# Regions of the two-layer twin's layers: LoRA linears, gates, rotations, norms. Behind the layers is one norm more.
 PACKED = {"phi3": 8, "glm4": 12}
 NORMS = {"qwen3": 8, "gemma2": 8, "gemma3_text": 12, "olmo2": 8, "glm4": 8, "cohere": 2, "cohere2": 2}
 ROTATED_LAYERS = {"cohere2": 1, "smollm3": 1}
@@ -51,11 +52,13 @@ def expected_regions(family, lora):
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_rewritten_model_is_as_near_to_the_truth_as_eager(family, dtype, lora):
+def test_every_region_is_rewritten_and_the_model_as_near_to_the_truth_as_eager(family, dtype, lora):
     truth_model, eager_model = make(family, dtype, lora, wide=torch.float64), make(family, dtype, lora)
-    model = fastft.compile(make(family, dtype, lora), backend="aot_eager")
+    # The rewritten graph as it is, and as it is split into forward and backward: a dtype each.
+    backend = "aot_eager" if dtype == torch.bfloat16 else "eager"
+    model = fastft.compile(make(family, dtype, lora), backend=backend)
     errors = {"eager": [], "ours": []}
-    for seed in SEEDS:
+    for seed in SEEDS[dtype]:
         inputs = batch(seed)
         truth = run(truth_model, inputs)
         for name, other in (("eager", run(eager_model, inputs)), ("ours", run(model, inputs))):
@@ -67,21 +70,17 @@ def test_rewritten_model_is_as_near_to_the_truth_as_eager(family, dtype, lora):
     for index, (kind, factor, floor) in enumerate(BUDGETS[dtype]):
         eager, ours = (rms([e[index] for e in errors[name]]) for name in ("eager", "ours"))
         assert ours <= eager * factor + floor, f"{kind}: ours {ours:.2e}, eager {eager:.2e}"
+    assert_every_claimed_region_is_replaced(fastft.report(model), family, lora)
 
 
-@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_claimed_region_is_replaced(family, lora):
-    model = fastft.compile(make(family, torch.bfloat16, lora), backend="eager")
-    run(model, batch(0))
-    report = fastft.report(model)
+def assert_every_claimed_region_is_replaced(report, family, lora):
     assert report.refused() == ()
     assert report.head.startswith("chunked")
     # Layers that share a graph are captured once: count regions by layer class and kind, not by layer.
-    once = {rule: count for rule, count in expected_regions(family, lora).items()}
-    per_graph = report.applied()
-    graphs = len(report.graphs)
-    assert per_graph == {rule: count if graphs == 2 else count // 2 for rule, count in once.items()}
+    once, graphs = expected_regions(family, lora), len(report.graphs)
+    expected = {rule: count if graphs == 3 else count // 2 for rule, count in once.items()}
+    assert report.applied() == expected | {"norm": expected["norm"] + 1}
+    assert [r.module for r in report.graphs[-1].rewrites] == ["model.norm"]
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "cohere2", "phi3"])

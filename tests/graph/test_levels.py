@@ -1,14 +1,14 @@
 """The levels of a layer: bytes that autograd really keeps against the estimate's, gradients, mixtures, offloading."""
 
-from contextlib import contextmanager
-
 import pytest
 import torch
-from tiny import batch, flat, make, relative, run
+from counting import Counting
+from tiny import batch, flat, in_nf4, make, relative, run, with_lora
 
 import fastft
 from fastft.errors import UsageError
 from fastft.graph.recompute import choose, roles_of, size_of
+from fastft.graph.twin import tiny_model
 from fastft.memory.estimate import Mode, own_bytes_per_token
 from fastft.memory.levels import LEVELS
 from fastft.memory.offload import Offloader
@@ -17,7 +17,7 @@ from fastft.state import get_state
 
 ROWS, LENGTH = 4, 64
 # Every kind of layer: packed projections, norms on both sides, behind or side by side, normalised queries.
-FAMILIES = ("llama", "qwen3", "phi3", "gemma3_text", "olmo2", "cohere", "glm4")
+FAMILIES = ("llama", "phi3", "gemma3_text", "olmo2", "cohere")
 
 
 def eager(family, layers):
@@ -33,24 +33,9 @@ def compiled(family, modes):
     model.set_attn_implementation("sdpa")
     model = fastft.compile(model, backend="aot_eager")
     planned = get_state(model).compiled.planned
-    planned.modes = tuple(modes)
+    planned.chosen = tuple(modes)
     planned.offloader = Offloader(torch.device("cpu"), least_bytes=1 << 12)
     return model, planned
-
-
-class Counting(Offloader):
-    """Moves everything that a layer keeps, and notes the bytes of each call."""
-
-    def __init__(self):
-        super().__init__(torch.device("cpu"), least_bytes=1)
-        self.by_call = []
-
-    @contextmanager
-    def layer(self, stays):
-        before = self.moved_bytes
-        with super().layer(stays):
-            yield
-        self.by_call.append(self.moved_bytes - before)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -61,12 +46,25 @@ def test_each_level_keeps_what_the_estimate_says_and_gives_the_same_gradients_bi
     planned.offloader = Counting()
     inputs = batch(0, rows=ROWS, length=LENGTH)
     expected = run(model, inputs)
-    planned.modes = tuple(modes)
+    planned.chosen = tuple(modes)
     got = run(model, inputs)
     assert torch.equal(flat(expected[2]), flat(got[2]))
     setup = planned.setup
     wanted = [ROWS * LENGTH * (own_bytes_per_token(setup, level) + 4 * setup.shape.hidden) for level in LEVELS]
     assert setup.element == 4 and planned.offloader.by_call == wanted
+
+
+def test_what_a_layer_holds_anyway_is_not_moved():
+    """Packed weights and their scales, which a forward saves as it saves its results."""
+    torch._dynamo.reset()
+    model = tiny_model("llama", hidden_size=64, intermediate_size=128, num_hidden_layers=2)
+    model.set_attn_implementation("sdpa")
+    model = with_lora(in_nf4(model, nested=False), torch.float32).train()
+    model = fastft.compile(model, backend="aot_eager")
+    planned = get_state(model).compiled.planned
+    planned.chosen, planned.offloader = (Mode("keep", True),) * 2, Counting()
+    run(model, batch(0, rows=ROWS, length=LENGTH))
+    assert planned.offloader.by_call == [ROWS * LENGTH * (own_bytes_per_token(planned.setup, "keep") + 4 * 64)] * 2
 
 
 MIXTURES = {
@@ -86,7 +84,7 @@ def test_mixed_and_moved_layers_give_the_gradients_of_eager_without_compiling_ag
         expected, got = run(reference, inputs), run(model, inputs)
         assert relative(flat(expected[2]), flat(got[2])) < 5e-6
         graphs.append(len(fastft.report(model).graphs))
-    assert graphs[0] == graphs[2] <= 2 * len({mode.level for mode in MIXTURES[name]})
+    assert graphs[0] == graphs[2] <= 2 * len({mode.level for mode in MIXTURES[name]}) + 1  # the last norm's
     moved = any(mode.offload for mode in MIXTURES[name])
     assert (planned.offloader.moved_bytes > 0) == moved
     assert planned.offloader.pool.allocated_bytes * 3 == planned.offloader.moved_bytes  # a pool, used again
@@ -108,7 +106,7 @@ def test_a_budget_is_solved_for_the_largest_batch_seen():
     assert planned.predicted().peak > 0 and setup.tokens == 64
     modes = planned.modes
     planned.see(1, 64, torch.device("cpu"))
-    assert planned.modes is modes and planned.largest == (8, 64)
+    assert planned.modes == modes and planned.largest == (8, 64)
 
 
 def test_a_plan_that_is_none_is_refused_together_with_other_mistakes():

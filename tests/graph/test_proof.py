@@ -3,18 +3,19 @@
 import attrs
 import pytest
 import torch
-from tiny import batch, flat, make, relative, run
+from tiny import batch, flat, make, relative, run, with_lora
 
 import fastft
 from fastft.graph.head import head_check
-from fastft.graph.verify import relative_difference
+from fastft.graph.twin import tiny_model
+from fastft.graph.verify import prove, relative_difference
 from fastft.registry.resolve import resolve
 from fastft.state import update_state
 
 
 def with_spec(model, spec):
     update_state(model, spec=spec)
-    return fastft.compile(model, backend="aot_eager")
+    return fastft.compile(model, backend="eager")
 
 
 def change(spec, field, **changes):
@@ -79,7 +80,7 @@ def test_a_gradient_that_is_wrong_is_refused(monkeypatch):
 
     right = glu.ref.glu
     monkeypatch.setattr(glu.ref, "glu", lambda gate, up, activation: right(gate.detach(), up, activation))
-    model = fastft.compile(make("llama", torch.float32, lora=False), backend="aot_eager")
+    model = fastft.compile(make("llama", torch.float32, lora=False), backend="eager")
     run(model, batch(0))
     assert {r.rule for r in fastft.report(model).refused()} == {"glu"}
 
@@ -123,7 +124,7 @@ def test_a_module_that_is_not_what_its_class_is_said_to_be_is_left_alone(kind, t
     eager, model = with_norm(kind), with_norm(kind)
     spec = change(resolve(eager.config), "norms", classes=("LlamaRMSNorm", kind.__name__))
     update_state(model, spec=spec)
-    fastft.compile(model, backend="aot_eager", implementations={"norm": implementation})
+    fastft.compile(model, backend="eager", implementations={"norm": implementation})
     expected, got = run(eager, batch(0)), run(model, batch(0))
     assert relative(expected[0], got[0]) < 2e-6
     assert relative(flat(expected[2]), flat(got[2])) < 5e-6
@@ -143,7 +144,7 @@ def test_rotation_tables_that_do_not_repeat_as_the_spec_says_are_seen():
     models = [make("llama", torch.float32, lora=True) for _ in range(2)]
     for model in models:
         model.get_base_model().model.rotary_emb = OddTables()
-    eager, model = models[0], fastft.compile(models[1], backend="aot_eager")
+    eager, model = models[0], fastft.compile(models[1], backend="eager")
     expected, got = run(eager, batch(0)), run(model, batch(0))
     assert relative(expected[0], got[0]) < 2e-6
     assert relative(flat(expected[2]), flat(got[2])) < 5e-6
@@ -184,9 +185,50 @@ def test_what_was_proved_without_autocast_is_proved_again_with_it(monkeypatch):
         return right(*args) * (1.5 if torch.is_autocast_enabled("cpu") else 1.0)
 
     monkeypatch.setattr(rms_norm.ref, "rms_norm", wrong_under_autocast)
-    model = fastft.compile(make("llama", torch.float32, lora=True), backend="aot_eager")
+    model = fastft.compile(make("llama", torch.float32, lora=True), backend="eager")
     run(model, batch(0))
     assert not fastft.report(model).refused()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         run(model, batch(0))
     assert {r.rule for r in fastft.report(model).refused()} == {"norm"}
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "phi3", "cohere"])
+def test_a_proof_takes_a_part_of_a_long_batch(family, monkeypatch):
+    """Every region is replaced as at full length, no proof sees more tokens than allowed, the numbers are eager's."""
+    from fastft.graph import verify
+
+    monkeypatch.setattr(verify, "PROOF_TOKENS", 24)
+    seen, prove_whole = [], verify._run
+
+    def watched(function, values, seed):
+        seen.extend(v.shape for v in values.values() if isinstance(v, torch.Tensor) and v.dim() >= 3)
+        return prove_whole(function, values, seed)
+
+    monkeypatch.setattr(verify, "_run", watched)
+    reference = make(family, torch.float32, lora=True)
+    model = fastft.compile(make(family, torch.float32, lora=True), backend="eager")
+    inputs = batch(0, length=50)
+    expected, got = run(reference, inputs), run(model, inputs)
+    assert relative(flat(expected[2]), flat(got[2])) < 1e-5
+    report = fastft.report(model)
+    assert report.refused() == () and report.applied()["lora"] >= 8
+    assert seen and not [shape for shape in seen if 50 in shape or 12 not in shape]
+
+
+def test_what_was_proved_of_one_size_is_proved_again_of_another(monkeypatch):
+    proved = []
+
+    def noted(owner, region, *rest, **more):
+        (x,) = region.inputs
+        weight = region.parameters["base_layer.weight"].meta["example_value"]
+        proved.append((tuple(weight.shape), x.meta["example_value"].requires_grad))
+        return prove(owner, region, *rest, **more)
+
+    monkeypatch.setattr("fastft.graph.passes.context.prove", noted)
+    model = with_lora(tiny_model("llama"), torch.float32, target_modules=["o_proj", "down_proj"]).train()
+    others = ("feed_forward", "glu", "norm", "rope")
+    run(fastft.compile(model, backend="eager", disable=others), batch(0))
+    assert fastft.report(model).refused() == ()
+    # Of the first layer's first projection the input needs no gradient; later ones differ in their sizes alone.
+    assert len(proved) == len(set(proved)) == 3

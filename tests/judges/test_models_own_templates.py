@@ -5,7 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from fastft.data.template import recognise_format, render, response_parts
+from fastft.data.known_format import recognise_format, response_parts
+from fastft.data.template import render
 from fastft.errors import DataError
 from fastft.registry.chat import chat_format
 

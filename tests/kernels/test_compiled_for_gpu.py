@@ -7,6 +7,9 @@ import pytest
 from fastft.environment import installed, triton_interpreted
 from fastft.kernels.glu import launch as glu_launch
 from fastft.kernels.layer_norm import launch as layer_norm_launch
+from fastft.kernels.linear_ce import launch as linear_ce_launch
+from fastft.kernels.linear_logprob import launch as linear_logprob_launch
+from fastft.kernels.lora_glu import launch as lora_glu_launch
 from fastft.kernels.rms_norm import launch as rms_norm_launch
 from fastft.kernels.rope import launch as rope_launch
 
@@ -16,8 +19,12 @@ pytestmark = pytest.mark.skipif(
 FLAT = ("x_d1", "x_d2", "dy_d1", "dy_d2")
 
 
-def _ptx(module, kernel, warps, constants, kinds=(), ones=(), **options):
-    """PTX of fastft.kernels.<module>.triton.<kernel> for 16-bit tensors, 16-byte aligned as torch's are.
+def _ptx(*arguments, **options):
+    return _compiled(*arguments, **options).asm["ptx"]
+
+
+def _compiled(module, kernel, warps, constants, kinds=(), ones=(), **options):
+    """Compile fastft.kernels.<module>.triton.<kernel> for 16-bit tensors, 16-byte aligned as torch's are.
 
     kinds: argument types other than bf16 pointers and 32-bit integers. ones: integers that are 1, which Triton folds.
     """
@@ -36,8 +43,7 @@ def _ptx(module, kernel, warps, constants, kinds=(), ones=(), **options):
         if kind == "i32" or kind.startswith("*"):
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn, signature, constants, attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps, **options})
-    return compiled.asm["ptx"]
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps, **options})
 
 
 def _widths(ptx, operation):
@@ -92,6 +98,40 @@ def _rope_ptx(interleaved, round_products):
     )
 
 
+@pytest.mark.parametrize("rank", [16, 32])
+@pytest.mark.parametrize(("activation", "eight"), [("silu", False), ("gelu_tanh", False), ("silu", True)])
+def test_lora_glu(rank, activation, eight):
+    """Two programs find room on a multiprocessor (227 KB), and an activation takes no division and no slow exp."""
+    kinds = dict.fromkeys(("ha_ptr", "dxa_ptr", "db_gate_ptr", "db_up_ptr", "da_down_ptr"), "*fp32")
+    kinds |= {"scale_gate": "fp32", "scale_up": "fp32"}
+    of_eight = {False: ("q_ptr", "scale_ptr"), True: ("gate_ptr", "up_ptr")}
+    for kernel, backward in (("lora_glu_fwd_kernel", False), ("lora_glu_bwd_kernel", True)):
+        cfg = lora_glu_launch.launch(16384, 14336, 132, rank, backward)
+        names = ("R_GATE", "R_UP", "R_DOWN", "P_GATE", "P_UP", "P_DOWN")
+        constants = {"ACTIVATION": activation, "WIDTH": 14336, **dict.fromkeys(names, rank), "ROWS": cfg.rows}
+        constants |= {"COLUMNS": cfg.columns, "SPLITS": cfg.splits, "STAGES": cfg.stages, "EVEN": True, "EIGHT": eight}
+        own = dict(zip(of_eight[backward], ("*u8", "*fp32"))) if eight else {}
+        made = _compiled("lora_glu", kernel, cfg.warps, constants, kinds | own)
+        ptx = made.asm["ptx"]
+        assert 2 * made.metadata.shared <= 226 * 1024
+        assert ptx.count("ex2.approx.ftz") >= cfg.rows * cfg.columns // (32 * cfg.warps)
+        assert "ex2.approx.f32" not in ptx and ptx.count("div.full") <= (8 if eight and not backward else 0)
+        assert "cvt.rn.f32.s" not in ptx and "cvt.rn.f32.u" not in ptx  # numbers in 8 bits are made of their bits
+
+
+@pytest.mark.parametrize("fp8", [False, True], ids=["", "fp8"])
+def test_cross_entropy(fp8):
+    """Neither loop over the logits divides, and their exponentials have no care for denormal numbers."""
+    cfg = linear_ce_launch.heuristic(128256)
+    floats = ("losses", "factor", "quantized_scale", "slopes")
+    kinds = {**dict.fromkeys(floats, "*fp32"), **dict.fromkeys(("scale", "softcap", "smoothing"), "fp32")}
+    kinds |= {"logits": "*bf16", "labels": "*i64", "quantized": "*fp8e4nv"}
+    constants = {"VOCAB": 128256, "SOFTCAP": False, "SMOOTHING": False, "GRADIENT": True, "FP8": fp8}
+    ptx = _ptx("linear_ce", "cross_entropy_kernel", cfg.num_warps, {**constants, "BLOCK": cfg.block}, kinds)
+    assert ptx.count("div.full") <= 1 and "ex2.approx.f32" not in ptx and ".local" not in ptx
+    assert ptx.count("ex2.approx.ftz") >= 2 * cfg.block // (32 * cfg.num_warps)
+
+
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_rope(interleaved):
     _assert_16_bytes(_rope_ptx(interleaved, True))
@@ -101,3 +141,38 @@ def test_rope(interleaved):
 def test_the_compiler_rounds_each_product_of_a_rotation(round_products):
     ptx = _rope_ptx(False, round_products)
     assert re.search(r"\bmul\.", ptx) and not re.search(r"\bfma\.", ptx)
+
+
+@pytest.mark.parametrize("entropy", [False, True], ids=["", "entropy"])
+@pytest.mark.parametrize("vocab", [128256, 262144])
+def test_linear_logprob(vocab, entropy):
+    """Logits are read and written 16 bytes at a time, and nothing spills."""
+    cfg = linear_logprob_launch.heuristic(vocab)
+    floats = ("logprobs", "entropies", "largest_ptr", "log_total_ptr", "d_logprobs", "d_entropies")
+    kinds = {name: "*fp32" for name in floats} | {name: "fp32" for name in ("scale", "softcap", "cooling")}
+    kinds |= {"logits": "*bf16", "targets": "*i64"}
+    constants = {"VOCAB": vocab, "SOFTCAP": True, "ENTROPY": entropy, "BLOCK": cfg.block}
+    for kernel in ("logprob_fwd_kernel", "logprob_bwd_kernel"):
+        ptx = _ptx("linear_logprob", kernel, cfg.num_warps, constants, kinds)
+        assert 128 in _widths(ptx, "ld")
+        assert kernel == "logprob_fwd_kernel" or 128 in _widths(ptx, "st")
+        assert ".local" not in ptx
+
+
+def test_fp8_quantisation():
+    kinds = {"q_ptr": "*fp8e4nv", "out_ptr": "*fp8e4nv", "scale_ptr": "*fp32", "factor_ptr": "*fp32"}
+    sizes = {"N0": 4096, "N1": 1024, "N2": 1024, "B0": 4096, "B1": 1024, "B2": 1024, "FACTORS": True}
+    ptx = _ptx("fp8", "fp8_quantize_rows_kernel", 8, {**sizes, "CACHE": ".cg"}, kinds)
+    assert ptx.count("ld.global.cg.v4.b32") == 2 and "e4m3x2" in ptx
+    assert "e4m3x2" in _ptx("fp8", "fp8_scale_kernel", 8, {"BLOCK": 4096}, kinds)
+
+
+@pytest.mark.parametrize("options", [(False, False), (True, True)], ids=["plain", "softcap and smoothing"])
+def test_cross_entropy_in_fp8(options):
+    kinds = {
+        "logits": "*bf16", "labels": "*i64", "losses": "*fp32", "factor": "*fp32", "quantized": "*fp8e4nv",
+        "quantized_scale": "*fp32", "slopes": "*fp32", "scale": "fp32", "softcap": "fp32", "smoothing": "fp32",
+    }  # fmt: skip
+    constants = {"VOCAB": 128256, "SOFTCAP": options[0], "SMOOTHING": options[1], "GRADIENT": True, "BLOCK": 8192}
+    ptx = _ptx("linear_ce", "cross_entropy_kernel", 8, {**constants, "FP8": True}, kinds)
+    assert "e4m3x2" in ptx and set(_widths(ptx, "st")) <= {128, 64, 32, 8}  # 8: the label's own entry

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fastft.errors import UsageError
+from fastft.kernels.attention import attention
 from fastft.kernels.rope import ref, rope
 from fastft.kernels.rope.launch import launch
 
@@ -64,6 +65,19 @@ def test_results_are_contiguous_and_lengths_kept(strided, device, layout):
     assert all(out.is_contiguous() for out in rotated)
     for out, x in zip(rotated, (q, k)):
         torch.testing.assert_close(out.norm(dim=-1), x.norm(dim=-1))
+
+
+@pytest.mark.parametrize("layout", ref.LAYOUTS)
+def test_plain_results_lie_as_projections_do_and_so_does_what_attention_makes_of_them(device, layout):
+    """[B, T, H, D] in memory: nothing is copied on the way from the projections into attention and out of it."""
+    projected = [torch.randn(2, 9, heads, 16, device=device, requires_grad=True) for heads in (4, 2, 2)]
+    q, k, v = (x.transpose(1, 2) for x in projected)
+    q, k = ref.rope(q, k, *_tables(1, 9, 8, torch.float32, device), layout)
+    assert all(x.transpose(1, 2).is_contiguous() for x in (q, k))
+    out = attention(q, k, v, 0.25)
+    assert out.transpose(1, 2).is_contiguous()
+    grads = torch.autograd.grad(out, (q, k, v), torch.randn(2, 9, 4, 16, device=device).transpose(1, 2))
+    assert all(grad.transpose(1, 2).is_contiguous() for grad in grads)
 
 
 def test_expanded_gradient_and_unused_keys(strided, device):

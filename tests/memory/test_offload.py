@@ -53,6 +53,24 @@ def test_gradients_are_bitwise_those_without(problem, which):
         assert torch.equal(expected, got)
 
 
+def test_copies_that_were_joined_are_waited_for_once(problem):
+    layers, x, table = problem
+    chain(layers, x, table).sum().backward()
+    expected = [gradient.clone() for gradient in gradients(layers, x)]
+    x.grad = None
+    layers.zero_grad()
+    offloader = Offloader(CPU, least_bytes=1024)
+    loss = chain(layers, x, table, offloader, range(4)).sum()
+    (last,) = offloader._groups
+    assert last.leaving
+    offloader.join()
+    assert not last.leaving and last.left is None  # the tensors are free before the backward begins
+    loss.backward()
+    offloader.join()
+    for wanted, got in zip(expected, gradients(layers, x), strict=True):
+        assert torch.equal(wanted, got)
+
+
 def test_no_buffer_is_made_after_the_first_step(problem):
     layers, x, table = problem
     offloader = Offloader(CPU, least_bytes=1024)

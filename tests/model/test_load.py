@@ -2,13 +2,18 @@
 
 import json
 import shutil
+import socket
+import time
 from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from fastft.cli.plan import read_config
+from fastft.data.preview import preview
 from fastft.errors import LoadError, UsageError
+from fastft.model import files
 from fastft.model.adapters import add_lora
 from fastft.model.load import describe, load
 from fastft.state import get_state
@@ -107,7 +112,7 @@ def test_all_wrong_arguments_are_told_at_once():
     text = str(caught.value)
     assert len(caught.value.problems) == 7
     for part in (
-        "quant: expected None, 'nf4' or 'int8', got '4bit'. did you mean 'nf4'?",
+        "quant: expected None, 'nf4', 'int8' or 'fp8', got '4bit'. did you mean 'nf4'?",
         "did you mean 'float32'?",
         "max_length: expected a positive number",
         "full: expected False together with quant",
@@ -282,6 +287,17 @@ def answer(status):
     return SimpleNamespace(status_code=status, headers={}, request=request, url=request.url, text="", reason_phrase="")
 
 
+@pytest.fixture
+def online(monkeypatch):
+    """The hub is switched on, and knows every model that it is asked for."""
+    import huggingface_hub
+
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+    known = SimpleNamespace(model_info=lambda *_, **__: None)
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda token=None: known)
+
+
 @pytest.mark.parametrize(
     ("error", "status", "message"),
     [
@@ -292,7 +308,7 @@ def answer(status):
         ("HfHubHTTPError", 503, "the hub could not be reached"),
     ],
 )
-def test_what_the_hub_says_is_passed_on(tiny, monkeypatch, error, status, message):
+def test_what_the_hub_says_is_passed_on(tiny, online, monkeypatch, error, status, message):
     import huggingface_hub
     from huggingface_hub import errors
 
@@ -303,15 +319,13 @@ def test_what_the_hub_says_is_passed_on(tiny, monkeypatch, error, status, messag
             raise errors.LocalEntryNotFoundError("not cached")
         raise kind("no", response=answer(status)) if status else kind("no")
 
-    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
-        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
     with pytest.raises(LoadError) as caught:
         load("team/small", revision="v9")
     assert message in str(caught.value) and "'team/small' at revision 'v9'" in str(caught.value)
 
 
-def test_the_network_is_asked_only_for_what_is_not_cached(tiny, monkeypatch):
+def test_the_network_is_asked_only_for_what_is_not_cached(tiny, online, monkeypatch):
     import huggingface_hub
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -324,14 +338,50 @@ def test_the_network_is_asked_only_for_what_is_not_cached(tiny, monkeypatch):
             raise LocalEntryNotFoundError("not cached")
         return str(folder)
 
-    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
-        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     load("team/small")
     assert asked == [True, False]
     cached[0] = True
     load("team/small")
     assert asked == [True, False, True]
+
+
+@pytest.fixture
+def silent_hub(monkeypatch):
+    """The hub takes a connection and never answers; at most a moment is waited for it."""
+    from huggingface_hub import constants
+
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
+        monkeypatch.setattr(files, "SECONDS", 0.3)
+        yield
+
+
+def test_a_hub_that_does_not_answer_is_not_waited_for(silent_hub, tmp_path, monkeypatch):
+    """Neither for a model, nor for its tokenizer or its config alone; a name like it that is here is named."""
+    (tmp_path / "runs" / "my-model").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    for ask in (load, lambda name: preview([{"text": "w1"}], name), read_config):
+        began = time.monotonic()
+        with pytest.raises(LoadError, match=r"did you mean 'runs/my-model'\?.*hub could not be reached"):
+            ask("runs/my-modl")
+        assert time.monotonic() - began < 15
+
+
+@pytest.mark.parametrize("name", ["./my-modl", "../{here}/my-modl", "{path}/my-modl", "my-model.gguf", "a/b/c"])
+def test_what_can_be_no_name_of_the_hub_is_not_asked_for(name, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", None)
+    (tmp_path / "my-model").mkdir()
+    for ask in (load, lambda name: preview([{"text": "w1"}], name), read_config):
+        with pytest.raises(LoadError, match="no hub id") as caught:
+            ask(name.format(path=tmp_path, here=tmp_path.name))
+        assert ("my-model'?" in str(caught.value)) is (name != "a/b/c")
 
 
 def test_a_wrong_id_is_no_crash():

@@ -4,6 +4,7 @@ import torch
 import transformers
 
 from fastft.graph.twin import tiny_model
+from fastft.state import update_state
 
 transformers.logging.set_verbosity_error()
 FAMILIES = (
@@ -25,6 +26,25 @@ def with_lora(model, dtype, r=4, adapter_dtype=None, **kwargs):
             if "lora_" in name:
                 parameter.copy_((torch.randn(parameter.shape, generator=generator) * 0.1).to(dtype))
     return model
+
+
+def in_nf4(model, dense=(), nested=True):
+    """Return the model, frozen, with its layers' linears in NF4 but for those whose last name is in `dense`."""
+    from bitsandbytes.nn import Linear4bit
+
+    for name, module in list(model.named_modules()):
+        parent, _, last = name.rpartition(".")
+        if not isinstance(module, torch.nn.Linear) or "layers" not in name or last in dense:
+            continue
+        made = Linear4bit(
+            module.in_features, module.out_features, module.bias is not None, compute_dtype=module.weight.dtype,
+            compress_statistics=nested, quant_type="nf4",
+        )  # fmt: skip
+        made.load_state_dict(module.state_dict())
+        made.support_avx512bf16_for_cpu = False  # it would repack the weight when it is not in training
+        setattr(model.get_submodule(parent), last, made.to("cpu"))
+    update_state(model, quant="nf4")
+    return model.requires_grad_(False)
 
 
 def make(model_type, dtype, lora, wide=None, **changes):

@@ -1,6 +1,7 @@
 """Real tokenizers, rebuilt from the vocabulary files of a llama.cpp source folder, with the token ids they must give.
 
-Set FASTFT_LLAMA_CPP_SOURCE to an unpacked llama.cpp (llama-cpp-python's source package carries one in vendor/).
+Set FASTFT_LLAMA_CPP_SOURCE to an unpacked llama.cpp (llama-cpp-python's source package carries one in vendor/). Its
+converter needs the packages sentencepiece and protobuf.
 """
 
 import os

@@ -9,7 +9,8 @@ import torch
 
 from fastft.errors import SaveError
 from fastft.train import checkpoint
-from fastft.train.sft import SFTConfig, SFTTrainer
+from fastft.train.sft.config import SFTConfig
+from fastft.train.sft.trainer import SFTTrainer
 
 
 def files(folder):
@@ -111,6 +112,29 @@ def test_rotation_keeps_the_newest_and_the_best(tmp_path):
     checkpoint.rotate(tmp_path, None, None)
     checkpoint.rotate(tmp_path, 1, None)
     assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["checkpoint-10"]
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (PermissionError(errno.EACCES, "Permission denied"), "a matter of permission, not of room: allow this user"),
+        (OSError(errno.EROFS, "Read-only file system"), "a matter of permission, not of room"),
+        (OSError(errno.ENOSPC, "No space left on device"), "GB free on its disk). Free some room or choose another"),
+        (OSError(errno.ENOTDIR, "Not a directory"), "is in the way: move it, or choose another output_dir"),
+        (OSError(errno.EIO, "Input/output error"), "Input/output error. Choose another output_dir."),
+        (RuntimeError("PytorchStreamWriter failed writing file"), "Free some room"),
+    ],
+    ids=lambda value: getattr(value, "strerror", None) or "",
+)
+def test_the_reason_is_told_and_what_to_do_about_it(error, told, tmp_path):
+    text = checkpoint.describe(tmp_path / "checkpoint-2", error)
+    assert told in text and ("room" in told or "Free some room" not in text)
+
+
+def test_a_writer_that_hides_the_reason_in_a_folder_that_may_not_be_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint.os, "access", lambda place, mode: False)
+    text = checkpoint.describe(tmp_path / "a" / "b", RuntimeError("PytorchStreamWriter failed writing file"))
+    assert f"permission, not of room: allow this user to write in {tmp_path}, or choose" in text
 
 
 def test_a_failing_file_leaves_the_old_one(tmp_path):

@@ -1,4 +1,4 @@
-"""Training on compiled layers (aot_eager): the curves of eager transformers, through fastft's and TRL's trainers."""
+"""Training on compiled layers, lowered by aot_eager: the curves of eager transformers, by our trainers and TRL's."""
 
 import json
 from pathlib import Path
@@ -8,10 +8,13 @@ import torch
 import trl
 
 from fastft.data.collate import collate
+from fastft.errors import UsageError
 from fastft.graph.compile import compile as compile_layers
 from fastft.state import get_state
 from fastft.train import step
-from fastft.train.sft import SFTConfig, SFTTrainer
+from fastft.train.recomputing import is_asked
+from fastft.train.sft.config import SFTConfig
+from fastft.train.sft.trainer import SFTTrainer
 
 
 def curve(trainer, name="loss"):
@@ -53,7 +56,7 @@ def test_the_trainer_compiles_unless_told_not_to(build_model, tokenizer, dataset
     assert get_state(models[2]).compiled.settings.plan == "min"
     assert capsys.readouterr().out.count("gradient_checkpointing=True: the layers are compiled with") == 1
     made = SFTTrainer(models[0], SFTConfig(**settings, gradient_checkpointing=True), **more)
-    assert not made.args.gradient_checkpointing and "compiled before with the plan" in capsys.readouterr().out
+    assert not is_asked(made.args) and "compiled before with the plan" in capsys.readouterr().out
 
 
 def test_what_cannot_be_compiled_is_recomputed_by_transformers(build_model, tokenizer, dataset, settings, capsys):
@@ -63,7 +66,7 @@ def test_what_cannot_be_compiled_is_recomputed_by_transformers(build_model, toke
         args = SFTConfig(**{**settings, "max_steps": 2}, gradient_checkpointing=recompute)
         made = SFTTrainer(build_model("stablelm"), args, train_dataset=dataset, processing_class=tokenizer)
         made.train()
-        assert made.model.get_base_model().is_gradient_checkpointing is recompute
+        assert any(getattr(module, "gradient_checkpointing", False) for module in made.model.modules()) is recompute
         curves.append([curve(made), curve(made, "grad_norm")])
     assert curves[0] == curves[1] and min(curves[0][1]) > 0
     assert "transformers recomputes the layers" in capsys.readouterr().out
@@ -77,3 +80,39 @@ def test_many_lengths_compile_no_more_graphs_than_two(how, build_model, build_ro
         batch = collate(build_rows(3, seed=seed, low=6 + seed, high=12 + seed), packed=how == "packed")
         step.loss(model, batch).backward()
     assert len(get_state(model).compiled.report().graphs) <= 4
+
+
+def test_fp8_follows_the_exact_curve_and_is_on_record(build_model, tokenizer, dataset, settings):
+    more = {"train_dataset": dataset, "processing_class": tokenizer}
+    changes = {**settings, "max_steps": 6, "per_device_train_batch_size": 8}
+    curves = {}
+    for compute in ("exact", "fp8", "fp8+head"):
+        model = compile_layers(build_model(), backend="eager", compute=compute)
+        made = SFTTrainer(model, SFTConfig(**changes, compute=compute), **more)
+        made.train()
+        curves[compute] = curve(made)
+        torch.testing.assert_close(curves[compute], curves["exact"], rtol=5e-3, atol=0)
+        run = json.loads((Path(settings["output_dir"]) / "run.json").read_text())
+        assert run["rewrites"]["compute"] == run["config"]["compute"] == compute
+        card = (Path(settings["output_dir"]) / "README.md").read_text()
+        told = f"| compute | {compute}: products with frozen weights had fp8 factors (not exact) |" in card
+        assert told == (compute != "exact")
+    assert len(set(map(tuple, curves.values()))) == 3
+
+
+def test_compute_reaches_the_layers_or_is_refused(build_model, tokenizer, dataset, settings, capsys):
+    more = {"train_dataset": dataset, "processing_class": tokenizer}
+    model = build_model()
+    SFTTrainer(model, SFTConfig(**settings, compute="fp8+head"), **more)
+    assert get_state(model).compiled.report().compute == "fp8+head"
+    assert get_state(model).compiled.planned.setup.fp8_head
+    with pytest.raises(UsageError, match="compute: expected 'exact' with compile=False, got 'fp8'"):
+        SFTTrainer(build_model(), SFTConfig(**settings, compute="fp8"), compile=False, **more)
+    with pytest.raises(UsageError, match=r"compute: expected 'exact', got 'fp8'.*It was compiled before"):
+        SFTTrainer(compile_layers(build_model()), SFTConfig(**settings, compute="fp8"), **more)
+    with pytest.raises(UsageError, match=r"compute: expected 'fp8\+head', got 'exact'.*It was compiled before"):
+        SFTTrainer(model, SFTConfig(**settings, compute="exact"), **more)
+    made = SFTTrainer(model, SFTConfig(**settings), **more)
+    assert made.args.compute == "fp8+head" and "which is not exact, and stays so" in capsys.readouterr().out
+    with pytest.raises(UsageError, match=r"SFTConfig compute: expected one of exact, fp8, fp8\+head, got 'fp9'"):
+        SFTConfig(**settings, compute="fp9")

@@ -7,13 +7,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 from datasets import Dataset
+from tiny import in_nf4, with_lora
 from transformers import TrainerCallback
 
 from fastft.errors import OutOfMemoryError
 from fastft.graph.compile import compile as compile_layers
 from fastft.state import get_state
 from fastft.train import memory
-from fastft.train.sft import SFTConfig, SFTTrainer
+from fastft.train.sft.config import SFTConfig
+from fastft.train.sft.trainer import SFTTrainer
 
 
 class RunsOut(TrainerCallback):
@@ -44,6 +46,22 @@ def test_the_record_holds_the_prediction(build_model, tokenizer, dataset, settin
     assert memory.predicted(build_model()) == {"predicted_bytes": None}
 
 
+def test_the_record_tells_of_dequantised_weights_which_go_with_the_run(build_model, tokenizer, dataset, settings):
+    model = with_lora(in_nf4(build_model(lora=False, hidden_size=64)), torch.float32)
+    made = SFTTrainer(
+        compile_layers(model, plan="fast", backend="eager"),
+        SFTConfig(**{**settings, "max_steps": 2}),
+        train_dataset=dataset,
+        processing_class=tokenizer,
+    )
+    weights = get_state(made.model).compiled.planned.weights
+    made.train()
+    found = json.loads((Path(settings["output_dir"]) / "run.json").read_text())["memory"]
+    assert found["plan"] == "fast" and found["layers"] == "2 layers keep, weights dequantised"
+    assert found["predicted_parts"]["weights dequantised"] == 2 * 4 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 64)
+    assert weights.bytes == 0 and weights.changes == 2 * 7 + 1  # made once each, and let go of together
+
+
 def test_out_of_memory_saves_the_last_step_and_tells_what_would_help(build_model, tokenizer, dataset, settings):
     whole = trainer(build_model, tokenizer, dataset, settings)
     whole.train()
@@ -68,6 +86,22 @@ def test_out_of_memory_saves_the_last_step_and_tells_what_would_help(build_model
     again = trainer(build_model, tokenizer, dataset, settings, output_dir=str(folder), save_strategy="no")
     again.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
     assert [row["loss"] for row in again.state.log_history if "loss" in row] == losses
+
+
+def test_what_is_rescued_is_of_this_run_where_an_earlier_one_left_a_checkpoint_of_that_step(
+    build_model, tokenizer, dataset, settings
+):
+    folder = Path(settings["output_dir"])
+    (folder / "checkpoint-2").mkdir(parents=True)
+    (folder / "checkpoint-2" / "of_another_run").write_text("")
+    (folder / "checkpoint-9").mkdir()
+    made = trainer(build_model, tokenizer, dataset, settings, save_strategy="no")
+    made.add_callback(RunsOut(2))
+    with pytest.raises(OutOfMemoryError) as caught:
+        made.train()
+    kept = folder / "checkpoint-2"
+    assert f"is saved in {kept}; resume={str(kept)!r} goes on from it" in str(caught.value)
+    assert (kept / "trainer_state.json").is_file() and not (kept / "of_another_run").exists()
 
 
 def test_out_of_memory_before_the_first_step(build_model, tokenizer, dataset, settings):

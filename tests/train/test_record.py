@@ -9,7 +9,11 @@ from datasets import Dataset
 
 from fastft.data.collate import collate
 from fastft.train import checkpoint, flops, plots, record, step
-from fastft.train.sft import SFTConfig, SFTTrainer
+from fastft.train.grpo.run import GrpoResult
+from fastft.train.preference.run import PreferenceResult
+from fastft.train.sft.config import SFTConfig
+from fastft.train.sft.run import SftResult
+from fastft.train.sft.trainer import SFTTrainer
 
 
 def test_record_of_a_run(build_model, build_rows, tokenizer, settings):
@@ -138,6 +142,34 @@ def test_picture_leaves_pyplot_alone(tmp_path):
         [{"step": 1, "loss": 2.0}, {"step": 1, "eval_loss": 1.0}, {"step": 2, "loss": "nan"}], tmp_path / "loss.png"
     )
     assert ("matplotlib.pyplot" in sys.modules) == had and (tmp_path / "loss.png").stat().st_size > 1000
+
+
+def test_a_result_is_shown_in_a_line():
+    long, big = tuple((step, 1 / step) for step in range(1, 900)), {"rows": "x" * 9999}
+    shown = [
+        repr(SftResult(long, 0.5, big, "run", big)),
+        repr(GrpoResult(long, long, (), long[:1], big, "run", big)),
+        repr(PreferenceResult(long, (), long, big, "run", big)),
+    ]
+    told = "1.0000 (step 1) to 0.0011 (step 899)"
+    assert shown[0] == f"SftResult(losses={told}, final_loss=0.5, output_dir='run')"
+    assert shown[1] == f"GrpoResult(rewards={told}, losses={told}, kl=none, lengths=1.0000 (step 1), output_dir='run')"
+    assert shown[2] == f"PreferenceResult(losses={told}, accuracies=none, margins={told}, output_dir='run')"
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 5, 80])
+@pytest.mark.parametrize("draw", [plots.plot_run, plots.plot_rewards])
+def test_ticks_are_whole_steps(draw, steps, tmp_path, monkeypatch):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    drawn = []
+    monkeypatch.setattr(FigureCanvasAgg, "print_figure", lambda self, path, **more: drawn.append(self.figure))
+    monkeypatch.setattr(checkpoint, "write_file", lambda path, write: write(path))
+    draw([{"step": step, "loss": 1.0 / step, "reward": step} for step in range(1, steps + 1)], tmp_path / "run.png")
+    for panel in drawn[0].axes:
+        low, high = panel.get_xlim()
+        ticks = [tick for tick in panel.get_xticks() if low <= tick <= high]
+        assert ticks and all(tick == int(tick) for tick in ticks)
 
 
 def test_pauses_are_no_training(monkeypatch):

@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from fastft.errors import UsageError
+from fastft.errors import LoadError, UsageError
+from fastft.export.folder import find_weights
 from fastft.train import checkpoint
 from fastft.train.record import kept_lines
-from fastft.train.sft import SFTConfig, SFTTrainer
+from fastft.train.sft.config import SFTConfig
+from fastft.train.sft.trainer import SFTTrainer
 
 STEPS = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}
 
@@ -72,7 +74,9 @@ def test_an_earlier_run_in_the_folder_is_told_and_loses_to_the_new_one(
 ):
     (run / "checkpoint-2").rename(run / "checkpoint-9")
     trainer(build_model(), tokenizer, dataset, settings, save_total_limit=1).train()
-    assert "checkpoint-9 is of an earlier run" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "checkpoint-9 is of an earlier run" in said
+    assert f"{run} holds an earlier run: this one's weights, records and checkpoints of the same step" in said
     assert [path.name for path in checkpoint.checkpoints(run)] == ["checkpoint-2"]
 
 
@@ -82,7 +86,78 @@ def test_other_data_are_told(run, build_model, build_rows, tokenizer, dataset, s
     for rows, told in ((dataset, False), (Dataset.from_list(build_rows(seed=5)), True)):
         made = trainer(build_model(), tokenizer, rows, settings, max_steps=3)
         made.train(resume_from_checkpoint=str(run / "checkpoint-2"))
-        assert ("not those that the run" in capsys.readouterr().out) is told
+        assert ("the data are not those that" in capsys.readouterr().out) is told
+
+
+def losses(folder):
+    return [(row["step"], row["loss"]) for row in kept_lines(folder / "metrics.jsonl", 99) if "loss" in row]
+
+
+def test_checkpoints_of_an_earlier_run_are_not_gone_on_with_unless_named(
+    run, build_model, tokenizer, dataset, settings, capsys
+):
+    """The first run has two steps more than the second, which is the one that `resume=True` means."""
+    trainer(build_model(), tokenizer, dataset, settings, max_steps=5).train()
+    first = losses(run)
+    again = {"save_steps": 3, "learning_rate": 2e-2}
+    second = trainer(build_model(seed=3), tokenizer, dataset, settings, max_steps=3, **again)
+    second.train()
+    capsys.readouterr()
+    made = trainer(build_model(seed=3), tokenizer, dataset, settings, max_steps=4, **again)
+    made.train(resume_from_checkpoint=True)
+    said = capsys.readouterr().out
+    assert f"{run / 'checkpoint-5'} is of another run" in said and "goes on from checkpoint-3" in said
+    assert losses(run)[:3] == [(row["step"], row["loss"]) for row in second.state.log_history if "loss" in row]
+    assert [step for step, _ in losses(run)] == [1, 2, 3, 4]
+    named = trainer(build_model(), tokenizer, dataset, settings, max_steps=6)
+    named.train(resume_from_checkpoint=str(run / "checkpoint-5"))
+    assert "is of another run than" in capsys.readouterr().out
+    assert [step for step, _ in losses(run)] == [6]  # the lines there were of the second run
+    whole = [(row["step"], row["loss"]) for row in named.state.log_history if "loss" in row]
+    assert whole[:5] == first
+
+
+def test_a_run_without_a_checkpoint_goes_on_from_none_of_another(run, build_model, tokenizer, dataset, settings):
+    trainer(build_model(), tokenizer, dataset, settings, save_strategy="no").train()
+    made = trainer(build_model(), tokenizer, dataset, settings, max_steps=9)
+    with pytest.raises(UsageError, match=r"checkpoint-2 is of another run.*resume='.*checkpoint-2' goes on"):
+        made.train(resume_from_checkpoint=True)
+    with pytest.raises(LoadError, match="is of another run"):
+        for name in ("config.json", "adapter_config.json"):
+            (run / name).unlink(missing_ok=True)
+        find_weights(run)
+
+
+def test_a_way_that_was_left_is_not_gone_on_with(run, build_model, tokenizer, dataset, settings):
+    """From step 1 a second way was gone to step 2 and not kept: step 2 of the folder is the first way's."""
+    made = trainer(build_model(), tokenizer, dataset, settings, max_steps=2, save_strategy="no")
+    made.train(resume_from_checkpoint=str(run / "checkpoint-1"))
+    made = trainer(build_model(), tokenizer, dataset, settings, max_steps=3)
+    made.train(resume_from_checkpoint=True)
+    record = json.loads((run / "run.json").read_text())
+    assert [part["from_step"] for part in record["runs"]] == [0, 1]
+    assert [step for step, _ in losses(run)] == [1, 2, 3]
+
+
+def test_other_settings_are_told(run, build_model, tokenizer, dataset, settings, capsys):
+    changed = {"learning_rate": 5e-3, "lr_scheduler_type": "constant", "max_grad_norm": 0.5, "logging_steps": 2}
+    made = trainer(build_model(), tokenizer, dataset, settings, max_steps=4, **changed)
+    made.train(resume_from_checkpoint=True)
+    said = [line for line in capsys.readouterr().out.splitlines() if "other settings than in" in line]
+    told = f"fastft: other settings than in {run / 'checkpoint-2'}: learning_rate is 0.005 (there 0.01), "
+    told += "lr_scheduler_type is 'constant' (there 'linear'), "
+    told += "max_grad_norm is 0.5 (there 1.0); its optimizer brings learning_rate with it."
+    assert said == [told]
+    rates = [row["learning_rate"] for row in made.state.log_history if "learning_rate" in row]
+    assert rates[-1] == 1e-2  # that of the checkpoint
+
+
+def test_a_checkpoint_of_another_method(run, build_model, tokenizer, dataset, settings):
+    path = run / "checkpoint-2" / "run.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "method": "dpo"}))
+    made = trainer(build_model(), tokenizer, dataset, settings, max_steps=3)
+    with pytest.raises(UsageError, match=r"checkpoint-2 method: expected 'sft'.*got 'dpo'"):
+        made.train(resume_from_checkpoint=True)
 
 
 def test_half_a_line_of_metrics_is_left_out(tmp_path, capsys):

@@ -1,10 +1,13 @@
 """The loss of a batch against transformers' own, packed against padded, and the heads that cannot be fused."""
 
 import pytest
+import tiny
 import torch
 import torch.nn.functional as F
 
 from fastft.data.collate import collate
+from fastft.data.training_collator import training_collator
+from fastft.graph import attention
 from fastft.registry.spec import HeadPoint, ModelSpec
 from fastft.state import update_state
 from fastft.train import step
@@ -178,3 +181,37 @@ def test_autocast_equals_transformers(build_model, build_rows):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         ours, theirs = step.loss(model, batch), own_loss(model, batch)
     torch.testing.assert_close(ours.float(), theirs.float(), rtol=2e-3, atol=0)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_a_mask_of_padding_on_the_right_is_not_needed(family):
+    """Without it no mask is made, and loss and gradients are those with it: at full rows, and at padded ones."""
+    model = tiny.make(family, torch.float32, lora=True)
+    full = tiny.batch(0)
+    mask = torch.ones_like(full["input_ids"])
+    mask[1, 20:] = 0
+    padded = {**full, "labels": full["labels"].masked_fill(mask == 0, -100), "attention_mask": mask}
+    wanted = [tiny.run(model, batch)[1:] for batch in (full, padded)]
+    attention.register()
+    model.get_base_model().set_attn_implementation(attention.NAME)
+    assert step.head_check(model).fused
+    masks = []
+    layer = model.get_base_model().model.layers[0].self_attn
+    layer.register_forward_pre_hook(lambda _, args, kwargs: masks.append(kwargs["attention_mask"]), with_kwargs=True)
+    for batch, (loss, grads) in zip((full, {**padded, "right_padded": True}), wanted, strict=True):
+        value = step.loss(model, batch)
+        torch.testing.assert_close(value.double(), loss, rtol=1e-5, atol=0)
+        ours = gradients(model, value)
+        assert worst({n: g.double() for n, g in ours.items()}, grads) < 2e-5
+    assert [tuple(mask.shape) for mask in masks] == [(1, 1, 0, 0)] * 2
+    left = {**padded, "attention_mask": mask.flip(-1), "right_padded": False}
+    step.loss(model, left)
+    assert masks[-1].shape[-1] == mask.shape[-1]
+
+
+@pytest.mark.parametrize("sizes", [(3, 5), (4, 4)])
+def test_the_collator_pads_on_the_right_and_says_so(sizes, tokenizer):
+    collator = training_collator(tokenizer)
+    batch = collator([{"input_ids": [7] * size, "labels": [7] * size} for size in sizes])
+    assert batch["right_padded"] is True and batch["valid_rows"] == sum(sizes) - len(sizes)
+    assert batch["attention_mask"].sum().item() == sum(sizes)

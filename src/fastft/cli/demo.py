@@ -1,9 +1,10 @@
-"""`fastft demo`: fine-tune the shipped model in 4 bits, and talk to the result."""
+"""`fastft demo`: fine-tune the shipped model in 4 bits, on examples or by rewards, and talk to the result."""
 
 import contextlib
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -18,10 +19,22 @@ NEEDED = ("torch", "transformers", "peft", "trl", "datasets", "bitsandbytes")
 
 @app.command()
 def demo(
-    output: Annotated[Path, typer.Option(help="Where the adapter, the loss curve and the run record go.")] = Path(
-        "run/demo"
-    ),
-    steps: Annotated[int, typer.Option(min=2, help="Training steps of 16 examples.")] = 80,
+    grpo: Annotated[bool, typer.Option("--grpo", help="Learn from rewards for its own answers (GRPO).")] = False,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            help="Where the adapter, the curves and the run record go; run/demo, with --grpo run/demo-grpo.",
+            show_default=False,
+        ),
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            min=2,
+            help="Training steps: 80 of 16 examples, with --grpo 32 of 8 questions, each answered 8 times.",
+            show_default=False,
+        ),
+    ] = None,
     chat: Annotated[
         bool | None, typer.Option("--chat/--no-chat", help="Talk to the result; by default if this is a terminal.")
     ] = None,
@@ -29,21 +42,29 @@ def demo(
 ) -> None:
     """Fine-tune a small model in 4 bits, show its answers before and after, and talk to it.
 
-    Exits with 2 if the loss did not fall.
+    Exits with 2 if the loss did not fall, with --grpo if the mean reward did not rise.
     """
     missing = [name for name in NEEDED if not installed(name)]
     if missing:
         raise UsageError(f"fastft demo needs {', '.join(missing)}: pip install 'fastft[train]'")
-    from fastft.demo.run import run_demo
-
     if chat is None:
         chat = not json and sys.stdin.isatty() and sys.stdout.isatty()
+    given = {name: value for name, value in (("output_dir", output), ("steps", steps)) if value is not None}
     # with --json, what is shown on the way must not mix with the result
     with contextlib.redirect_stdout(sys.stderr) if json else contextlib.nullcontext():
-        shown = run_demo(output, steps=steps, chat=chat)
+        shown = _run(grpo)(**given, chat=chat)
     if json:
         print_json(shown.to_dict())
-    if shown.losses[-1][1] >= shown.losses[0][1]:
-        raise CheckFailed(
-            f"the loss did not fall: {shown.losses[0][1]:.4f} at first, {shown.losses[-1][1]:.4f} at last"
-        )
+    complaint = shown.complaint()
+    if complaint:
+        raise CheckFailed(complaint)
+
+
+def _run(grpo: bool) -> Callable[..., Any]:
+    if grpo:
+        from fastft.demo.reinforce import run_grpo_demo
+
+        return run_grpo_demo
+    from fastft.demo.run import run_demo
+
+    return run_demo

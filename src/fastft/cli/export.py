@@ -22,6 +22,7 @@ NEEDED = ("torch", "transformers", "peft", "safetensors")
 
 Model = Annotated[str, typer.Argument(help="Folder of a run, an adapter or a model, or a model id of the hub.")]
 Out = Annotated[Path, typer.Argument(help="Folder to write; it appears when it is whole.")]
+OutFiles = Annotated[Path, typer.Argument(help="Folder to write into; each file appears when it is whole.")]
 Quants = Annotated[
     list[str] | None, typer.Option("--quant", "-q", help="A quant, q4_k_m by default; may be given several times.")
 ]
@@ -105,7 +106,7 @@ def _lora_gguf(model: str, out: Path, quant: str) -> tuple[Path, str]:
 @app.command()
 def gguf(
     model: Model,
-    out: Out,
+    out: OutFiles,
     quant: Quants = None,
     base: Base = "dequantised",
     imatrix: Annotated[Path | None, typer.Option(help="An importance matrix, as llama.cpp writes them.")] = None,
@@ -147,7 +148,7 @@ def gguf(
         files = [{"quant": f.quant, "path": str(f.path), "bytes": f.size, "types": dict(f.types)} for f in report.files]
         _show({"files": files, "modelfiles": [str(p) for p in written], "ollama": said, "notes": report.notes}, json)
     else:
-        lines = [f"{file.path}: {file.quant}, {file.size / 1e9:.2f} GB" for file in report.files]
+        lines = [str(file) for file in report.files]
         lines += [f"{path}: written" for path in written] + ([said] if said else [])
         _show("\n".join(lines + [f"note: {note}" for note in report.notes]), json)
     if failure is not None:

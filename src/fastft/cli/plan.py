@@ -5,14 +5,13 @@ from typing import Annotated, Any
 
 import typer
 
-from fastft.cli.output import CheckFailed, JsonOption, print_fields, print_json, print_table
-from fastft.environment import hub_offline, installed
+from fastft.cli.output import CheckFailed, JsonOption, checking_arguments, print_fields, print_json, print_table
 from fastft.errors import LoadError, Problem, UsageError, did_you_mean
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 GB = 10**9
-QUANTS = ("nf4", "int8", "none")
+QUANTS = ("nf4", "int8", "fp8", "none")
 
 
 @app.command()
@@ -21,18 +20,25 @@ def plan(
     gpu: Annotated[str, typer.Option(help="Its memory (24GB, 80GiB) or name (H100, RTX 4090).")],
     length: Annotated[int, typer.Option(help="Tokens in a row.", min=1)] = 4096,
     batch: Annotated[int, typer.Option(help="Rows in a micro-batch.", min=1)] = 1,
-    quant: Annotated[str, typer.Option(help="nf4, int8 or none.")] = "nf4",
+    quant: Annotated[str, typer.Option(help="nf4, int8, fp8 or none.")] = "nf4",
     rank: Annotated[int, typer.Option(help="LoRA's rank, on all linears.", min=1)] = 16,
     full: Annotated[bool, typer.Option("--full", help="Train every weight; with --quant none.")] = False,
     optimizer: Annotated[str, typer.Option(help="adamw or adamw_8bit.")] = "adamw",
-    plan: Annotated[str, typer.Option("--plan", help="auto, keep, min, offload, or a budget such as 20GB.")] = "auto",
+    compute: Annotated[str, typer.Option(help="exact, fp8 or fp8+head, as fastft.compile takes it.")] = "exact",
+    plan: Annotated[
+        str,
+        typer.Option(
+            "--plan",
+            help="auto, fast, keep, min, offload, or a budget such as 20GB; +8bit behind it: gate and up in 8 bits.",
+        ),
+    ] = "auto",
     json: JsonOption = False,
 ) -> None:
     """Predict memory and time of a training step from the model's config; no weights are read or downloaded.
 
     Exit code 2 means that it does not fit; what would help is then listed.
     """
-    found = collect(model, gpu, length, batch, quant, rank, full, optimizer, plan)
+    found = collect(model, gpu, length, batch, quant, rank, full, optimizer, plan, compute)
     if json:
         print_json(found)
     else:
@@ -52,43 +58,53 @@ def collect(
     full: bool,
     optimizer: str,
     plan: str,
+    compute: str = "exact",
 ) -> dict[str, Any]:
     """Return what `fastft plan --json` prints. Raises UsageError, SpecError and LoadError."""
+    from attrs import evolve
+
+    from fastft.memory import plan as plans
     from fastft.memory.devices import device_of
     from fastft.memory.estimate import setup_of
-    from fastft.memory.plan import budget_of, longest, planned, remedies, usable
     from fastft.memory.shape import shape_of
     from fastft.registry.resolve import resolve
 
-    _check_arguments(quant, full, optimizer, plan)
-    device = device_of(gpu)
+    with checking_arguments():
+        _check_arguments(quant, full, optimizer, plan, compute)
+        device = device_of(gpu)
     config = read_config(model)
     spec = resolve(config)
     weights = None if quant == "none" else quant
     shape = shape_of(config, spec)
-    setup = setup_of(shape, batch, length, quant=weights, rank=rank, full=full, optimizer=optimizer)
-    limit = min(usable(device.memory), budget_of(plan) or device.memory)
-    made = planned(setup, plan, limit, device)
+    setup = setup_of(shape, batch, length, quant=weights, rank=rank, full=full, optimizer=optimizer, compute=compute)
+    setup = evolve(setup, eight_bits=None if full else plans.named_part(plan)[1])
+    limit = min(plans.usable(device.memory), plans.budget_of(plan) or device.memory)
+    made = plans.planned(setup, plan, limit, device)
+    notes = (
+        plans.fast_is_keep(plan, made.modes, plans.FP8_FACTORS if setup.nf4_weights else plans.NO_NF4),
+        plans.not_in_eight_bits(plan, "without adapters the rewrite that does so is not taken" if full else ""),
+    )
     return {
         "model": model,
         "family": spec.name,
         "gpu": {"name": device.name, "memory_bytes": device.memory},
-        "step": {"rows": batch, "length": length, "quant": weights, "rank": setup.rank},
+        "step": {"rows": batch, "length": length, "quant": weights, "rank": setup.rank, "compute": compute},
         "budget_bytes": limit,
         "fits": made.fits,
-        **_told(made),
-        "longest_length": longest(setup, limit, device),
+        **_told(made, bool(setup.eight_bits)),
+        "notes": [note for note in notes if note],
+        "longest_length": plans.longest(setup, limit, device),
         "remedies": []
         if made.fits
         else [
             {"name": remedy.name, "saves_bytes": remedy.saves, "enough": remedy.fits}
-            for remedy in remedies(setup, made.modes, limit)
+            for remedy in plans.remedies(setup, made.modes, limit)
         ],
     }
 
 
-def _check_arguments(quant: str, full: bool, optimizer: str, plan: str) -> None:
-    from fastft.memory.estimate import OPTIMIZER_BYTES
+def _check_arguments(quant: str, full: bool, optimizer: str, plan: str, compute: str) -> None:
+    from fastft.memory.estimate import COMPUTE, OPTIMIZER_BYTES
     from fastft.memory.plan import plan_problem
 
     problems = [problem for problem in (plan_problem(plan),) if problem]
@@ -96,6 +112,11 @@ def _check_arguments(quant: str, full: bool, optimizer: str, plan: str) -> None:
         problems.append(Problem("--quant", quant, f"one of {', '.join(QUANTS)}", did_you_mean(quant, QUANTS)))
     elif full and quant != "none":
         problems.append(Problem("--full", full, "--quant none beside it", "Quantised weights cannot be trained."))
+    if compute not in COMPUTE:
+        problems.append(Problem("--compute", compute, f"one of {', '.join(COMPUTE)}", did_you_mean(compute, COMPUTE)))
+    elif full and compute != "exact":
+        remedy = "Products with trained weights are exact."
+        problems.append(Problem("--compute", compute, "exact with --full", remedy))
     if optimizer not in OPTIMIZER_BYTES:
         known = tuple(OPTIMIZER_BYTES)
         problems.append(Problem("--optimizer", optimizer, f"one of {', '.join(known)}", did_you_mean(optimizer, known)))
@@ -103,16 +124,18 @@ def _check_arguments(quant: str, full: bool, optimizer: str, plan: str) -> None:
         raise UsageError(*problems)
 
 
-def _told(made: Any) -> dict[str, Any]:
+def _told(made: Any, eight_bits: bool) -> dict[str, Any]:
     """Return a plan and its prediction as plain values."""
+    from attrs import asdict
+
     from fastft.memory.plan import describe_modes
 
     return {
         "parts": [{"name": part.name, "bytes": part.bytes} for part in made.estimate.parts],
         "peak_bytes": made.estimate.peak,
         "host_bytes": made.estimate.host,
-        "layers": describe_modes(made.modes),
-        "modes": [{"level": mode.level, "offload": mode.offload} for mode in made.modes],
+        "layers": describe_modes(made.modes, eight_bits),
+        "modes": [asdict(mode) for mode in made.modes],
         "step_seconds": made.estimate.seconds,
         "time_relative_to_keep": made.estimate.relative,
     }
@@ -125,12 +148,14 @@ def read_config(model: str) -> dict[str, Any]:
     """
     from json import loads
 
+    from fastft.model import files
+
     path = Path(model).expanduser()
     path = path / "config.json" if path.is_dir() else path
     if not path.is_file():
         if path.name == "config.json":
             raise LoadError(f"{path.parent}: no config.json in this folder; give the folder of a whole model")
-        path = _from_hub(model)
+        path = files.locate(model, part="config") / "config.json"
     try:
         config = loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -140,26 +165,13 @@ def read_config(model: str) -> dict[str, Any]:
     return config
 
 
-def _from_hub(model: str) -> Path:
-    if not installed("huggingface_hub"):
-        raise LoadError(f"model {model!r}: no such folder, and huggingface_hub is not installed to look it up")
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return Path(hf_hub_download(model, "config.json", local_files_only=hub_offline()))
-    except (OSError, ValueError) as error:  # the hub's errors are of these two kinds
-        raise LoadError(
-            f"model {model!r}: no such folder, and its config.json is not to be had from the hub "
-            f"({type(error).__name__}); check the name and the network, or give the path of a config.json"
-        ) from error
-
-
 def _print(found: dict[str, Any]) -> None:
     step = found["step"]
     what = f"{step['rows']} x {step['length']} tokens"
     weights = step["quant"] or "16 bits"
     how = f"LoRA rank {step['rank']}" if step["rank"] else "every weight trained"
-    print_fields({"model": found["model"], "family": found["family"], "step": f"{what}, {weights}, {how}"})
+    fp8 = "" if step["compute"] == "exact" else f", compute {step['compute']} (not exact)"
+    print_fields({"model": found["model"], "family": found["family"], "step": f"{what}, {weights}, {how}{fp8}"})
     rows = [(part["name"], f"{part['bytes'] / GB:.2f}") for part in found["parts"]]
     print_table(("memory", "GB"), [*rows, ("peak", f"{found['peak_bytes'] / GB:.2f}")])
     seconds, relative = found["step_seconds"], found["time_relative_to_keep"]
@@ -173,7 +185,7 @@ def _print(found: dict[str, Any]) -> None:
         "of": f"{found['budget_bytes'] / GB:.2f} GB that {found['gpu']['name']} has for it",
         "longest length": found["longest_length"] or "none fits",
     }
-    print_fields(fields)
+    print_fields(fields | ({"note": "; ".join(found["notes"])} if found["notes"] else {}))
     if found["remedies"]:
         rows = [(r["name"], f"{r['saves_bytes'] / GB:.2f}", "yes" if r["enough"] else "") for r in found["remedies"]]
         print_table(("what would help", "saves GB", "enough"), rows)

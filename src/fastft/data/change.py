@@ -5,8 +5,8 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from fastft.data.check import Mistakes, short
-from fastft.errors import DataError, Problem
+from fastft.data.check import Mistakes
+from fastft.errors import DataError, Problem, short
 
 Row = dict[str, Any]
 Change = Callable[[str, Any], tuple[Row, list[Problem]]]

@@ -4,26 +4,27 @@ What the model would write itself is learnt, the stop token included; what it is
 cut without being asked for: a row that cannot be used is an error that names it.
 """
 
+import itertools
 import pickle
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from fastft.data import inputs, pipeline
 from fastft.data.check import (
+    Mistakes,
     check_tokenised,
-    named,
-    refuse,
+    overlong_problems,
     refuse_empty,
     refuse_unlearnable,
     tokenizer_problem,
     whole_number,
 )
 from fastft.data.columns import any_trained
+from fastft.data.files import told_by_file, told_of
 from fastft.data.rendering import templates_of
-from fastft.data.sources import load_rows
+from fastft.data.sources import open_named
 from fastft.data.tokenise import Encoder, Unlearnable
 from fastft.errors import DataError, Problem, UsageError, did_you_mean
 
@@ -75,7 +76,7 @@ def chat_dataset(
 
     Raises `UsageError` for wrong arguments, and `DataError` naming row, field, value and remedy for rows of a wrong
     type, without text, or with nothing to learn, for a template without markers where they are needed, and for a set
-    in which no stop token is learnt.
+    (of a stream, its first rows) in which no stop token is learnt.
     """
     wrong = tokenizer_problem(tokenizer)
     _check_arguments(wrong, train_on, max_length, overlong, max_unlearnable, num_proc)
@@ -87,7 +88,8 @@ def chat_dataset(
     if _is_stream(given.rows):
         return _streamed(given.rows, encoder)
     found = pipeline.encoded(given.rows, encoder, num_proc, progress)
-    found = _sound_rows(found, max_length, max_unlearnable)
+    with told_by_file(given.files):
+        found = _sound_rows(found, max_length, max_unlearnable)
     _need_stops(found, encoder)
     _tell(found)
     return found.select_columns(["input_ids", "labels"])
@@ -98,19 +100,17 @@ def tokenised(data: Any, tokenizer: Any, train_on: str, name: str, alternate: bo
 
     Raises `UsageError` and `DataError`.
     """
-    if isinstance(data, list) and data and isinstance(data[0], Mapping) and "input_ids" in data[0]:
-        from datasets import Dataset
+    source = open_named(data, name)
+    rows = source.rows
+    with told_of(name, source.files):
+        if isinstance(rows, list) and rows and isinstance(rows[0], Mapping) and "input_ids" in rows[0]:
+            from datasets import Dataset
 
-        data = Dataset.from_list(data)
-    try:
-        if isinstance(data, str | Path):
-            data = load_rows(data)
-        if not isinstance(data, Mapping) and "input_ids" in (getattr(data, "column_names", None) or ()):
-            check_tokenised(data, name)
-            return data
-        return chat_dataset(data, tokenizer, train_on=train_on, alternate=alternate)
-    except DataError as error:
-        raise DataError(*(named(problem, name) for problem in error.problems)) from error
+            rows = Dataset.from_list(rows)
+        if "input_ids" in (getattr(rows, "column_names", None) or ()):
+            check_tokenised(rows)
+            return rows
+        return chat_dataset(source, tokenizer, train_on=train_on, alternate=alternate)
 
 
 def _is_stream(rows: Any) -> bool:
@@ -120,53 +120,68 @@ def _is_stream(rows: Any) -> bool:
 
 
 def _streamed(rows: Any, encoder: Encoder) -> Any:
-    """Return an `IterableDataset` that encodes as it is read, and raises at the first batch with a row it cannot."""
-    first = next(iter(rows), None)
-    if first is None:
+    """Return an `IterableDataset` that encodes as it is read, and raises at the first batch with a row it cannot.
+
+    Whether stop tokens are learnt is asked of its first rows.
+    """
+    head = list(itertools.islice(iter(rows), STREAMED))
+    if not head:
         refuse_empty(())
-    columns = tuple(rows.column_names or first)
+    first = head[0]
+    _need_stops_of_head(head, encoder)
+    needed, files = set(encoder.given.recognised.fields.values()), encoder.given.files
 
     def encode(batch: Mapping[str, Any], indices: list[int]) -> dict[str, Any]:
-        made = encoder.encode(pipeline.rows_of(batch, columns), indices)
-        refuse([getattr(problem, "problem", problem) for row in made for problem in row.problems])
+        # `datasets` gives every row of a batch the fields of all; the first row's need not be those of all others
+        whole = pipeline.rows_of(batch, tuple(batch))
+        own = [{name: value for name, value in row.items() if value is not None or name in needed} for row in whole]
+        made = encoder.encode(own, indices)
+        mistakes = Mistakes()
+        for row in made:
+            mistakes.add([getattr(problem, "problem", problem) for problem in row.problems])
+        with told_by_file(files):
+            mistakes.refuse()
         labels = [np.full(len(row.ids), -100) for row in made]
-        for row, own in zip(made, labels, strict=True):
+        for row, learnt in zip(made, labels, strict=True):
             for start, end in row.spans:
-                own[start:end] = row.ids[start:end]
-        return {"input_ids": [row.ids for row in made], "labels": [own.tolist() for own in labels]}
+                learnt[start:end] = row.ids[start:end]
+        return {"input_ids": [row.ids for row in made], "labels": [learnt.tolist() for learnt in labels]}
 
-    features = pipeline.features()
+    features, names = pipeline.features(), ["input_ids", "labels"]
     return rows.map(
         encode,
         with_indices=True,
         batched=True,
         batch_size=STREAMED,
-        remove_columns=list(columns),
-        features=type(features)({name: features[name] for name in ("input_ids", "labels")}),
-    )
+        remove_columns=list(rows.column_names or first),
+        features=type(features)({name: features[name] for name in names}),
+    ).select_columns(names)
 
 
 def _sound_rows(found: Any, max_length: int | None, allowed: float) -> Any:
     """Return the encoded rows without those that may be left out. Raises `DataError` for all others with problems."""
     column = found.with_format("arrow").select_columns(["problems"])
-    problems: list[Problem | str] = []
+    wrong: list[list[Problem | str]] = []  # of each row that has any
     cut: dict[int, Problem] = {}
     first = 0
     for table in column.iter(10_000):
         marks = table["problems"]
         if marks.null_count < len(marks):
             for number, data in enumerate(marks.to_pylist()):
-                for problem in pickle.loads(data) if data else ():
-                    if isinstance(problem, Unlearnable):
-                        cut[first + number] = problem.problem
-                    else:
-                        problems.append(problem)
+                problems = pickle.loads(data) if data else []
+                lost = [problem.problem for problem in problems if isinstance(problem, Unlearnable)]
+                other = [problem for problem in problems if not isinstance(problem, Unlearnable)]
+                cut |= {first + number: lost[0]} if lost else {}
+                wrong += [other] if other else []
         first += len(marks)
-    general = [problem for problem in problems if str(problem).startswith("tokenizer.")]
+    general = [problem for row in wrong for problem in row if str(problem).startswith("tokenizer.")]
     if general:
         raise DataError(*{str(problem): problem for problem in general}.values())
-    if problems or len(cut) > allowed * len(found):
-        refuse([*problems, *cut.values(), *_told_cut(len(cut), len(found), max_length, allowed)])
+    too_many = _told_cut(len(cut), len(found), max_length, allowed)
+    mistakes = Mistakes()
+    for row in [*wrong, *([problem] for problem in cut.values() if too_many)]:
+        mistakes.add(row)
+    mistakes.refuse(also=too_many)
     if not cut:
         return found
     print(
@@ -208,11 +223,23 @@ def _need_stops(found: Any, encoder: Encoder) -> None:
         return
     stops = encoder.scaffold.stops
     if stops and not any_trained(found, stops):
-        names = sorted(encoder.tokenizer.convert_ids_to_tokens(sorted(stops)))
-        cut = "Raise max_length: every turn is cut before it. " if encoder.max_length else ""
-        remedy = f"{cut}A model that never learns to stop goes on until it is stopped."
-        where = f"stop token, learnt in {len(found)} rows"
-        raise DataError(Problem(where, "0 times", f"at least once one of {names}", remedy))
+        _refuse_no_stops(f"{len(found)} rows", encoder)
+
+
+def _need_stops_of_head(rows: Sequence[Any], encoder: Encoder) -> None:
+    """Do what `_need_stops` does for the first rows of a stream; those with problems are told when they are read."""
+    stops = encoder.scaffold.stops
+    made = [row for row in encoder.encode(rows, range(len(rows))) if not row.problems and row.turns]
+    learnt = {int(token) for row in made for start, end in row.spans for token in row.ids[start:end]}
+    if made and stops and learnt.isdisjoint(stops):
+        _refuse_no_stops(f"the first {len(rows)} rows of the stream", encoder)
+
+
+def _refuse_no_stops(where: str, encoder: Encoder) -> None:
+    names = sorted(encoder.tokenizer.convert_ids_to_tokens(sorted(encoder.scaffold.stops)))
+    cut = "Raise max_length: every turn is cut before it. " if encoder.max_length else ""
+    remedy = f"{cut}A model that never learns to stop goes on until it is stopped."
+    raise DataError(Problem(f"stop token, learnt in {where}", "0 times", f"at least once one of {names}", remedy))
 
 
 def _check_arguments(
@@ -221,8 +248,7 @@ def _check_arguments(
     problems = [wrong] if wrong else []
     if train_on not in TRAIN_ON:
         problems.append(Problem("train_on", train_on, f"one of {TRAIN_ON}", did_you_mean(train_on, TRAIN_ON)))
-    if overlong not in ("refuse", "truncate"):
-        problems.append(Problem("overlong", overlong, "'refuse' or 'truncate'"))
+    problems += overlong_problems(overlong)
     if max_length is not None and not (whole_number(max_length) and max_length >= 2):
         expected = "a whole number of tokens, at least 2: the first token is never predicted"
         problems.append(Problem("max_length", max_length, expected))

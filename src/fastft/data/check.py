@@ -8,7 +8,7 @@ from typing import Any
 from attrs import evolve
 
 from fastft.data import columns
-from fastft.errors import DataError, Problem
+from fastft.errors import DataError, Problem, did_you_mean, short
 
 SHOWN = 10
 LONGEST = 4_000_000  # characters of one text: a million tokens or so, more than a model can take
@@ -16,19 +16,19 @@ _EMPTY = "Remove the row or give it text."
 _CALL = "Write it as 'tool_calls': [{'type': 'function', 'function': {'name': ..., 'arguments': {...}}}]."
 
 
-def check_tokenised(dataset: Any, name: str = "train") -> None:
+def check_tokenised(dataset: Any) -> None:
     """Refuse a data set of token ids that is empty or has rows without tokens or without anything to learn.
 
     Raises `DataError`. A stream (without length) is not read.
     """
     if not hasattr(dataset, "__len__"):
         return
-    refuse_empty(dataset, name)
+    refuse_empty(dataset)
     problems = []
     for index in columns.suspects(dataset):
         row = dataset[index]
         ids = row["input_ids"] or ()
-        problem = row_problem(f"{name} row {index}", ids, row.get("labels", ids) or ())
+        problem = row_problem(f"row {index}", ids, row.get("labels", ids) or ())
         problems += [problem] if problem else []
     refuse(problems)
 
@@ -92,35 +92,20 @@ class Mistakes:
         self._unseen += len(self.kept) >= SHOWN
         self.kept.extend(problems[: SHOWN - len(self.kept)])
 
-    def refuse(self, total: int | None = None) -> None:
-        """Raise `DataError` with the first mistakes and the number of all, if there are any; `total` rows were seen."""
+    def refuse(self, total: int | None = None, also: Sequence[Problem | str] = ()) -> None:
+        """Raise `DataError` with the first mistakes and the number of all, if there are any; `total` rows were seen.
+
+        `also` is said besides: it is about all rows, and none of them.
+        """
         if not self.count:
             return
         hidden = self.count - len(self.kept)
-        more = [f"and {self._unseen:,} more rows"] if self._unseen else []
+        more = [f"and {self._unseen:,} more row{'s' * (self._unseen != 1)}"] if self._unseen else []
         if hidden and not self._unseen:
             more = [f"and {hidden:,} more mistakes in these rows"]
         if more and total is not None:
             more = [f"{more[0]}: {self.rows:,} of {total:,} rows cannot be used ({self.count:,} mistakes)"]
-        raise DataError(*self.kept, *more)
-
-
-def short(value: Any, limit: int = 80) -> Any:
-    """Return `value`, or the start of its text and its size where it is longer than `limit` characters."""
-    if isinstance(value, str):
-        return value if len(value) <= limit else f"{value[: limit - 3]}... ({len(value):,} characters)"
-    if isinstance(value, bytes):
-        return value if len(value) <= limit else f"{value[: limit // 4]!r}... ({len(value):,} bytes)"
-    # An outline before the whole: the repr of a row may be as long as the row.
-    if isinstance(value, Mapping):
-        outline: Any = {key: short(part, limit // 2) for key, part in list(value.items())[:SHOWN]}
-    elif isinstance(value, list | tuple):
-        outline = [short(part, limit // 2) for part in value[:SHOWN]]
-    else:
-        outline = value
-    text = repr(outline)
-    whole = not isinstance(value, Mapping | list | tuple) or len(value) <= SHOWN
-    return outline if whole and len(text) <= limit else text[: limit - 3] + "..."
+        raise DataError(*self.kept, *more, *also)
 
 
 def text_problem(where: str, text: Any, *, may_be_empty: bool = False, longest: int | None = LONGEST) -> Problem | None:
@@ -251,42 +236,18 @@ def named(problem: Problem | str, name: str) -> Problem | str:
     return evolve(problem, where=f"{name} {problem.where}") if about_rows else problem
 
 
-def check_arguments(kwargs: Mapping[str, Any], text_field: str = "text") -> None:
-    """Check the data sets that a trainer is given: they are data sets, with rows, and with text. Raises `DataError`."""
-    for name in ("train_dataset", "eval_dataset"):
-        data = kwargs.get(name)
-        for part, rows in data.items() if isinstance(data, Mapping) else [(name, data)]:
-            if isinstance(rows, list | tuple):
-                remedy = "datasets.Dataset.from_list(rows) makes one, fastft.chat_dataset(rows, tokenizer) token ids."
-                raise DataError(Problem(part, type(rows).__name__, "a datasets.Dataset", remedy))
-            if hasattr(rows, "column_names") and hasattr(rows, "__len__"):
-                refuse_empty(rows, part)
-                if "input_ids" in rows.column_names:
-                    check_tokenised(rows, part)
-                elif kwargs.get("formatting_func") is None:
-                    _refuse_without_text(rows, part, text_field)
-    if "train_dataset" in kwargs and kwargs["train_dataset"] is None:
-        raise DataError(Problem("train_dataset", None, "a datasets.Dataset"))
-
-
-def _refuse_without_text(rows: Any, name: str, text_field: str) -> None:
-    """Raise `DataError` naming the rows whose text, messages or completion is missing or empty."""
-    problems = []
-    for field in dict.fromkeys((text_field, "messages", "prompt", "completion")):
-        if field not in rows.column_names:
-            continue
-        for index, value in enumerate(rows[field]):
-            if value is None or (field != "prompt" and len(value.strip() if isinstance(value, str) else value) == 0):
-                where = f"{name} row {index}, {field}"
-                problems.append(Problem(where, value, "a text that is not empty", "Remove the row or give it text."))
-    refuse(problems)
-
-
-def refuse_overlong(dataset: Any, limit: int, name: str = "train") -> None:
+def refuse_overlong(dataset: Any, limit: int) -> None:
     """Raise `DataError` naming the rows of a `datasets.Dataset` with more than `limit` tokens."""
     sizes = columns.lengths(dataset)
-    remedy = "Raise max_length, or cut the rows yourself: chat_dataset(..., max_length=..., overlong='truncate')."
+    remedy = "Raise max_length, or cut such rows with overlong='truncate'."
     refuse(
-        Problem(f"{name} row {index}", f"{sizes[index]} tokens", f"at most max_length={limit}", remedy)
+        Problem(f"row {index}", f"{sizes[index]} tokens", f"at most max_length={limit}", remedy)
         for index in (sizes > limit).nonzero()[0].tolist()
     )
+
+
+def overlong_problems(overlong: Any) -> list[Problem]:
+    """Return what is wrong with an `overlong`, which says what becomes of rows that are too long."""
+    allowed = ("refuse", "truncate")
+    remedy = did_you_mean(str(overlong), allowed)
+    return [] if overlong in allowed else [Problem("overlong", overlong, "'refuse' or 'truncate'", remedy)]

@@ -75,12 +75,6 @@ def loss_bearing(dataset: Any) -> np.ndarray:
     return np.concatenate(parts) if parts else np.zeros(0, np.int64)
 
 
-def trained_ids(dataset: Any, ids: Collection[int]) -> int:
-    """Return how many tokens of `ids` bear loss in the whole set."""
-    wanted = np.asarray(sorted(ids), dtype=np.int32)
-    return sum(int((np.isin(batch.ids, wanted) & batch.bearing()).sum()) for batch in columns(dataset))
-
-
 def any_trained(dataset: Any, ids: Collection[int]) -> bool:
     """Return whether a token of `ids` bears loss anywhere; reads no further than the first few rows that tell."""
     wanted = np.asarray(sorted(ids), dtype=np.int32)

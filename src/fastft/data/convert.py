@@ -4,9 +4,9 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fastft.data.check import message_problems, repeated_answers, short, text_problem
+from fastft.data.check import message_problems, repeated_answers, text_problem
 from fastft.data.kinds import CALL_ROLES, ROLE_OF, ROLES, SYSTEM_COLUMNS, Recognised
-from fastft.errors import Problem, did_you_mean
+from fastft.errors import Problem, did_you_mean, short
 
 Row = dict[str, Any]
 Problems = list[Problem]
@@ -190,13 +190,12 @@ def _system(where: str, row: Row, recognised: Recognised) -> tuple[str, Problems
 
 
 def _optional(row: Row, recognised: Recognised, part: str) -> str:
-    """Return the column of a part that rows may lack: the first rows may have lacked it where this one has it."""
-    if part in recognised.fields:
-        return recognised.fields[part]
+    """Return the column of a part that rows may lack: not all rows that have it need have it under the same name."""
     plain = recognised.fields.get("instruction") == "instruction"
     names = {"system": SYSTEM_COLUMNS, "history": ("history",), "prompt": ("prompt",)}
-    known = names.get(part, ("input", "context") if plain else ())
-    return next((name for name in known if name in row), "")
+    usual = recognised.fields.get(part, "")
+    known = (usual, *names.get(part, ("input", "context") if plain else ()))
+    return next((name for name in known if row.get(name) is not None), usual)
 
 
 def _without(row: Row, recognised: Recognised) -> Row:

@@ -4,14 +4,18 @@ Cells of a table stay the texts they are: nothing becomes a number, a date or Na
 """
 
 import csv
+import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fastft.data.check import Mistakes, short
-from fastft.errors import DataError, Problem
+from attrs import evolve
+
+from fastft.data.check import Mistakes, named
+from fastft.errors import DataError, Problem, short
 
 TEXT_SUFFIXES = (".txt", ".md")
 TABLE_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv")
@@ -20,7 +24,10 @@ SUFFIXES = (*TABLE_SUFFIXES, PARQUET, *TEXT_SUFFIXES)
 _BOM = b"\xef\xbb\xbf"
 _ENCODING = "Save the file as UTF-8, or put the damaged bytes right."
 _CELL = 2**31 - 1  # longest cell of a CSV file, in characters: as good as none
+_SEPARATORS = (",", ";", "\t", "|")
+_ROW = re.compile(r"row (\d+)\b")
 Row = dict[str, Any]
+Placed = tuple[str, Row]  # a row and where it stands: file and line, or file and number
 Told = Callable[[Problem], None]
 
 
@@ -28,7 +35,7 @@ def read_files(paths: Sequence[Path]) -> list[Row]:
     """Return the rows of files in their order. Raises `DataError` with the mistakes of all of them together."""
     mistakes, rows = Mistakes(), []
     for path in paths:
-        rows.extend(_rows_of(path, lambda problem: mistakes.add([problem])))
+        rows.extend(row for _, row in _rows_of(path, lambda problem: mistakes.add([problem])))
     mistakes.refuse()
     return rows
 
@@ -36,14 +43,62 @@ def read_files(paths: Sequence[Path]) -> list[Row]:
 def stream_files(paths: Sequence[Path]) -> Iterator[Row]:
     """Yield the rows of files in their order, a line at a time. Raises `DataError` at the first mistake."""
     for path in paths:
-        yield from _rows_of(path, _raise)
+        for _, row in _rows_of(path, _raise):
+            yield row
+
+
+@contextmanager
+def told_by_file(paths: Sequence[Path]) -> Iterator[None]:
+    """Let a `DataError` about rows that came out of files, in their order, name file and line instead of "row 3".
+
+    The files are read again up to the last row that is named.
+    """
+    try:
+        yield
+    except DataError as error:
+        found = [_ROW.match(problem.where) if isinstance(problem, Problem) else None for problem in error.problems]
+        wanted = {int(match[1]) for match in found if match}
+        if not paths or not wanted:
+            raise
+        places = _places(paths, wanted)
+        told = [
+            evolve(problem, where=f"{places.get(int(match[1]), match[0])}{problem.where[match.end() :]}")
+            if match
+            else problem
+            for problem, match in zip(error.problems, found, strict=True)
+        ]
+        raise DataError(*told) from None
+
+
+@contextmanager
+def told_of(name: str, paths: Sequence[Path] = ()) -> Iterator[None]:
+    """Let a `DataError` about rows name file and line where they are out of files, else the data's `name`."""
+    try:
+        with told_by_file(paths):
+            yield
+    except DataError as error:
+        raise DataError(*(named(problem, name) for problem in error.problems)) from error
+
+
+def _places(paths: Sequence[Path], wanted: Collection[int]) -> dict[int, str]:
+    """Return where rows stand, by their numbers over all files."""
+    placed = itertools.islice((place for path in paths for place in _places_in(path)), max(wanted) + 1)
+    return {index: place for index, place in enumerate(placed) if index in wanted}
+
+
+def _places_in(path: Path) -> Iterator[str]:
+    if path.suffix.lower() == PARQUET:
+        from pyarrow.parquet import ParquetFile
+
+        return (f"{path}, row {number}" for number in range(ParquetFile(path).metadata.num_rows))
+    return (place for place, _ in _rows_of(path, _raise))
 
 
 def _raise(problem: Problem) -> None:
     raise DataError(problem)
 
 
-def _rows_of(path: Path, tell: Told) -> Iterator[Row]:
+def _rows_of(path: Path, tell: Told) -> Iterator[Placed]:
     if path.suffix.lower() in TEXT_SUFFIXES:
         yield from _text(path, tell)
     elif path.suffix.lower() == ".jsonl":
@@ -86,12 +141,12 @@ def _whole(path: Path, tell: Told) -> str | None:
         return None
 
 
-def _text(path: Path, tell: Told) -> Iterator[Row]:
+def _text(path: Path, tell: Told) -> Iterator[Placed]:
     text = _whole(path, tell)
     if text is not None and not text.strip():
         tell(Problem(str(path), text[:20], "a text that is not empty", "Remove the file or give it text."))
     elif text is not None:
-        yield {"text": text}
+        yield str(path), {"text": text}
 
 
 def _object(pairs: Sequence[tuple[str, Any]]) -> Row:
@@ -126,28 +181,27 @@ def _parse(text: str, where: str, tell: Told, line: int = 0) -> Any:
     return None
 
 
-def _need_row(where: str, value: Any, tell: Told) -> Iterator[Row]:
+def _need_row(where: str, value: Any, tell: Told) -> Iterator[Placed]:
     if isinstance(value, Mapping):
-        yield dict(value)
+        yield where, dict(value)
     else:
         tell(Problem(where, short(value), "a JSON object, one row", "A row has its fields by name."))
 
 
-def _json_lines(path: Path, tell: Told) -> Iterator[Row]:
+def _json_lines(path: Path, tell: Told) -> Iterator[Placed]:
     for number, line in _lines(path, tell):
         if line.isspace():
             continue
         broken: list[Problem] = []
-        value = _parse(line.rstrip("\r\n"), f"{path}, line {number}", broken.append, number)
+        where = f"{path}, line {number}"
+        value = _parse(line.rstrip("\r\n"), where, broken.append, number)
         for problem in broken:
             tell(problem)
-        if type(value) is dict:
-            yield value
-        elif not broken:
-            yield from _need_row(f"{path}, line {number}", value, tell)
+        if not broken:
+            yield from _need_row(where, value, tell)
 
 
-def _json(path: Path, tell: Told) -> Iterator[Row]:
+def _json(path: Path, tell: Told) -> Iterator[Placed]:
     """Yield the rows of a JSON list, or of JSON Lines under the name of JSON, as many write them."""
     if _starts_with_object(path):
         yield from _json_lines(path, tell)
@@ -192,13 +246,13 @@ def _long_cells() -> Iterator[None]:
         csv.field_size_limit(before)
 
 
-def _csv(path: Path, tell: Told) -> Iterator[Row]:
+def _csv(path: Path, tell: Told) -> Iterator[Placed]:
     """Yield the rows of a table with a header; rows of another length and cells with open quotes are told."""
-    reader = csv.reader(
-        (line for _, line in _lines(path, _raise)),
-        delimiter="\t" if path.suffix.lower() == ".tsv" else ",",
-        strict=True,
-    )
+    lines = (line for _, line in _lines(path, _raise))
+    head: list[str] = []  # up to the first line that is not blank
+    while not head or head[-1].isspace():
+        head.append(next(lines, ""))
+    reader = csv.reader(itertools.chain(head, lines), delimiter=_separator(path, head[-1]), strict=True)
     header: list[str] | None = None
     while True:
         started = reader.line_num + 1
@@ -222,9 +276,24 @@ def _csv(path: Path, tell: Told) -> Iterator[Row]:
             remedy = f"Its cells are {short(cells)}; a cell with the separator in it stands in quotes."
             tell(Problem(f"{path}, line {started}", f"{len(cells)} cells", expected, remedy))
         else:
-            yield dict(zip(header, cells, strict=True))
+            yield f"{path}, line {started}", dict(zip(header, cells, strict=True))
     if header is None:
         tell(Problem(str(path), "an empty file", "a header and rows"))
+
+
+def _separator(path: Path, header: str) -> str:
+    """Return what separates the cells of a table: the mark its suffix names, or the only other one in its header."""
+    usual = "\t" if path.suffix.lower() == ".tsv" else ","
+    line = header.splitlines()[:1]
+    with _long_cells():
+        names = {mark: next(csv.reader(line, delimiter=mark), []) for mark in _SEPARATORS}
+    found = [mark for mark, cells in names.items() if len(cells) > 1 and all(cell.strip() for cell in cells)]
+    if usual in found or not found:
+        return usual
+    if len(found) > 1:
+        remedy = f"Save the file with {usual!r} between the cells."
+        raise DataError(Problem(f"{path}, line 1", short(header), f"one separator, found {found}", remedy))
+    return found[0]
 
 
 def _header(path: Path, names: list[str]) -> list[str]:

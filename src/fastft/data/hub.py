@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from fastft.environment import hub_offline
-from fastft.errors import DataError, Problem, did_you_mean
+from fastft.errors import DataError, Problem, did_you_mean_path
 
 _LOCAL = "give the path of a file or folder"
 
@@ -39,8 +39,7 @@ def load_from_hub(name: str, config: str | None = None, stream: bool = False) ->
 
 def _near(path: Path) -> str:
     """Return the name in the path's folder that may be meant, in brackets."""
-    there = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-    hint = did_you_mean(path.name, there)
+    hint = did_you_mean_path(path)
     return f" ({hint})" if hint else ""
 
 

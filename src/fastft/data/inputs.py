@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from attrs import evolve, frozen
@@ -10,7 +11,7 @@ from fastft.data.check import refuse_empty
 from fastft.data.convert import Row, convert_row
 from fastft.data.kinds import PLAIN, Recognised
 from fastft.data.recognise import SAMPLE, recognise
-from fastft.data.sources import load_rows
+from fastft.data.sources import open_source
 from fastft.errors import DataError, Problem
 
 _BESIDE = ("tools", "chat_template_kwargs")
@@ -24,13 +25,15 @@ _OTHERS = {
 class Input:
     """Rows as they are in their source, and what they were recognised as. A picklable value but for the rows.
 
-    `features` are those of the Arrow table that the rows are from. `alternate` refuses two assistant turns in a row.
+    `features` are those of the Arrow table that the rows are from, `files` the files. `alternate` refuses two
+    assistant turns in a row.
     """
 
     rows: Any
     recognised: Recognised
     features: Mapping[str, Any] | None = None
     alternate: bool = True
+    files: tuple[Path, ...] = ()
 
     def row(self, where: str, row: Any) -> Row:
         """Return one of the rows in its canonical form. Raises `DataError` with every mistake in it."""
@@ -41,12 +44,13 @@ class Input:
 
 
 def read(source: Any, alternate: bool = True) -> Input:
-    """Return the rows of a source that `load_rows` takes, recognised; one line says what becomes something else.
+    """Return the rows of what `open_source` takes or returns, recognised; one line says what becomes something else.
 
     Of an iterator the first `SAMPLE` rows are read, and come again in `rows`. Raises `DataError` where nothing is
     recognised or more than one kind is.
     """
-    rows = source if hasattr(source, "__next__") else load_rows(source)
+    source = open_source(source)
+    rows = source.rows
     if hasattr(rows, "__next__"):
         head = list(itertools.islice(rows, SAMPLE))
         recognised = recognise(head, stream=len(head) == SAMPLE)
@@ -62,7 +66,7 @@ def read(source: Any, alternate: bool = True) -> Input:
         used = [*recognised.fields.values(), *(name for name in _BESIDE if name in rows.column_names)]
         rows = rows.select_columns(list(dict.fromkeys(used)))
         rows = rows.with_format(None) if hasattr(rows, "__len__") else rows
-    return Input(rows, recognised, features, alternate)
+    return Input(rows, recognised, features, alternate, source.files)
 
 
 def refuse_others(given: Input) -> None:

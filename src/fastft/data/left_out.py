@@ -6,8 +6,7 @@ Each part is changed and the conversation rendered again: where the text stays t
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from fastft.data.check import short
-from fastft.errors import DataError, Problem
+from fastft.errors import DataError, Problem, short
 
 Messages = Sequence[Mapping[str, Any]]
 REASONING = ("reasoning_content", "thinking", "reasoning")

@@ -5,7 +5,6 @@ the scaffold after the stop token, which nobody samples. Spans are in characters
 loss if it holds a character of a span, so one that a tokenizer merges across a span's start counts as sampled.
 """
 
-import re
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
@@ -13,8 +12,9 @@ from typing import Any
 
 from attrs import frozen
 
+from fastft.data.template import Rendered
+
 IGNORE = -100
-GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 Span = tuple[int, int]
 
 
@@ -23,12 +23,14 @@ class Scaffold:
     """What a chat template puts around the assistant's words.
 
     `prompt` is the text that opens the assistant's turn, `stops` the ids of tokens that end it, `special` the ids of
-    all special and added tokens.
+    all special and added tokens. `earlier_end` is the text that a known format writes behind an answer that is not the
+    last, where the model sampled a stop token; empty for formats that write the stop token itself.
     """
 
     prompt: str
     stops: frozenset[int]
     special: frozenset[int]
+    earlier_end: str = ""
 
 
 def special_ids(tokenizer: Any) -> frozenset[int]:
@@ -37,13 +39,13 @@ def special_ids(tokenizer: Any) -> frozenset[int]:
 
 
 def find_scaffold(
-    tokenizer: Any, render: Callable[..., tuple[str, list[Span]] | None] | None = None, stop_tokens: Iterable[str] = ()
+    tokenizer: Any, render: Callable[..., Rendered | None] | None = None, stop_tokens: Iterable[str] = ()
 ) -> Scaffold:
     """Ask the tokenizer's template, by a conversation rendered for the purpose, how it opens and ends a turn.
 
-    `render(messages, add_generation_prompt)` returns the text and its generation spans, or None where the template
-    refuses the conversation. `stop_tokens` are those of the known format, if there is one: else the stop token is the
-    special token that ends the last span, or that follows the answer where nothing is marked.
+    `render(messages, add_generation_prompt)` returns None where the template refuses the conversation. `stop_tokens`
+    are those of the known format, if there is one: else the stop token is the special token that ends the last span, or
+    that follows the answer where nothing is marked.
     """
     special = special_ids(tokenizer)
     stops = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
@@ -56,20 +58,21 @@ def find_scaffold(
     answered, before, opened = (
         render([*asked, {"role": "assistant", "content": "answer"}], False), render(asked, False), render(asked, True),
     )  # fmt: skip
-    prompt = opened[0].removeprefix(before[0]) if before and opened and opened[0].startswith(before[0]) else ""
-    if answered is not None and "answer" in answered[0] and not known:
-        stops |= _ending(answered[0], answered[1], tokenizer, special)
+    prompt = opened.text.removeprefix(before.text) if before and opened and opened.text.startswith(before.text) else ""
+    if answered is not None and "answer" in answered.text and not known:
+        stops |= _ending(answered, tokenizer, special)
     return Scaffold(prompt, frozenset(stops), special)
 
 
-def _ending(text: str, spans: Sequence[Span], tokenizer: Any, special: frozenset[int]) -> set[int]:
-    """Return the id of the special token that ends the answer in `text`, if one does."""
+def _ending(answered: Rendered, tokenizer: Any, special: frozenset[int]) -> set[int]:
+    """Return the id of the special token that ends the answer of a conversation, if one does."""
+    text = answered.text
 
     def ids(part: str) -> list[int]:
         return tokenizer(part, add_special_tokens=False)["input_ids"] if part else []
 
     behind = text.rindex("answer") + len("answer")
-    end = max((end for _, end in spans), default=0)
+    end = max((end for _, end in answered.spans), default=0)
     inside = ids(text[behind:end].strip())[-1:] if end > behind else []
     outside = ids(text[max(behind, end) :].strip())[:1]
     return {token for token in (inside if inside and inside[0] in special else outside) if token in special}

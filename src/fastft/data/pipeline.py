@@ -16,7 +16,7 @@ from typing import Any
 from attrs import frozen
 
 from fastft.data.check import refuse_empty
-from fastft.data.rendering import own_templates
+from fastft.data.template import own_templates
 from fastft.data.tokenise import Encoder
 from fastft.environment import version_of
 

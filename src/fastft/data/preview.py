@@ -152,12 +152,9 @@ def _tokenizer(tokenizer: Any) -> Any:
 
     from fastft.model.files import locate
 
-    name = str(tokenizer)
-    folder = Path(name).expanduser()
-    if folder.exists() or folder.is_absolute() or name.startswith(".") or name.count("/") > 1 or "\\" in name:
-        name = str(locate(name))  # says where it looked, where nothing is
+    folder = locate(str(tokenizer), part="tokenizer")  # says where it looked, where nothing is
     try:
-        return AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
         raise LoadError(f"the tokenizer of {str(tokenizer)!r} cannot be loaded: {error}") from error
 

@@ -2,12 +2,14 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
-from fastft.data.check import Mistakes, short, text_problem
+from fastft.data.check import Mistakes, text_problem
+from fastft.data.files import told_by_file
 from fastft.data.recognise import recognise
-from fastft.data.sources import load_rows
-from fastft.errors import DataError, Problem, UsageError
+from fastft.data.sources import open_source
+from fastft.errors import DataError, Problem, UsageError, short
 
 IGNORE = -100
 BATCH = 100  # documents tokenised together
@@ -36,15 +38,17 @@ def text_dataset(
     Raises `UsageError` for lengths that cannot work, `DataError` naming the documents that are empty or no text.
     """
     _check_arguments(tokenizer, length, overlap)
-    rows = load_rows(source, split, stream=stream)
+    source = open_source(source, split, stream=stream).listed()
+    rows = source.rows
     column = column or _text_column(rows)
     cut = partial(_cut, tokenizer=tokenizer, length=length, overlap=overlap, column=column)
     if hasattr(rows, "__len__") and not stream:
-        return _cut_all(rows, cut)
+        with told_by_file(source.files):
+            return _cut_all(rows, cut)
     from datasets import IterableDataset
 
     return IterableDataset.from_generator(
-        _cut_stream, features=_features(), gen_kwargs={"rows": _Rows(rows), "cut": cut}
+        _cut_stream, features=_features(), gen_kwargs={"rows": _Rows(rows), "cut": cut, "files": source.files}
     )
 
 
@@ -120,11 +124,12 @@ def _cut_all(rows: Any, cut: Any) -> Any:
     return Dataset(pyarrow.concat_tables(tables))
 
 
-def _cut_stream(rows: Any, cut: Any) -> Iterator[dict[str, list[int]]]:
+def _cut_stream(rows: Any, cut: Any, files: Sequence[Path]) -> Iterator[dict[str, list[int]]]:
     for index, row in enumerate(rows):
         for problems, chunks in cut([row], index):
             if problems:
-                raise DataError(*problems)
+                with told_by_file(files):
+                    raise DataError(*problems)
             for ids, labels in chunks:
                 yield {"input_ids": ids, "labels": labels}
 

@@ -7,7 +7,7 @@ from itertools import islice
 from typing import Any
 
 from fastft.data.change import change_rows, turns_feature
-from fastft.data.check import refuse_empty, short
+from fastft.data.check import refuse_empty
 from fastft.data.convert import CHAT_KEYS, convert_row, present
 from fastft.data.kinds import (
     CONTENT_KEYS,
@@ -22,7 +22,7 @@ from fastft.data.kinds import (
     Kind,
     Recognised,
 )
-from fastft.errors import DataError, Problem, did_you_mean
+from fastft.errors import DataError, Problem, did_you_mean, short
 
 BESIDE = ("tools", "chat_template_kwargs")  # columns of a conversation whose keys differ from row to row
 SAMPLE = 100  # rows looked at; canonical looks at all of them
@@ -41,11 +41,10 @@ def recognise(rows_or_columns: Any, *, stream: bool = False) -> Recognised:
     columns, sample, size = _look(rows_or_columns)
     size = -1 if stream else size
     found = _candidates(columns, sample)
+    _refuse_turns(columns, found)
     if not found:
-        known = [name for kind in EXACT.values() for fields in kind for name in fields.values()] + list(CONVERSATIONS)
-        hint = next((hint for name in columns for hint in [did_you_mean(name, known)] if hint), "")
-        remedy = hint or "Rename the columns, or merge them: fastft.to_sharegpt(rows, merged_prompt='{a} {b}', ...)."
-        raise DataError(Problem("columns", short(sorted(columns), 200), f"columns that are known: {KNOWN}", remedy))
+        value, expected = short(sorted(columns), 200), f"columns that are known: {KNOWN}"
+        raise DataError(Problem("columns", value, expected, _other_names(columns)))
     if len(found) > 1:
         kinds = "; ".join(_statement(kind, fields, _keys(kind, fields, sample), None) for kind, fields in found)
         remedy = f"Keep the columns of one: fastft.load_rows(rows, columns={list(found[0][1].values())})."
@@ -124,13 +123,27 @@ def _look(rows: Any) -> tuple[list[str], list[Mapping[str, Any]], int]:
         return list(rows), [], -2
     sample = [row for row in rows[:SAMPLE] if isinstance(row, Mapping)]
     if not sample:
-        raise DataError(Problem("row 0", short(rows[0]), "a dict", f"A row has {KNOWN}."))
+        lists = isinstance(rows[0], list | tuple)
+        remedy = "[{'messages': turns} for turns in rows] makes rows of lists of turns." if lists else ""
+        raise DataError(Problem("row 0", short(rows[0]), "a dict", remedy or f"A row has {KNOWN}."))
     # the first row that is of a kind decides, unless one could be of several; rows of another kind are told one by one
     kinds = [len(_candidates(list(row), [row])) for row in sample]
     decides = next((row for row, count in zip(sample, kinds, strict=True) if count == max(*kinds, 1)), None)
     if decides is None:
         return list(dict.fromkeys(str(name) for row in sample for name in row)), sample, len(rows)
     return [str(name) for name in decides], sample, len(rows)
+
+
+def _other_names(columns: Sequence[str]) -> str:
+    """Return what to do about columns of no known kind: the names that may be meant."""
+    plain = {name: name.strip().lower() for name in columns}
+    used = {name for _, fields in _candidates(list(plain.values()), []) for name in fields.values()}
+    renamed = {name: meant for name, meant in plain.items() if meant in used and meant != name}
+    if renamed:
+        return f"Names are compared letter by letter: rename the columns, as in {renamed}."
+    known = [name for kind in EXACT.values() for fields in kind for name in fields.values()] + list(CONVERSATIONS)
+    hint = next((hint for name in columns for hint in [did_you_mean(name, known)] if hint), "")
+    return hint or "Rename the columns, or merge them: fastft.to_sharegpt(rows, merged_prompt='{a} {b}', ...)."
 
 
 def _candidates(columns: Sequence[str], sample: Sequence[Mapping[str, Any]]) -> list[tuple[Kind, Fields]]:
@@ -217,6 +230,15 @@ def _roles_renamed(column: str, keys: tuple[str, str], sample: Sequence[Mapping[
     names = {turn["role"] for turn in _turns_of(column, sample) if isinstance(turn.get("role"), str)}
     others = {ROLE_OF.get(name.lower(), "") for name in names - set(ROLES)}
     return bool(others & {"user", "assistant", "system"}) and "" not in others
+
+
+def _refuse_turns(columns: Sequence[str], found: Sequence[tuple[Kind, Fields]]) -> None:
+    """Raise `DataError` for rows that are the turns of one conversation: their contents are no texts of their own."""
+    if all(fields.get("text") == "content" for _, fields in found) and (
+        {"role", "content"} <= set(columns) or {"from", "value"} <= set(columns)
+    ):
+        remedy = "The turns of a conversation are one row: [{'messages': turns}]."
+        raise DataError(Problem("columns", sorted(columns), "rows that are no single turns", remedy))
 
 
 def _refuse_unpaired(kind: Kind, columns: Sequence[str], sample: Sequence[Mapping[str, Any]]) -> None:

@@ -1,16 +1,24 @@
-"""Chat templates: which one to render with, so that what the assistant says is marked, and the rendering itself."""
+"""Conversations of rows to text: which template marks what the assistant says, and that nothing is left out."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from attrs import evolve, frozen
 
 from fastft.data import left_out
-from fastft.data.check import short
-from fastft.data.mask import GENERATION, Scaffold, Span, find_scaffold
+from fastft.data.known_format import recognise_format
+from fastft.data.mask import Scaffold, find_scaffold, merged
+from fastft.data.template import (
+    Rendered,
+    has_generation_markers,
+    own_templates,
+    render_all,
+    render_errors,
+    same_but_end,
+)
 from fastft.data.unlearnt import NO_RULES, Rules, find_rules
-from fastft.errors import DataError, Problem, did_you_mean
+from fastft.errors import DataError, Problem, did_you_mean, short
 
 NO_TEMPLATE = "Set tokenizer.chat_template, or give rows with 'prompt' and 'completion' or 'text'."
 NO_MARKERS = (
@@ -31,8 +39,8 @@ class Templates:
     Where `compare` is set, `plain` and `tools` are those of a known format, marked with `{% generation %}`, and a row
     is only used if the tokenizer's own template in `compare` renders the same text, stop tokens in `ends` and white
     space at its end excepted. `lists`: it takes contents that are lists of parts. `rules` say what it does to earlier
-    answers. `problem` says why messages cannot
-    be rendered, or (`unmarked`) why their assistant turns cannot be told from the rest.
+    answers. `problem` says why messages cannot be rendered, or (`unmarked`) why their assistant turns cannot be told
+    from the rest.
     """
 
     plain: str = ""
@@ -44,43 +52,6 @@ class Templates:
     problem: Problem | None = None
     unmarked: Problem | None = None
 
-    def same(self, text: str, own: str) -> bool:
-        """Return whether the known format's text is that of the tokenizer's own template, but for its end."""
-        if text == own:
-            return True
-        shorter, longer = sorted((text, own), key=len)
-        rest = longer.removeprefix(shorter.rstrip())
-        for token in self.ends:
-            rest = rest.replace(token, "")
-        return longer.startswith(shorter.rstrip()) and not rest.strip()
-
-
-def render(
-    tokenizer: Any,
-    template: str,
-    conversations: Sequence[Any],
-    opened: bool,
-    tools: Any = None,
-    extra: Mapping[str, Any] | None = None,
-    marked: bool = False,
-) -> list[tuple[str, list[Span]]]:
-    """Render conversations with a template; return each one's text and the character spans of its generation blocks.
-
-    `opened` adds the generation prompt. Raises what Jinja raises.
-    """
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    settings = {**tokenizer.special_tokens_map, **(extra or {})}
-    texts, spans = render_jinja_template(
-        conversations=[list(messages) for messages in conversations],
-        tools=tools,
-        chat_template=template,
-        return_assistant_tokens_mask=marked,
-        add_generation_prompt=opened,
-        **settings,
-    )
-    return list(zip(texts, spans if marked else [[] for _ in texts], strict=True))
-
 
 @frozen
 class Renderer:
@@ -91,12 +62,12 @@ class Renderer:
 
     def alone(
         self, where: str, messages: Any, opened: bool, tools: Any = None, extra: Mapping[str, Any] | None = None
-    ) -> tuple[str, list[Span]]:
-        """Return text and generation spans of one conversation, called `where` in errors. Raises `DataError`."""
+    ) -> Rendered:
+        """Return one conversation, called `where` in errors, as text. Raises `DataError`."""
 
         def text_of(messages: Any, tools: Any = tools) -> str | None:
             try:
-                return self.rendered([messages], opened, tools, extra)[0][0]
+                return self.rendered([messages], opened, tools, extra)[0].text
             except (*render_errors(), DataError):
                 return None
 
@@ -109,33 +80,33 @@ class Renderer:
             if problems:
                 raise DataError(*problems)
         try:
-            ((text, spans),) = self.rendered([messages], opened, tools, extra)
+            (made,) = self.rendered([messages], opened, tools, extra)
         except DataError as error:
             raise DataError(*(evolve(problem, where=where) for problem in error.problems)) from error
         except render_errors() as error:
             general = Problem(where, short(messages), "messages that the template takes", f"The template says: {error}")
             raise DataError(*(left_out.refused(where, messages, text_of, str(error)) or [general])) from error
-        problems = left_out.left_out(where, messages, tools, text, text_of)
+        problems = left_out.left_out(where, messages, tools, made.text, text_of)
         if problems:
             raise DataError(*problems)
-        return text, spans
+        return made
 
     def rendered(
         self, conversations: Sequence[Any], opened: bool, tools: Any = None, extra: Mapping[str, Any] | None = None
-    ) -> list[tuple[str, list[Span]]]:
-        """Return text and generation spans of every conversation.
+    ) -> list[Rendered]:
+        """Return every conversation as text; `opened` adds the generation prompt.
 
         Raises what Jinja raises, and `DataError` where the texts of `compare` differ.
         """
         template = self.templates.tools if tools else self.templates.plain
-        marked = GENERATION.search(template) is not None
-        found = render(self.tokenizer, template, conversations, opened, tools, extra, marked)
+        variables = {**self.tokenizer.special_tokens_map, **(extra or {})}
+        found = render_all(template, conversations, variables, tools=tools, add_generation_prompt=opened)
         if self.templates.compare is None:
             return found
         own = self.templates.compare[1 if tools else 0]
-        pairs = render(self.tokenizer, own, conversations, opened, tools, extra)
-        for (text, _), (wanted, _), messages in zip(found, pairs, conversations, strict=True):
-            if not self.templates.same(text, wanted):
+        wanted = render_all(own, conversations, variables, tools=tools, add_generation_prompt=opened)
+        for made, other, messages in zip(found, wanted, conversations, strict=True):
+            if not same_but_end(made.text, other.text, self.templates.ends):
                 raise DataError(Problem("messages", short(messages), "the rendering of the known format", OTHERWISE))
         return found
 
@@ -154,17 +125,6 @@ def _setting_problems(where: str, settings: Any, templates: Templates) -> list[P
     ]
 
 
-def own_templates(tokenizer: Any) -> tuple[str, str]:
-    """Return the tokenizer's templates for conversations without and with tools; empty where it has none."""
-    template = getattr(tokenizer, "chat_template", None)
-    if not template:
-        return "", ""
-    if isinstance(template, str):
-        return template, template
-    plain = template.get("default") or next(iter(template.values()))
-    return plain, template.get("tool_use") or plain
-
-
 def templates_of(tokenizer: Any, train_on: str) -> tuple[Templates, Scaffold]:
     """Return what to render a tokenizer's conversations with, and what its template puts around an answer.
 
@@ -180,16 +140,18 @@ def templates_of(tokenizer: Any, train_on: str) -> tuple[Templates, Scaffold]:
             NO_TEMPLATE,
         )
         return Templates(problem=problem), find_scaffold(tokenizer)
-    marked = all(GENERATION.search(template) for template in (plain, tools))
-    known = None if marked else _known_format(tokenizer)
+    marked = all(has_generation_markers(template) for template in (plain, tools))
+    known = None if marked else recognise_format(tokenizer)
 
-    def probe(messages: Sequence[Any], opened: bool, template: str = plain) -> tuple[str, list[Span]] | None:
+    def probe(messages: Sequence[Any], opened: bool, template: str = plain) -> Rendered | None:
         try:
-            return render(tokenizer, template, [messages], opened, marked=marked or template != plain)[0]
+            return render_all(template, [messages], tokenizer.special_tokens_map, add_generation_prompt=opened)[0]
         except render_errors():
             return None
 
     scaffold = find_scaffold(tokenizer, probe, known.stop_tokens if known else ())
+    form = recognise_format(tokenizer) if marked and _ends_differ(probe) else known
+    scaffold = evolve(scaffold, earlier_end=(form and form.assistant.earlier_end) or "")
     parts = probe([{"role": "user", "content": [{"type": "text", "text": "question"}]}], False)
     lists = parts is not None and parts == probe([{"role": "user", "content": "question"}], False)
     if train_on == "all":
@@ -206,14 +168,8 @@ def templates_of(tokenizer: Any, train_on: str) -> tuple[Templates, Scaffold]:
     return Templates(plain, tools, lists=lists, unmarked=unmarked), scaffold
 
 
-def _known_format(tokenizer: Any) -> Any:
-    from fastft.data.template import recognise_format
-
-    return recognise_format(tokenizer)
-
-
-def render_errors() -> tuple[type[Exception], ...]:
-    """Return what a template may raise for messages that it does not take."""
-    from jinja2.exceptions import TemplateError
-
-    return (TemplateError, TypeError, ValueError, KeyError, AttributeError)
+def _ends_differ(probe: Callable[..., Rendered | None]) -> bool:
+    """Return whether the same answer is marked otherwise at the end of a conversation than before it."""
+    turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+    whole = probe([*turns, *turns], False)
+    return whole is not None and len({whole.text[slice(*span)] for span in merged(whole.spans)}) > 1

@@ -14,10 +14,10 @@ from attrs import define, field
 
 from fastft.data import columns, training_collator
 from fastft.data.check import SHOWN, refuse_empty
+from fastft.data.known_format import recognise_format, response_parts
 from fastft.data.mask import IGNORE, Span, special_ids
 from fastft.data.pieces import Pieces
 from fastft.data.rendering import templates_of
-from fastft.data.template import recognise_format, response_parts
 from fastft.errors import DataError, Problem, UsageError
 
 
@@ -26,9 +26,9 @@ class Responses:
     """Finds the responses in rows of token ids: from `response_part` to the stop token, that one included.
 
     Where a response has no stop token it goes to the next `instruction_part` or `response_part`, or to the row's end.
-    A special token before these, such as gpt-oss has at the end of earlier answers, is not sampled: the model ends with
-    its stop token there. `thinking` are the markers of reasoning that the format knows: a response that is reasoning
-    and ends with a new `response_part` goes on behind it.
+    What the format writes at the end of earlier answers (`earlier_end`, as gpt-oss does), or else a special token
+    before these, is not sampled: the model ends with its stop token there. `thinking` are the markers of reasoning that
+    the format knows: a response that is reasoning and ends with a new `response_part` goes on behind it.
     `last`: of each row, or of each document of a packed row, the last response alone. Picklable.
     """
 
@@ -41,6 +41,7 @@ class Responses:
     opening: str = ""  # what the generation prompt has behind the response part: given; a document that has it anywhere
     # has its responses there alone
     thinking: tuple[str, str] = ("", "")
+    earlier_end: str = ""
     pieces: Pieces = field(init=False)
     special: frozenset[int] = field(init=False)
     _patterns: dict[str, re.Pattern[str]] = field(factory=dict)
@@ -83,14 +84,24 @@ class Responses:
             high = bisect_right(ends, limit)
             reach = range(low, min(high + 1, len(ids)))  # a stop token may be what opens the next turn
             stop = next((place for place in reach if ids[place] in self.stops), None)
-            while stop is None and limit < len(text) and high > low and ids[high - 1] in self.special:
-                high -= 1
-            high = high if stop is None else stop + 1
+            if stop is not None:
+                high = stop + 1
+            elif limit < len(text):
+                high = self._without_end(ids, text, ends, low, limit)
             if spans and self._is_thought(text, ends[spans[-1][0] - 1], begin):
                 spans[-1] = (spans[-1][0], high)
             elif low < high:
                 spans.append((low, high))
         return spans[-1:] if self.last else spans
+
+    def _without_end(self, ids: Sequence[int], text: str, ends: Sequence[int], low: int, limit: int) -> int:
+        """Return the last + 1 token of an earlier response from token `low` to the character `limit`."""
+        if self.earlier_end and text.endswith(self.earlier_end, 0, limit):
+            return bisect_right(ends, limit - len(self.earlier_end))
+        high = bisect_right(ends, limit)
+        while high > low and ids[high - 1] in self.special:
+            high -= 1
+        return high
 
     def _is_thought(self, text: str, start: int, end: int) -> bool:
         """Return whether a response from `start` is reasoning, and `end` is where the same turn goes on."""
@@ -145,8 +156,17 @@ def train_on_responses_only(
     thinking = (form.thinking.start, form.thinking.end) if turned else ("", "")
     scaffold = templates_of(tokenizer, "all")[1]
     opening = scaffold.prompt.partition(response_part)[2]
-    parts = instruction_part, response_part
-    responses = Responses(tokenizer, *parts, scaffold.stops, last_response_only, bool(force_match), opening, thinking)
+    responses = Responses(
+        tokenizer,
+        instruction_part,
+        response_part,
+        scaffold.stops,
+        last=last_response_only,
+        exact=bool(force_match),
+        opening=opening,
+        thinking=thinking,
+        earlier_end=scaffold.earlier_end,
+    )
     if return_function:
         return responses
     if not hasattr(trainer, "train_dataset"):
@@ -233,7 +253,7 @@ def _without_response(
 
 def refuse_untrained_stop(dataset: Any, stops: Collection[int], tokenizer: Any, name: str) -> None:
     """Raise `DataError` if stop tokens stand in a `datasets.Dataset` of masked rows, and none of them bears loss."""
-    if not stops or columns.trained_ids(dataset, stops):
+    if not stops or columns.any_trained(dataset, stops):
         return
     present = columns.present_ids(dataset, stops)
     if not present:

@@ -6,9 +6,11 @@ from glob import glob, has_magic
 from pathlib import Path
 from typing import Any
 
-from fastft.data.check import Mistakes, short
-from fastft.data.files import PARQUET, SUFFIXES, TEXT_SUFFIXES, read_files, stream_files
-from fastft.errors import DataError, Problem, UsageError, did_you_mean
+from attrs import frozen
+
+from fastft.data.check import Mistakes
+from fastft.data.files import PARQUET, SUFFIXES, TEXT_SUFFIXES, read_files, stream_files, told_of
+from fastft.errors import DataError, Problem, UsageError, did_you_mean, short
 
 # Words in the names of files and folders that say which split they are.
 SPLITS = {
@@ -18,6 +20,16 @@ SPLITS = {
 }
 ABOUT = ("readme", "license", "licence", "notice", "citation", "changelog", "contributing")
 PATH = 4096  # longest path, in characters
+FILES = "fastft_files"  # attribute of a stream that `load_rows` returned: the files it reads
+# What to do about a file that is no rows as it stands.
+ADVICE = {
+    (".xlsx", ".xls", ".ods"): "Save the sheet as CSV in UTF-8, or pass Dataset.from_pandas(pandas.read_excel(path)).",
+    (".gz", ".zip", ".zst", ".xz", ".bz2", ".tar"): "Unpack it.",
+    (".ndjson", ".ldjson"): "Rename it to .jsonl, which it is.",
+    (".arrow", ".feather"): "datasets.Dataset.from_file(path) reads Arrow; a folder of save_to_disk is read whole.",
+    (".pdf", ".docx", ".doc", ".html", ".htm", ".epub"): "Save its text as .txt or .md.",
+    (".yaml", ".yml", ".xml", ".pkl", ".pickle"): "Read it yourself, and pass a list of dicts or save JSON Lines.",
+}
 ROWS = "a list of rows, each a dict, a datasets.Dataset or IterableDataset, a file, a folder, or a name of the hub"
 
 
@@ -46,25 +58,63 @@ def load_rows(
     Raises `UsageError` for arguments that do not fit the source; `DataError` naming what was tried where nothing is
     found, the splits where none is meant, or file, line and byte of what cannot be read.
     """
+    opened = open_source(source, split, config=config, stream=stream).listed()
+    rows = opened.rows if columns is None else _select(opened.rows, list(columns))
+    return _with_files(rows, opened.files)
+
+
+@frozen
+class Source:
+    """Rows, and the files that they are from, in their order; no files where they are from elsewhere."""
+
+    rows: Any
+    files: tuple[Path, ...] = ()
+
+    def listed(self) -> "Source":
+        """Return the source with the rows of an iterator, which can be read once, as a list."""
+        return Source(list(self.rows), self.files) if hasattr(self.rows, "__next__") else self
+
+
+def open_source(source: Any, split: str | None = None, *, config: str | None = None, stream: bool = False) -> Source:
+    """Return the rows that `load_rows` returns and the files they are from; an iterator is left as it is.
+
+    A `Source` comes back as it is.
+    """
+    if isinstance(source, Source):
+        return source
     if isinstance(source, str | Path):
-        rows = _from_text(str(source), split, config, stream)
-    elif isinstance(source, Mapping):
-        rows = _choose_split({str(name): part for name, part in _parts(source).items()}, split, "rows")
-    elif hasattr(source, "column_names"):
-        rows = _without_split(source, split)
-    elif type(source).__module__.partition(".")[0] in ("pandas", "polars"):
+        return _from_text(str(source), split, config, stream)
+    if isinstance(source, Mapping):
+        return Source(_choose_split({str(name): part for name, part in _parts(source).items()}, split, "rows"))
+    if hasattr(source, "column_names") or hasattr(source, "__next__"):
+        return Source(_without_split(source, split), getattr(source, FILES, ()))
+    if type(source).__module__.partition(".")[0] in ("pandas", "polars"):
         remedy = "datasets.Dataset.from_pandas(frame) or .from_polars(frame) makes one."
         raise DataError(Problem("rows", type(source).__name__, ROWS, remedy))
-    elif isinstance(source, bytes) or not isinstance(source, Iterable):
+    if isinstance(source, bytes) or not isinstance(source, Iterable):
         raise DataError(Problem("rows", short(source), ROWS))
-    else:
-        rows = source if isinstance(source, list) else list(source)
-        if rows and all(isinstance(path, str | Path) for path in rows):
-            _refuse_texts(rows)
-            rows = _from_paths(rows, split, stream)
-        else:
-            rows = _without_split(rows, split)
-    return rows if columns is None else _select(rows, list(columns))
+    rows = source if isinstance(source, list) else list(source)
+    if rows and all(isinstance(path, str | Path) for path in rows):
+        _refuse_texts(rows)
+        return _from_paths(rows, split, stream)
+    return Source(_without_split(rows, split))
+
+
+def open_named(source: Any, name: str) -> Source:
+    """Return what `open_source` returns; errors tell the data's `name`."""
+    with told_of(name):
+        return open_source(source)
+
+
+def _with_files(rows: Any, files: tuple[Path, ...]) -> Any:
+    """Return a stream with the files it is from, so that later errors can name them; other rows as they are.
+
+    What `datasets` makes of the stream is another object without them: its rows may stand in another order. Nor has a
+    stream of several shards them, which the workers of a loader number each from 0.
+    """
+    if files and hasattr(rows, "column_names") and not hasattr(rows, "__len__") and rows.num_shards == 1:
+        setattr(rows, FILES, files)
+    return rows
 
 
 def _parts(source: Mapping[Any, Any]) -> Mapping[Any, Any]:
@@ -129,7 +179,7 @@ def _need_columns(columns: Sequence[str], there: Sequence[str]) -> None:
 # ---- files and folders
 
 
-def _from_text(text: str, split: str | None, config: str | None, stream: bool) -> Any:
+def _from_text(text: str, split: str | None, config: str | None, stream: bool) -> Source:
     """Return the rows that a path, a pattern or a name stands for."""
     if "\n" in text or len(text) > PATH:
         raise DataError(Problem("rows", short(text), ROWS, "A text is a row: [{'text': text}]."))
@@ -150,10 +200,10 @@ def _from_text(text: str, split: str | None, config: str | None, stream: bool) -
         raise DataError(Problem("rows", text, "a file or folder that exists", remedy))
     from fastft.data.hub import load_from_hub
 
-    return _choose_split(load_from_hub(text, config, stream), split, text)
+    return Source(_choose_split(load_from_hub(text, config, stream), split, text))
 
 
-def _from_paths(paths: Sequence[str | Path], split: str | None, stream: bool) -> Any:
+def _from_paths(paths: Sequence[str | Path], split: str | None, stream: bool) -> Source:
     """Return the rows of files, which must all be of known suffixes, tables or Parquet or texts."""
     _without_split(None, split)
     files = [Path(path).expanduser() for path in paths]
@@ -162,8 +212,7 @@ def _from_paths(paths: Sequence[str | Path], split: str | None, stream: bool) ->
         if not path.is_file():
             mistakes.add([Problem(str(path), "no such file", "a file", f"Looked for {path.absolute()}.")])
         elif path.suffix.lower() not in SUFFIXES:
-            remedy = "Rename the file, or read it yourself and pass a list of dicts."
-            mistakes.add([Problem(str(path), path.suffix, f"one of {SUFFIXES}", remedy)])
+            mistakes.add([Problem(str(path), path.suffix, f"one of {SUFFIXES}", _advice(path))])
     mistakes.refuse()
     kinds = {"parquet": [], "text": [], "table": []}
     for path in files:
@@ -174,8 +223,14 @@ def _from_paths(paths: Sequence[str | Path], split: str | None, stream: bool) ->
         remedy = f"Name the ones that are meant, as '*{Path(some[0]).suffix}', say."
         raise DataError(Problem("files", some, "tables, or texts, or Parquet, not several of them", remedy))
     if kinds["parquet"]:
-        return _parquet(files, stream)
-    return _stream(files) if stream else read_files(files)
+        return Source(_parquet(files, stream), tuple(files))
+    return Source(_stream(files) if stream else read_files(files), tuple(files))
+
+
+def _advice(path: Path) -> str:
+    """Return what to do about a file of a suffix that is not read."""
+    plain = "Rename the file, or read it yourself and pass a list of dicts."
+    return next((advice for suffixes, advice in ADVICE.items() if path.suffix.lower() in suffixes), plain)
 
 
 def _stream(files: Sequence[Path]) -> Any:
@@ -207,17 +262,17 @@ def _parquet(files: Sequence[Path], stream: bool) -> Any:
     return Dataset.from_parquet(names)
 
 
-def _from_folder(folder: Path, split: str | None, stream: bool) -> Any:
+def _from_folder(folder: Path, split: str | None, stream: bool) -> Source:
     """Return the rows of a folder: a saved data set, one that its card describes, or its files."""
     from datasets import load_dataset, load_from_disk
 
     if (folder / "dataset_dict.json").is_file():
-        return _choose_split(load_from_disk(str(folder)), split, str(folder))
+        return Source(_choose_split(load_from_disk(str(folder)), split, str(folder)))
     if (folder / "state.json").is_file():
-        return _without_split(load_from_disk(str(folder)), split)
+        return Source(_without_split(load_from_disk(str(folder)), split))
     card = folder / "README.md"
     if card.is_file() and _describes_files(card.read_text("utf-8", "replace")):
-        return _choose_split(load_dataset(str(folder), streaming=stream), split, str(folder))
+        return Source(_choose_split(load_dataset(str(folder), streaming=stream), split, str(folder)))
     parts = _split_files(folder, _files_in(folder))
     if len(parts) == 1 and "" in parts:
         return _from_paths(parts[""], split, stream)
@@ -239,6 +294,7 @@ def _files_in(folder: Path) -> list[Path]:
     others = [path.relative_to(folder).as_posix() for path in files if path.suffix.lower() not in SUFFIXES]
     if others:
         remedy = f"Take them away, or name the files that are meant, as {str(folder / '*.jsonl')!r}, say."
+        remedy = f"{remedy} {others[0]}: {_advice(Path(others[0]))}"
         raise DataError(Problem(f"{folder}, files", short(others, 200), f"files of {SUFFIXES}", remedy))
     if not files:
         raise DataError(Problem(str(folder), "no files", f"files of {SUFFIXES}", "Check the path."))

@@ -9,11 +9,11 @@ from typing import Any
 from attrs import frozen
 
 from fastft.data.change import change_rows, turns_feature
-from fastft.data.check import message_problems, refuse_empty, short, text_problem
+from fastft.data.check import message_problems, refuse_empty, text_problem
 from fastft.data.convert import CHAT_KEYS, present, standard_messages
 from fastft.data.kinds import CONVERSATIONS, ROLE_OF
 from fastft.data.recognise import recognise
-from fastft.errors import DataError, Problem, UsageError, did_you_mean
+from fastft.errors import DataError, Problem, UsageError, did_you_mean, short
 
 Row = dict[str, Any]
 

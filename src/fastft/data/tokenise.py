@@ -9,21 +9,20 @@ import numpy as np
 from attrs import define, field, frozen
 
 from fastft.data import mask
-from fastft.data.check import row_problem, short
+from fastft.data.check import row_problem
 from fastft.data.inputs import Input
+from fastft.data.kinds import SYSTEM_COLUMNS
 from fastft.data.left_out import count_media, is_plain
 from fastft.data.mask import IGNORE, Scaffold, Span
-from fastft.data.rendering import Renderer, Templates, render_errors
+from fastft.data.rendering import Renderer, Templates
+from fastft.data.template import render_errors
 from fastft.data.unlearnt import refuse_weights, unlearnt
-from fastft.errors import DataError, Problem
+from fastft.errors import DataError, Problem, short
 
 
 @frozen
 class Encoder:
-    """Turns rows into token ids and labels; a picklable value, so that other processes can do it.
-
-    XX
-    """
+    """Turns rows into token ids and labels; a picklable value, so that other processes can do it."""
 
     given: Input
     tokenizer: Any
@@ -61,7 +60,7 @@ class Encoder:
 
     def _texts(self, row: "Row", content: Any) -> list["Text"]:
         """Return what is to be rendered and tokenised for a row, in order. Raises `DataError`."""
-        content = self.given.row(row.where, content)
+        whole_row, content = content, self.given.row(row.where, content)
         kind = self.given.recognised.kind
         row.turns = kind != "text"
         if kind == "text":
@@ -72,6 +71,7 @@ class Encoder:
             return [Text(row, _finish_messages, content["messages"], content)]
         prompt, completion = content["prompt"], content["completion"]
         if isinstance(prompt, str):
+            self._refuse_unread(row.where, whole_row)
             return [
                 Text(row, _finish_prompt, text=prompt, start=starts_anew(self.tokenizer, prompt)),
                 Text(row, _finish_completion, text=completion),
@@ -82,6 +82,15 @@ class Encoder:
         row.media = count_media(f"{row.where}, prompt + completion", whole)
         given = Text(row, _finish_nothing, prompt, content, name="prompt", opened=True)
         return [given, Text(row, _finish_turns, whole, content, name="prompt + completion", given=given)]
+
+    def _refuse_unread(self, where: str, row: Mapping[str, Any]) -> None:
+        """Raise `DataError` for columns that only messages have a place for, beside a prompt and completion in text."""
+        read = self.given.recognised.fields.values()
+        unread = [name for name in ("tools", *SYSTEM_COLUMNS) if name not in read and row.get(name)]
+        remedy = "Give the prompt as messages, or remove the column if the prompt's text holds it already."
+        expected = "nothing beside a prompt and completion that are texts"
+        if unread:
+            raise DataError(*(Problem(f"{where}, {name}", short(row[name]), expected, remedy) for name in unread))
 
     def _plain_text(self, row: "Row", text: Any) -> "Text":
         if self.train_on != "all":
@@ -119,13 +128,14 @@ class Encoder:
             except (*render_errors(), DataError):
                 alone.extend(group)
                 continue
-            for text, (rendered, spans) in zip(group, found, strict=True):
-                text.text, text.spans = rendered, spans
+            for text, rendered in zip(group, found, strict=True):
+                text.text, text.spans = rendered.text, rendered.spans
         for text in alone:
             settings = [text.content.get(name) or None for name in ("tools", "chat_template_kwargs")]
             try:
                 where = f"{text.row.where}, {text.name}"
-                text.text, text.spans = renderer.alone(where, text.messages, text.opened, *settings)
+                rendered = renderer.alone(where, text.messages, text.opened, *settings)
+                text.text, text.spans = rendered.text, rendered.spans
             except DataError as error:
                 text.row.problems.extend(error.problems)
 
@@ -159,8 +169,8 @@ class Encoder:
 
         `spans` are those of the assistant turns in `messages`; `last`: only the last one's is asked for.
 
-        Some formats write another token where an earlier turn ended than the model sampled there: a turn before the
-        last may end at a special token that is not learnt.
+        Some formats write something else where an earlier turn ended than the model sampled there: a turn before the
+        last may end at a special token, or at the scaffold's `earlier_end`, which is not learnt.
         """
         light, thought = unlearnt(f"{text.row.where}, {text.name}", messages, text.text, spans, self.templates.rules)
         first = len(spans) - 1 if last else 0
@@ -172,7 +182,12 @@ class Encoder:
             found = mask.turn_range(text.text, span, text.ids, offsets, self.scaffold)
             if found is None and number != len(spans) - 1:
                 low, high = mask.token_range(offsets, *span)
-                found = (low, high) if high < len(text.ids) and text.ids[high] in self.scaffold.special else None
+                other = self.scaffold.earlier_end
+                if high < len(text.ids) and text.ids[high] in self.scaffold.special:
+                    found = low, high
+                elif other and text.text.startswith(other, span[1]):
+                    # A token of the answer's last character and the marker's first is none that the model samples.
+                    found = low, high - (offsets[high - 1][1] > span[1])
             if found is None:
                 remedy = "End the turn with the EOS token in the chat template, or the model never learns to stop."
                 where = f"{text.row.where}, assistant turn {number}"
@@ -256,7 +271,7 @@ class Text:
     start: bool = False  # with the tokenizer's own start tokens
     opened: bool = False  # with the generation prompt
     given: "Text | None" = None  # the prompt of a prompt with completion
-    spans: list[Span] = field(factory=list)
+    spans: Sequence[Span] = ()
     ids: list[int] = field(factory=list)
     encoding: Any = None  # what a tokenizer that tells offsets made of it
 

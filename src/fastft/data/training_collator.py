@@ -15,14 +15,18 @@ PROBED = 8
 
 @dataclasses.dataclass
 class CountingCollator(DataCollatorForLanguageModeling):
-    """TRL's collator, which also says how many targets a batch has: the loss then need not ask the device.
+    """TRL's collator, which also says what the loss would otherwise have to ask the device for.
 
-    Padding is masked by the rows' lengths, never by its id, so that the pad token may be the stop token.
+    `valid_rows` is the number of targets; `right_padded` that no token stands behind padding. Padding is masked by the
+    rows' lengths, never by its id, so that the pad token may be the stop token.
     """
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        """Return TRL's batch with `valid_rows`, the number of targets, as an int."""
+        """Return TRL's batch with `valid_rows`, an int, and where there is a mask `right_padded`, a bool."""
         batch = super().torch_call(examples)
+        mask = batch.get("attention_mask")
+        if mask is not None:
+            batch["right_padded"] = bool((mask[:, 1:] <= mask[:, :-1]).all())
         targets, positions = batch["labels"], batch.get("position_ids")
         if positions is not None:
             targets = targets.masked_fill(positions == 0, IGNORE)

@@ -7,8 +7,8 @@ import numpy as np
 from attrs import asdict, frozen
 
 from fastft.data import columns
-from fastft.data.check import short, whole_number
-from fastft.errors import Problem, UsageError
+from fastft.data.check import whole_number
+from fastft.errors import Problem, UsageError, short
 
 LENGTHS = (1024, 2048, 4096, 8192)
 

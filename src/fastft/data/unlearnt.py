@@ -4,15 +4,15 @@ A template for models that reason leaves the reasoning out of earlier answers. W
 nothing that the model would have sampled before it: learning it would teach the model to answer without reasoning.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from attrs import frozen
 
-from fastft.data.check import short
 from fastft.data.left_out import REASONING, reasoning_problem
 from fastft.data.mask import Span, merged
-from fastft.errors import DataError, Problem
+from fastft.data.template import Rendered
+from fastft.errors import DataError, Problem, short
 
 _WEIGHT = "A turn with weight 0 bears no loss, all others do; leave the field out elsewhere."
 
@@ -32,8 +32,8 @@ class Rules:
 NO_RULES = Rules()
 
 
-def find_rules(render: Any, prompt: str) -> Rules:
-    """Return the rules of a template; `render(messages)` gives text and generation spans, None where it refuses them.
+def find_rules(render: Callable[..., Rendered | None], prompt: str) -> Rules:
+    """Return the rules of a template; `render(messages)` returns None where it refuses them.
 
     `prompt` is its generation prompt.
     """
@@ -44,10 +44,9 @@ def find_rules(render: Any, prompt: str) -> Rules:
         {**answer, "content": "<think>\nbecause\n</think>\n\nanswer"},
     ):
         last, earlier = render([asked, thought]), render([asked, thought, asked, answer])
-        drops = drops or bool(last and earlier and "because" in last[0] and "because" not in earlier[0])
+        drops = drops or bool(last and earlier and "because" in last.text and "because" not in earlier.text)
     whole = render([asked, answer, asked, answer])
-    spans = merged(whole[1]) if whole else []
-    opened = [_opened(whole[0], span, prompt) for span in spans]
+    opened = [_opened(whole.text, span, prompt) for span in merged(whole.spans)] if whole else []
     return Rules(drops, prompt if prompt and opened == [False, True] else "")
 
 

@@ -10,6 +10,10 @@ from fastft.demo import tables as t
 from fastft.demo.tasks import Message, Turn, training_pair
 
 QUESTION = "Anna has 27 apples. Ben gives her 48 more apples. How many apples does Anna have now?"
+ABOUT = (
+    "It is tiny: it adds two-digit numbers told as stories, and makes up\n"
+    "most of the rest. Try: Tom has 31 books. Mia gives him 22 more books. How many books does Tom have now?"
+)
 
 
 def story(a: int, b: int, random: Random) -> Turn:

@@ -1,22 +1,19 @@
 """The demonstration: the shipped model in 4 bits learns from a small instruction set, before the reader's eyes."""
 
-import math
 import shutil
-import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
 from typing import Any
 
 from attrs import asdict, frozen
 
-from fastft.demo import MODEL_FOLDER, evaluate, lesson, tasks
+from fastft.demo import before_after, evaluate, lesson, tasks, terminal
+from fastft.demo.before_after import Subject
+from fastft.demo.terminal import Say
 
-Say = Callable[[str], None]
 BATCH = 16
 LENGTH = 96  # tokens; every row of the lesson is shorter, and one length means one compilation
-BAR = 40
 
 
 @frozen
@@ -40,6 +37,11 @@ class DemoResult:
         """Return the fields as plain JSON values."""
         return asdict(self) | {"losses": [list(pair) for pair in self.losses]}
 
+    def complaint(self) -> str | None:
+        """Say what did not go as it should, None if all did."""
+        first, last = self.losses[0][1], self.losses[-1][1]
+        return None if last < first else f"the loss did not fall: {first:.4f} at first, {last:.4f} at last"
+
 
 def run_demo(
     output_dir: str | Path = "run/demo",
@@ -60,16 +62,10 @@ def run_demo(
     """
     import fastft
 
-    say = say or _print
+    say = say or terminal.show
     began = time.monotonic()
-    say("Loading fastft's demo model: a Llama of 4.5 million parameters, in 4 bits (NF4) ...\n")
-    model, tokenizer = fastft.load(MODEL_FOLDER, quant="nf4")
-    say(f"\nQuestion: {lesson.QUESTION}\nBefore:   ")
-    before = _answer(model, tokenizer, lesson.QUESTION, say)
-    accuracy_before = _accuracy(model, tokenizer, sums)
-    say(f"{_right(accuracy_before, sums)} right before training.\n")
-
-    model = fastft.add_lora(model, r=16, alpha=32, seed=seed)
+    subject = Subject(lesson.QUESTION, lesson.ABOUT, "told as stories", _accuracy)
+    model, tokenizer, before = before_after.begin(subject, sums, seed, say)
     rows = lesson.rows(steps * BATCH, seed)
     example = next(row["messages"] for row in rows if " + " in row["messages"][1]["content"])
     say(f"\nTeaching it {len(rows)} examples like this one:\n  {example[0]['content']}\n  {example[1]['content']}\n")
@@ -91,19 +87,16 @@ def run_demo(
         save_strategy="no",
         seed=seed,
     )
-    say("\n" + loss_bars(result.losses) + "\n")
+    say("\n" + terminal.loss_bars(result.losses) + "\n")
 
-    say(f"\nQuestion: {lesson.QUESTION}\nAfter:    ")
-    after = _answer(model, tokenizer, lesson.QUESTION, say)
-    accuracy_after = _accuracy(model, tokenizer, sums)
-    say(f"{_right(accuracy_after, sums)} right after training (before: {round(accuracy_before * sums)}).\n")
+    after = before_after.see(model, tokenizer, subject, sums, say, before)
     folder = Path(result.output_dir)
     shown = DemoResult(
-        question=lesson.QUESTION,
-        answer_before=before,
-        answer_after=after,
-        accuracy_before=accuracy_before,
-        accuracy_after=accuracy_after,
+        question=subject.question,
+        answer_before=before.answer,
+        answer_after=after.answer,
+        accuracy_before=before.accuracy,
+        accuracy_after=after.accuracy,
         sums=sums,
         losses=result.losses,
         backend=backend,
@@ -113,9 +106,7 @@ def run_demo(
         record=str(folder / "run.json"),
     )
     say(f"\nLoss curve: {shown.loss_curve}\nRun record: {shown.record}\n")
-    say(f"The adapter is in {folder}; load it with fastft.load({str(folder)!r}). All took {shown.seconds:.0f} s.\n")
-    if chat:
-        talk(model, tokenizer, say)
+    before_after.end(model, tokenizer, subject, folder, shown.seconds, chat, say)
     return shown
 
 
@@ -127,67 +118,6 @@ def choose_backend(device: str) -> tuple[str, str]:
     return ("inductor", f"with {compiler}") if compiler else ("aot_eager", "no C++ compiler is installed")
 
 
-def loss_bars(losses: tuple[tuple[int, float], ...]) -> str:
-    """Draw the logged losses as lines of text; the bars are logarithmic, from the smallest loss to the largest."""
-    logs = [math.log(max(loss, 1e-6)) for _, loss in losses]
-    span = max(max(logs) - min(logs), 1e-6)
-    bars = ["#" * (1 + round(BAR * (log - min(logs)) / span)) for log in logs]
-    return "\n".join(f"  step {step:4d}  loss {loss:7.4f}  {bar}" for (step, loss), bar in zip(losses, bars))
-
-
-def talk(model: Any, tokenizer: Any, say: Say, lines: Iterator[str] | None = None) -> None:
-    """Chat on the terminal until an empty line or the end of the input; old turns go when there is no more room."""
-    say(
-        "\nNow talk to it (an empty line ends). It is tiny: it adds two-digit numbers told as stories, and makes up\n"
-        "most of the rest. Try: Tom has 31 books. Mia gives him 22 more books. How many books does Tom have now?\n"
-    )
-    history: list[tasks.Message] = []
-    for line in lines if lines is not None else _lines():
-        if not line.strip():
-            break
-        history.append({"role": "user", "content": line.strip()})
-        while len(history) > 1 and _length(tokenizer, history) > tokenizer.model_max_length - 100:
-            history = history[2:]
-        if _length(tokenizer, history) > tokenizer.model_max_length - 100:
-            say(f"That is too long: the model has room for {tokenizer.model_max_length} tokens.\n")
-            history = []
-            continue
-        answer = _streamed(model, tokenizer, history, say)
-        history.append({"role": "assistant", "content": answer})
-
-
-def _lines() -> Iterator[str]:
-    while True:
-        try:
-            yield input("> ")
-        except (EOFError, KeyboardInterrupt):
-            print()
-            return
-
-
-def _length(tokenizer: Any, history: list[tasks.Message]) -> int:
-    return len(tokenizer.apply_chat_template(history, add_generation_prompt=True, return_dict=True)["input_ids"])
-
-
-def _print(text: str) -> None:
-    print(text, end="", file=sys.stdout, flush=True)
-
-
-def _answer(model: Any, tokenizer: Any, question: str, say: Say) -> str:
-    return _streamed(model, tokenizer, [{"role": "user", "content": question}], say)
-
-
-def _streamed(model: Any, tokenizer: Any, history: list[tasks.Message], say: Say) -> str:
-    from fastft import generate
-
-    pieces = []
-    for piece in generate(model, tokenizer, history, max_new_tokens=60, stream=True):
-        say(piece)
-        pieces.append(piece)
-    say("\n")
-    return "".join(pieces).strip()
-
-
 def _accuracy(model: Any, tokenizer: Any, count: int, seed: int = 0) -> float:
     """Share of held-out sums, told as stories, that are answered rightly."""
     from fastft import generate
@@ -196,7 +126,3 @@ def _accuracy(model: Any, tokenizer: Any, count: int, seed: int = 0) -> float:
     asked = [[{"role": "user", "content": lesson.story(a, b, random)[0]}] for a, b in pairs]
     given = generate(model, tokenizer, asked, max_new_tokens=40)
     return evaluate.share_right(given, [a + b for a, b in pairs])
-
-
-def _right(accuracy: float, sums: int) -> str:
-    return f"Of {sums} sums it has never seen, told as stories, {round(accuracy * sums)} are"

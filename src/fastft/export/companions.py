@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from fastft.export.folder import find_weights
 from fastft.export.place import RECORD, new_folder
 from fastft.export.weights import WeightSource
 from fastft.model import files
+from fastft.model.tokenizer import end_tokens, id_list, load_tokenizer
 from fastft.state import get_state
 from fastft.train.checkpoint import write_json
 
@@ -36,9 +38,12 @@ def write_index(folder: Path, names: Mapping[str, list[str]], size: int) -> None
 
 
 def write_configs(
-    folder: Path, source: WeightSource, dtype: torch.dtype, quantization: Mapping[str, Any] | None
-) -> None:
-    """Write config.json, with the dtype and the quantisation of the weights, and generation_config.json."""
+    folder: Path, source: WeightSource, dtype: torch.dtype, quantization: Mapping[str, Any] | None, tokenizer: Any
+) -> list[str]:
+    """Write config.json, with the dtype and the quantisation of the weights, and generation_config.json.
+
+    Generation stops at the EOS of `tokenizer` too (None: it is not known); returns notes, one if it did not before.
+    """
     source.config.save_pretrained(str(folder))
     config = files.read_json(folder / "config.json")
     config.pop("torch_dtype", None)
@@ -46,18 +51,31 @@ def write_configs(
     if quantization is not None:
         config["quantization_config"] = dict(quantization)
     write_json(folder / "config.json", config)
-    if source.generation_config is not None:
-        source.generation_config.to_json_file(str(folder / "generation_config.json"))
+    if source.generation_config is None:
+        return []
+    generation = deepcopy(source.generation_config)
+    before, ends = id_list(generation.eos_token_id), end_tokens(tokenizer, generation, source.config)
+    if set(ends) != set(before):
+        generation.eos_token_id = ends if len(ends) > 1 else ends[0]
+    generation.to_json_file(str(folder / "generation_config.json"))
+    if set(ends) == set(before):
+        return []
+    return [f"generation_config.json stops at the tokens {ends}, of which that of the model named {before}"]
 
 
-def write_tokenizer(folder: Path, source: WeightSource | None, tokenizer: Any) -> list[str]:
-    """Write the tokenizer with its chat template; returns notes, one if there is none to write."""
-    base = source.folder if source else None
-    tokenizer = tokenizer if tokenizer is not None else source.tokenizer if source else None
-    if tokenizer is None and base is not None and files.has_tokenizer(base):
-        from fastft.model.tokenizer import load_tokenizer
+def settled_tokenizer(source: WeightSource, tokenizer: Any) -> Any:
+    """Return `tokenizer`, by default that of the model or that beside its base's weights; None if there is none."""
+    tokenizer = tokenizer if tokenizer is not None else source.tokenizer
+    if tokenizer is None and source.folder is not None and files.has_tokenizer(source.folder):
+        tokenizer = load_tokenizer(source.folder)
+    return tokenizer
 
-        tokenizer = load_tokenizer(base)
+
+def write_tokenizer(folder: Path, base: Path | None, tokenizer: Any) -> list[str]:
+    """Write a tokenizer with its chat template; returns notes, one if there is none to write.
+
+    `base`: where the base's weights lie, and perhaps its SentencePiece file.
+    """
     if tokenizer is None:
         return [
             "no tokenizer is known for this model and none was written; pass tokenizer=, or put its files beside them"

@@ -18,6 +18,7 @@ from fastft.export.folder import find_weights, load_folder
 from fastft.export.place import RECORD
 from fastft.export.stored import stored_tensors
 from fastft.model import files
+from fastft.model.tokenizer import end_tokens, id_list, load_tokenizer
 from fastft.state import base_model, get_state
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def engine(path: Path, model: Any, tokenizer: Any) -> Iterator[Engine]:
         with opened(path, model, tokenizer) as made:
             yield made
     else:
-        yield _of_folder(path, model)
+        yield _of_folder(path, model, tokenizer)
 
 
 def run_model(model: nn.Module, ids: Sequence[int]) -> Tensor:
@@ -70,9 +71,7 @@ def token_ids(tokenizer: Any, text: str, special: bool) -> list[int]:
     return list(tokenizer(text, add_special_tokens=special, verbose=False).input_ids)
 
 
-def _of_folder(path: Path, model: Any) -> Engine:
-    from fastft.model.tokenizer import load_tokenizer
-
+def _of_folder(path: Path, model: Any, trained_with: Any) -> Engine:
     found = find_weights(path)
     damage = files.weight_problems(found.folder)
     if damage:
@@ -95,7 +94,7 @@ def _of_folder(path: Path, model: Any) -> Engine:
     if kind == "fp8":
         notes.append("an engine that runs fp8 also rounds the inputs of each layer to fp8; that is not done here")
     problems += [] if tokenizer is not None else ["no tokenizer lies beside the weights"]
-    problems += [] if found.adapter else _end_differences(found.folder, loaded, model)
+    problems += [] if found.adapter else _end_differences(found.folder, loaded, model, trained_with)
     encode = None if tokenizer is None else partial(token_ids, tokenizer)
     kind = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}.get(kind, kind)
     template = getattr(tokenizer, "chat_template", None)
@@ -104,16 +103,19 @@ def _of_folder(path: Path, model: Any) -> Engine:
     return Engine(kind, runner, template, encode, partial(run_model, loaded), tuple(problems), tuple(notes), original)
 
 
-def _end_differences(folder: Path, loaded: Any, model: Any) -> list[str]:
-    """Return where a folder's generation config ends an answer at other tokens than that of the model."""
-    from transformers import GenerationConfig
+def _ends(model: Any, tokenizer: Any) -> set[int]:
+    """Return the tokens at which answers of the trained model end."""
+    inner = base_model(model)
+    return set(end_tokens(tokenizer, getattr(inner, "generation_config", None), inner.config))
 
-    from fastft.model.tokenizer import id_list
+
+def _end_differences(folder: Path, loaded: Any, model: Any, tokenizer: Any) -> list[str]:
+    """Return where a folder's generation config ends an answer at other tokens than the model."""
+    from transformers import GenerationConfig
 
     stored = (folder / "generation_config.json").is_file()
     theirs = GenerationConfig.from_pretrained(folder) if stored else getattr(loaded, "generation_config", None)
-    ours = getattr(base_model(model), "generation_config", None)
-    there, here = (sorted(id_list(getattr(one, "eos_token_id", None))) for one in (theirs, ours))
+    there, here = sorted(id_list(getattr(theirs, "eos_token_id", None))), sorted(_ends(model, tokenizer))
     return [] if there == here else [f"generation stops at the tokens {there} there (eos_token_id) and at {here} here"]
 
 
@@ -200,11 +202,7 @@ def _with_llama_cpp(path: Path, model: Any, tokenizer: Any) -> Iterator[Engine]:
 
 def _end_problems(loaded: llama_cpp.LlamaCpp, model: Any, tokenizer: Any) -> Iterator[str]:
     """Yield what would make llama.cpp go on behind the end of an answer."""
-    from fastft.model.tokenizer import id_list
-
-    generation = getattr(base_model(model), "generation_config", None)
-    ends = {*id_list(tokenizer.eos_token_id), *id_list(getattr(generation, "eos_token_id", None))}
-    for end in sorted(ends):
+    for end in sorted(_ends(model, tokenizer)):
         if not loaded.ends_generation(end):
             token = tokenizer.convert_ids_to_tokens(end)
             yield f"llama.cpp does not stop at {token!r} (id {end}), which ends an answer"

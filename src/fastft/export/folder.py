@@ -37,14 +37,19 @@ class Found:
 
 def find_weights(folder: Path) -> Found:
     """Return what is in a folder: of a run without weights of its own, its newest checkpoint. Raises `LoadError`."""
-    from fastft.train.checkpoint import checkpoints
+    from fastft.train.lineage import own_and_others
 
     if not folder.is_dir():
         folder = files.locate(str(folder))
     notes: tuple[str, ...] = ()
     whole = (files.WEIGHTS, files.INDEX, files.ADAPTER_CONFIG, *files.PICKLED)
     if not any((folder / name).exists() for name in whole):
-        newest = checkpoints(folder)
+        newest, others = own_and_others(folder)
+        if not newest and others:
+            raise LoadError(
+                f"{folder}: no weights, and no checkpoint of the run that its run.json is of; {others[-1]} is of "
+                "another run, give that folder to take it"
+            )
         if not newest:
             raise LoadError(
                 f"{folder}: no weights, no adapter and no checkpoint of a run is in it; give the folder of a model, of "
@@ -63,10 +68,17 @@ def find_weights(folder: Path) -> Found:
 
 
 def run_record(folder: Path) -> dict[str, Any]:
-    """Return the run.json in a folder, or for a checkpoint that of its run beside it; else an empty record."""
-    from fastft.train.checkpoint import CHECKPOINT
+    """Return the run.json in a folder, for a checkpoint that of its run beside it; else an empty record.
 
-    for place in (folder, folder.parent) if CHECKPOINT.match(folder.name) else (folder,):
+    A checkpoint's own is of the moment that it was saved; it counts where that beside it is of another run.
+    """
+    from fastft.train.checkpoint import CHECKPOINT
+    from fastft.train.lineage import leads_to, runs_of
+
+    places = [folder]
+    if CHECKPOINT.match(folder.name):
+        places.insert(0 if leads_to(folder, runs_of(folder.parent)) else 1, folder.parent)
+    for place in places:
         if (place / "run.json").is_file():
             return files.read_json(place / "run.json")
     return {}

@@ -113,8 +113,9 @@ def merge(
         if len(shards) > 1:
             companions.write_index(staged, {name: tensors for name, tensors in _names_by_file(shards, plans)}, size)
         kept = kept_modules(source) | {w.module for n, w in source.weights.items() if w.linear and n not in chosen}
-        companions.write_configs(staged, source, encoding.dtype, encoding.config(sorted(kept)))
-        notes += companions.write_tokenizer(staged, source, tokenizer)
+        tokenizer = companions.settled_tokenizer(source, tokenizer)
+        notes += companions.write_configs(staged, source, encoding.dtype, encoding.config(sorted(kept)), tokenizer)
+        notes += companions.write_tokenizer(staged, source.folder, tokenizer)
         report = MergeReport(
             folder,
             precision,

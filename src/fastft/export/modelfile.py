@@ -1,5 +1,6 @@
 """Ollama's Modelfile for a GGUF file, from the same record as the template that trained the model."""
 
+import itertools
 import shutil
 import subprocess
 from collections.abc import Mapping
@@ -61,12 +62,22 @@ def modelfile(
 
 
 def write_modelfile(gguf: str | Path, tokenizer: Any, name: str = MODELFILE, **options: Any) -> Path:
-    """Write the Modelfile of a GGUF file beside it and return its path; `options` are those of `modelfile`."""
+    """Write the Modelfile of a GGUF file beside it and return its path; `options` are those of `modelfile`.
+
+    Another text that is there, edited by hand perhaps, is kept as NAME.earlier (NAME.earlier-2 and so on), and a line
+    says so.
+    """
     gguf = Path(gguf).expanduser()
     if not gguf.is_file() or gguf.suffix != ".gguf":
         raise UsageError(Problem("gguf", str(gguf), "a .gguf file that is there", "Write one with fastft.export_gguf."))
     path = gguf.parent / name
-    write_text(path, modelfile(f"./{gguf.name}", tokenizer, **options))
+    text = modelfile(f"./{gguf.name}", tokenizer, **options)
+    if path.is_file() and path.read_bytes() != text.encode():
+        names = (f"{path.name}.earlier" + (f"-{number}" if number > 1 else "") for number in itertools.count(1))
+        earlier = next(place for place in map(path.with_name, names) if not place.exists())
+        shutil.copy2(path, earlier)
+        print(f"fastft: {path} was another one before, or edited: that is kept as {earlier.name}.")
+    write_text(path, text)
     return path
 
 
@@ -101,7 +112,7 @@ def ollama_program(name: str, path: str | Path) -> str:
 def _format(tokenizer: Any, name: str | None) -> ChatFormat:
     if name is not None:
         return with_tokens(chat_format(name), bos=tokenizer.bos_token, eos=tokenizer.eos_token)
-    from fastft.data.template import recognise_format
+    from fastft.data.known_format import recognise_format
 
     form = recognise_format(tokenizer)
     if form is None:

@@ -20,9 +20,9 @@ def new_folder(target: Path, size: int, sources: tuple[Path | None, ...] = ()) -
     """Give an empty folder beside `target`, which takes its place when the block ends well.
 
     `size` bytes must be free. A folder that is there is replaced only if it is an export (its export.json names the
-    files that were written, and there are no others), and never one of `sources`, which are being read. Raises
-    `UsageError` for a wrong target and `SaveError` if it cannot be written; then, or if the process is killed, what was
-    there is as it was.
+    files that were written, with their bytes, and there are no others), and never one of `sources`, which are being
+    read. Raises `UsageError` for a wrong target and `SaveError` if it cannot be written; then, or if the process is
+    killed, what was there is as it was.
     """
     check_target(target, sources)
     restore(target)
@@ -30,7 +30,7 @@ def new_folder(target: Path, size: int, sources: tuple[Path | None, ...] = ()) -
     with checkpoint.staged(target, "Nothing was written there.") as folder:
         yield folder
         record = files.read_json(folder / RECORD) if (folder / RECORD).is_file() else {}
-        contents = sorted({RECORD, *(str(path.relative_to(folder)) for path in folder.rglob("*"))})
+        contents = {name: _bytes(path) for name, path in sorted(_contents(folder).items()) if name != RECORD}
         checkpoint.write_json(folder / RECORD, {**record, "contents": contents})
         _sync(folder)
     checkpoint.put_in_place(folder, target)
@@ -45,19 +45,33 @@ def check_target(target: Path, sources: tuple[Path | None, ...] = ()) -> None:
     strange = _not_ours(target) if target.is_dir() else []
     if strange:
         raise UsageError(
-            f"{target}: this folder holds more than an export ({', '.join(strange[:3])}{' ...' * (len(strange) > 3)}) "
-            "and is not replaced; choose another one, or empty it"
+            f"{target}: this folder holds more than an export, or what has changed since ({', '.join(strange[:3])}"
+            f"{' ...' * (len(strange) > 3)}), and is not replaced; choose another one, or empty it"
         )
 
 
 def _not_ours(target: Path) -> list[str]:
-    """Return what lies in a folder beside an export: files that its record does not name, but for GGUF files, their
-    Modelfiles and cards that fastft made.
+    """Return what lies in a folder beside an export: files that its record does not name or of another size, but for
+    GGUF files, their Modelfiles and cards that fastft made.
     """
     record = files.read_json(target / RECORD) if (target / RECORD).is_file() else {}
-    written = set(record.get("contents", ()))
-    others = [p for p in sorted(target.rglob("*")) if str(p.relative_to(target)) not in written]
-    return [str(path.relative_to(target)) for path in others if not (record and _is_made_beside(path))]
+    written = record.get("contents", {})
+    sizes = {RECORD: None, **(written if isinstance(written, dict) else dict.fromkeys(written))}  # once names alone
+    others = {
+        name: path
+        for name, path in sorted(_contents(target).items())
+        if name not in sizes or sizes[name] not in (None, _bytes(path))
+    }
+    return [name for name, path in others.items() if not (record and _is_made_beside(path))]
+
+
+def _contents(folder: Path) -> dict[str, Path]:
+    """Return all files and folders below `folder` by their names in it."""
+    return {path.relative_to(folder).as_posix(): path for path in folder.rglob("*")}
+
+
+def _bytes(path: Path) -> int | None:
+    return path.stat().st_size if path.is_file() else None
 
 
 def _is_made_beside(path: Path) -> bool:

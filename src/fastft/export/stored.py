@@ -27,19 +27,19 @@ DTYPES = {
 
 @frozen
 class StoredTensor:
-    """One tensor in a safetensors file; `read()` reads it as it is stored."""
+    """One tensor in a safetensors file; `read()` reads it as it is stored, onto a device."""
 
     path: Path
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
 
-    def read(self) -> torch.Tensor:
+    def read(self, device: torch.device | str = "cpu") -> torch.Tensor:
         """Return the tensor in the dtype it is stored in. Raises `LoadError` if the file cannot be read any more."""
         from safetensors import SafetensorError, safe_open
 
         try:
-            with safe_open(self.path, framework="pt") as shard:
+            with safe_open(self.path, framework="pt", device=str(device)) as shard:
                 return shard.get_tensor(self.name)
         except (SafetensorError, OSError) as error:
             raise LoadError(f"{self.path}: {self.name} cannot be read ({error})") from error

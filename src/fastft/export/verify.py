@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,26 +14,11 @@ from fastft.errors import FastftError, LoadError, Problem, UsageError
 from fastft.export.compare import Distance, Limits, distance, limits_of
 from fastft.export.engines import CONTEXT, Engine, check_artefact, engine, run_model, token_ids
 from fastft.export.folder import assumptions, find_weights, load_folder
+from fastft.export.questions import Message, Prompt, Questions, questions_of, render, room_of
 from fastft.model.files import ADAPTER_CONFIG
 from fastft.state import base_model, get_state
 
-Message = Mapping[str, Any]
-Prompt = str | Sequence[Message]
 TEXT_TOKENS = CONTEXT
-_CONVERSATIONS: tuple[tuple[Message, ...], ...] = (
-    ({"role": "user", "content": "Name three rivers of Europe."},),
-    (
-        {"role": "user", "content": "What is 17 + 25?"},
-        {"role": "assistant", "content": "17 + 25 = 42."},
-        {"role": "user", "content": "And twice that?"},
-    ),
-    (
-        {"role": "system", "content": "Answer in one short sentence."},
-        {"role": "user", "content": "Warum ist der Himmel blau?  (two  spaces,\ta tab, 天空 🙂)"},
-    ),
-    ({"role": "user", "content": "def f(x):\n    return x ** 2\n\nWhat does f(3) return?"},),
-)
-_PLAIN = tuple(conversation[-1]["content"] for conversation in _CONVERSATIONS)
 
 
 @frozen
@@ -121,17 +106,6 @@ class ExportReport:
         return "\n".join(lines + [f"note: {note}" for note in self.notes])
 
 
-@frozen(eq=False)
-class _Questions:
-    """What is asked: rendered prompts with their conversations, sequences of ids, and which of these are the text."""
-
-    conversations: tuple[Prompt, ...]
-    prompts: tuple[str, ...]
-    ids: tuple[list[int], ...]
-    text: int
-    passage: str
-
-
 def verify_export(
     model: Any,
     tokenizer: Any = None,
@@ -160,7 +134,7 @@ def verify_export(
     notes: list[str] = []
     paths = _artefacts(artefact, notes)
     model, tokenizer, reference = _reference(model, tokenizer, notes)
-    questions = _questions(tokenizer, prompts, text, text_tokens, _room(model), notes)
+    questions = questions_of(tokenizer, prompts, text, text_tokens, room_of(model), notes)
     with _evaluating(model):
         expected = [run_model(model, ids) for ids in questions.ids]
         base = _without_adapters(model, questions)
@@ -243,70 +217,6 @@ def _unreadable(path: Path, error: FastftError) -> ArtefactReport:
     return ArtefactReport(str(path), kind, "-", None, None, None, None, None, reasons)
 
 
-def _room(model: Any) -> int:
-    length = getattr(base_model(model).config.get_text_config(), "max_position_embeddings", None)
-    return min(length or CONTEXT, get_state(model).max_length or CONTEXT, CONTEXT)
-
-
-def _questions(
-    tokenizer: Any, prompts: Sequence[Prompt] | None, text: str | None, count: int, room: int, notes: list[str]
-) -> _Questions:
-    """Render and tokenise what is asked; a default conversation that the template refuses is left out with a note."""
-    templated = bool(getattr(tokenizer, "chat_template", None))
-    if prompts is None:
-        asked = list(_CONVERSATIONS if templated else _PLAIN)
-        if templated:
-            asked = [prompt for prompt in asked if _fits_template(tokenizer, prompt, notes)]
-    else:
-        asked = list(prompts)
-    wrong = [prompt for prompt in asked if not isinstance(prompt, str) and not templated]
-    if wrong:
-        raise UsageError("prompts: these are conversations, and the tokenizer has no chat template; give texts")
-    rendered = [prompt if isinstance(prompt, str) else render(tokenizer, prompt) for prompt in asked]
-    special = [isinstance(prompt, str) for prompt in asked]
-    ids = [token_ids(tokenizer, prompt, plain) for prompt, plain in zip(rendered, special)]
-    long = [number for number, sequence in enumerate(ids, 1) if not 0 < len(sequence) <= room]
-    if long:
-        raise UsageError(f"prompts: number {long[0]} has {len(ids[long[0] - 1])} tokens; from 1 to {room} fit")
-    passage = _default_text() if text is None else text
-    windows = _windows(tokenizer, passage, count, room)
-    return _Questions(tuple(asked), tuple(rendered), (*ids, *windows), len(ids), passage[: 40 * count])
-
-
-def _default_text() -> str:
-    from fastft.demo import HELD_OUT_TEXT
-
-    return HELD_OUT_TEXT.read_text("utf-8")[:20000]
-
-
-def _windows(tokenizer: Any, text: str, count: int, room: int) -> list[list[int]]:
-    # about six letters a token; what is cut off need not be tokenised
-    ids = token_ids(tokenizer, text[: 12 * count], False)[:count]
-    first = [tokenizer.bos_token_id] if tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id] else []
-    width = room - len(first)
-    windows = [first + ids[start : start + width] for start in range(0, len(ids), width)]
-    if not windows or len(windows[0]) < 2:
-        raise UsageError(Problem("text", text[:40], "a text of at least two tokens"))
-    return [window for window in windows if len(window) > 1]
-
-
-def render(tokenizer: Any, messages: Sequence[Message]) -> str:
-    """Return the prompt of a conversation, with the generation prompt."""
-    return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-
-
-def _fits_template(tokenizer: Any, prompt: Sequence[Message], notes: list[str]) -> bool:
-    from jinja2 import TemplateError
-
-    try:
-        render(tokenizer, prompt)
-    except TemplateError as error:
-        roles = ", ".join(message["role"] for message in prompt)
-        notes.append(f"the chat template refuses a conversation of {roles} ({error}); it was not asked")
-        return False
-    return True
-
-
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
@@ -318,7 +228,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def _without_adapters(model: Any, questions: _Questions) -> list[Tensor]:
+def _without_adapters(model: Any, questions: Questions) -> list[Tensor]:
     """Return the logits of the model without its adapters; empty if it has none."""
     if not getattr(model, "peft_config", None):
         return []
@@ -326,7 +236,7 @@ def _without_adapters(model: Any, questions: _Questions) -> list[Tensor]:
         return [run_model(model, ids) for ids in questions.ids]
 
 
-def _kl(first: Sequence[Tensor], second: Sequence[Tensor], questions: _Questions) -> float:
+def _kl(first: Sequence[Tensor], second: Sequence[Tensor], questions: Questions) -> float:
     return distance(first, second, questions.ids, questions.text).kl
 
 
@@ -334,7 +244,7 @@ def _judge(
     path: Path,
     opened: Engine,
     tokenizer: Any,
-    questions: _Questions,
+    questions: Questions,
     expected: Sequence[Tensor],
     base: Sequence[Tensor],
     held: str,
@@ -357,7 +267,7 @@ def _judge(
     )
 
 
-def _compare_prompts(opened: Engine, tokenizer: Any, questions: _Questions, problems: list[str]) -> bool | None:
+def _compare_prompts(opened: Engine, tokenizer: Any, questions: Questions, problems: list[str]) -> bool | None:
     """Render the conversations with the artefact's own template."""
     pairs = zip(questions.conversations, questions.prompts, strict=True)
     asked = [(messages, ours) for messages, ours in pairs if not isinstance(messages, str)]
@@ -392,7 +302,7 @@ def _excerpt(text: str, other: str) -> str:
     return text[max(0, start - 20) : start + 40]
 
 
-def _compare_ids(opened: Engine, tokenizer: Any, questions: _Questions, problems: list[str]) -> bool | None:
+def _compare_ids(opened: Engine, tokenizer: Any, questions: Questions, problems: list[str]) -> bool | None:
     """Tokenise the rendered prompts, and the text with what a tokenizer puts before it."""
     if opened.encode is None:
         return None

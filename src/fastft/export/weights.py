@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from fastft.errors import LoadError, Problem, UsageError, did_you_mean
 from fastft.export import deltas
-from fastft.export.dense import dense_like, dense_weight
 from fastft.export.folder import Found, assumptions, find_weights, load_folder
 from fastft.export.stored import StoredTensor, stored_tensors
 from fastft.model import files
+from fastft.model.dense import dense_like, dense_weight
 from fastft.state import ModelState, base_model, get_state
 
 BASES = ("dequantised", "original")
@@ -86,14 +86,14 @@ def check_base(base: object) -> None:
         raise UsageError(Problem("base", base, "'dequantised' or 'original'", did_you_mean(str(base), BASES)))
 
 
-def weight_source(model_or_folder: Any, base: str = "dequantised") -> WeightSource:
+def weight_source(model_or_folder: Any, base: str = "dequantised", device: torch.device | str = "cpu") -> WeightSource:
     """Return the weights of a model, or of a folder: a checkpoint, an adapter, or a run of fastft.
 
     * `base="dequantised"`: adapters are merged into the numbers that training saw, so the result is the model that was
       trained. `"original"`: weights that the model holds quantised (NF4, int8) are read from the 16-bit checkpoint it
       was loaded from instead, which is nearer to the published model, but not what the adapter was trained on.
     * Active adapters are merged; a disabled or inactive adapter is left out, as in the model's forward.
-    * A checkpoint in safetensors is read tensor by tensor; adapters and quantised checkpoints are loaded.
+    * A checkpoint in safetensors is read tensor by tensor onto `device`; adapters and quantised checkpoints are loaded.
 
     Raises `UsageError` for what cannot be merged and `LoadError` for files that cannot be read.
     """
@@ -101,7 +101,7 @@ def weight_source(model_or_folder: Any, base: str = "dequantised") -> WeightSour
     if isinstance(model_or_folder, nn.Module):
         return _of_model(model_or_folder, base)
     if isinstance(model_or_folder, str | Path):
-        return _of_folder(Path(model_or_folder).expanduser(), base)
+        return _of_folder(Path(model_or_folder).expanduser(), base, device)
     remedy = "Pass the model that fastft.load or add_lora returned, or the path of a folder."
     raise UsageError(Problem("model_or_folder", type(model_or_folder).__name__, "a model or a path", remedy))
 
@@ -185,8 +185,8 @@ def _own(module: nn.Module, path: str, original: Mapping[str, StoredTensor] | No
     held |= {n: b for n, b in module._buffers.items() if b is not None and n not in kept}
     for name, value in held.items():
         full = f"{path}.{name}" if path else name
-        if full.endswith((".SCB", ".weight_format")):
-            continue  # bitsandbytes' int8 scales belong to the weight beside them
+        if full.endswith((".SCB", ".weight_format")) or (name == "weight_scale" and dense_weight(module, "weight")):
+            continue  # the scales of int8 and fp8 belong to the weight beside them
         shape, dtype, read = dense_like(full, name, module, value)
         if original is not None and dense_weight(module, name):
             read, dtype = _from_checkpoint(full, shape, original)
@@ -328,7 +328,7 @@ def _from_checkpoint(
     return (lambda: tensor.read().float()), tensor.dtype
 
 
-def _of_folder(folder: Path, base: str) -> WeightSource:
+def _of_folder(folder: Path, base: str, device: torch.device | str) -> WeightSource:
     found = find_weights(folder)
     if found.adapter or found.quantised:
         return _loaded(found, base)
@@ -349,7 +349,7 @@ def _of_folder(folder: Path, base: str) -> WeightSource:
                 for name in wrong[:10]
             )
         )
-    weights = {name: _of_file(weight, stored[name]) for name, weight in names.items()}
+    weights = {name: _of_file(weight, stored[name], device) for name, weight in names.items()}
     tokenizer = load_tokenizer(found.folder) if files.has_tokenizer(found.folder) else None
     state = ModelState(source=str(found.folder), tokenizer=tokenizer)
     config = _plain_config(skeleton)
@@ -361,8 +361,8 @@ def _loaded(found: Found, base: str) -> WeightSource:
     return evolve(source, notes=(*source.notes, *assumptions(found)))
 
 
-def _of_file(weight: Weight, tensor: StoredTensor) -> Weight:
+def _of_file(weight: Weight, tensor: StoredTensor, device: torch.device | str) -> Weight:
     def read() -> Tensor:
-        return tensor.read().float()
+        return tensor.read(device).float()
 
     return evolve(weight, dtype=tensor.dtype, read=read, read_base=read)

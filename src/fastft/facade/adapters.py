@@ -8,8 +8,8 @@ from attrs import evolve
 from torch import nn
 
 from fastft.errors import Problem, UsageError
+from fastft.facade.methods import with_methods
 from fastft.facade.names import IDLE_IN_ADAPTERS, REFUSED_IN_ADAPTERS, plan_for, sort_out
-from fastft.facade.saving import with_methods
 from fastft.model.adapters import DEFAULT_SEED, PASSED_ON, add_lora, linear_names, problems_of
 from fastft.state import base_model, get_state, update_state
 

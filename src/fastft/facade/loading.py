@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from fastft.errors import Problem, UsageError
-from fastft.facade.names import IDLE_IN_LOADING, REFUSED_IN_LOADING, plan_for, sort_out
-from fastft.facade.saving import with_methods
+from fastft.facade.inference import choose_fast_inference
+from fastft.facade.methods import with_methods
+from fastft.facade.names import IDLE_IN_LOADING, OF_ENGINE, REFUSED_IN_LOADING, plan_for, sort_out
 from fastft.model import files
 from fastft.model.config import dtype_problem
 from fastft.model.load import PASSED_ON, load
@@ -43,6 +44,7 @@ def from_pretrained(
     attn_implementation: str | None = None,
     quantization_config: Any = None,
     torch_dtype: torch.dtype | str | None = None,
+    fast_inference: bool = False,
     **options: Any,
 ) -> tuple[Any, Any]:
     """Load a model and its tokenizer with `fastft.load`, from a local folder, the hub cache or the hub.
@@ -54,6 +56,9 @@ def from_pretrained(
     * `dtype` (or `torch_dtype`): None takes bf16 where the device has it.
     * `use_gradient_checkpointing`: True and "unsloth" ask `fastft.compile` for the memory plan "min", False for "keep".
     * `device_map`: None or "sequential" (one device), "auto", a device, or {"": device}.
+    * `fast_inference`: `model.fast_generate` and the trainer's rollouts sample with vLLM where it is installed, started
+      when it is first wanted, in this process; `gpu_memory_utilization` (its part of the GPU; left out, it is worked
+      out), `max_lora_rank` (64) and `float8_kv_cache` belong to it.
     * `options`: those that `fastft.load` passes on; what has no meaning here is accepted with one printed line each.
 
     Raises `UsageError` for what is unknown, not supported or contradictory, all at once, and `LoadError`.
@@ -64,8 +69,9 @@ def from_pretrained(
     asked = {"load_in_4bit": load_in_4bit, "load_in_8bit": load_in_8bit, "load_in_16bit": load_in_16bit}
     quant, wrong_quant = _quant(asked, full_finetuning, quantization_config, lines)
     dtype, wrong_dtype = _dtype(dtype, torch_dtype)
+    of_engine = {name: options.pop(name) for name in OF_ENGINE if fast_inference and name in options}
     known = signature(from_pretrained).parameters
-    rest = sort_out(OWNER, options, known, PASSED_ON, IDLE_IN_LOADING, REFUSED_IN_LOADING)
+    rest = sort_out(OWNER, options, known, PASSED_ON, {**IDLE_IN_LOADING, **OF_ENGINE}, REFUSED_IN_LOADING)
     wrong = [*rest.problems, *wrong_quant, wrong_plan, wrong_device, wrong_dtype, _length_problem(max_seq_length)]
     problems = [problem for problem in wrong if problem is not None]
     if problems:
@@ -91,7 +97,17 @@ def from_pretrained(
     update_state(model, plan=plan or get_state(model).plan)
     if max_seq_length is DEFAULT_LENGTH:
         _cap_length(model, tokenizer)
+    if fast_inference:
+        choose_fast_inference(model, _engine_options(of_engine))
     return with_methods(model), tokenizer
+
+
+def _engine_options(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of the engine "vllm" that the familiar names mean."""
+    options = {name: given[name] for name in ("gpu_memory_utilization", "max_lora_rank") if given.get(name)}
+    if given.get("float8_kv_cache"):
+        options["options"] = {"kv_cache_dtype": "fp8"}
+    return options
 
 
 def _cap_length(model: Any, tokenizer: Any) -> None:

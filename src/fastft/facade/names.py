@@ -7,38 +7,36 @@ from attrs import frozen
 
 from fastft.errors import Problem, did_you_mean
 
-_VLLM = "it sets up vLLM, which fastft does not start; train here, and serve the saved model with vLLM"
+_VLLM = "it sets up vLLM, which fast_inference=True asks for"
+_STANDBY = "the engine always sleeps while training steps run"
+# Arguments of from_pretrained that an engine takes, which has no meaning without one.
+OF_ENGINE = {"float8_kv_cache": _VLLM, "gpu_memory_utilization": _VLLM, "max_lora_rank": _VLLM}
 _COMPILE = "fastft.compile(model) compiles the layers, and the trainer calls it"
 
 # Arguments of from_pretrained without a meaning here -> why.
 IDLE_IN_LOADING = {
-    "conservativeness": _VLLM,
+    "conservativeness": "the engine's part of the GPU is worked out from what training holds",
     "device_map_planner_kwargs": "the whole model goes to one device, or with device_map='auto' over all",
-    "disable_log_stats": _VLLM,
+    "disable_log_stats": "vLLM's statistics are not logged",
     "fix_tokenizer": "EOS, BOS and pad token are always put right, and fastft.state.get_state(model).notes says how",
     "float32_mixed_precision": "the weights are kept in `dtype`; dtype=torch.float32 trains fp32 weights",
-    "float8_kv_cache": _VLLM,
     "fullgraph": _COMPILE,
-    "gpu_memory_utilization": _VLLM,
     "local_files_only": "local folders and the hub cache always come first; HF_HUB_OFFLINE=1 forbids the network",
     "low_cpu_mem_usage": "weights are always read one tensor at a time",
-    "max_lora_rank": _VLLM,
     "offload_embedding": "the embeddings stay on the model's device",
     "random_state": "nothing is random in loading; get_peft_model(random_state=...) seeds the adapter",
     "return_logits": "calling the model returns its logits",
     "temporary_location": "nothing is moved to the disk",
     "unsloth_force_compile": _COMPILE,
     "unsloth_tiled_mlp": "the memory plan decides what is kept for the backward pass",
-    "unsloth_vllm_standby": _VLLM,
-    "use_async": _VLLM,
+    "unsloth_vllm_standby": _STANDBY,
+    "use_async": "rollouts and training steps take turns",
     "use_exact_model_name": "names are never replaced by others",
 }
 # Arguments of from_pretrained that fastft cannot serve -> what to do instead.
 REFUSED_IN_LOADING = {
     "auto_model": "Causal language models alone are loaded; leave it out.",
     "config": "Save the changed config.json in the model's folder and load that.",
-    "fast_inference": "vLLM is not driven from here: leave it out, generate with model.generate or fastft.generate, "
-    "and serve the saved model with vLLM.",
     "gguf_file": "Load the safetensors checkpoint that the GGUF file was made from.",
     "load_in_fp8": "Take load_in_4bit=True, load_in_8bit=True or load_in_16bit=True.",
     "num_labels": "Sequence classification is not supported; load the model with transformers.",

@@ -1,10 +1,6 @@
-"""The saving methods of models that come from `FastLanguageModel`: familiar names, each a thin call into fastft.export.
-
-They are put on the one model that is handed out, as callables of that model; no class is changed.
-"""
+"""The saving methods of models that come from `FastLanguageModel`, each a thin call into fastft.export."""
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -45,14 +41,6 @@ REFUSED = {
 _MERGED = {"merged_16bit": None, "merged_4bit_forced": "nf4", "torchao_fp8": "fp8", "fp8": "fp8", "fp8_dynamic": "fp8"}
 SAVE_METHODS = ("lora", "merged_16bit", "merged_4bit", *list(_MERGED)[1:])
 _DTYPES = {"bfloat16": "bf16", "bf16": "bf16", "float16": "fp16", "fp16": "fp16", "float32": "fp32", "fp32": "fp32"}
-
-
-def with_methods(model: Any) -> Any:
-    """Give one model its saving methods and return it."""
-    for function in METHODS:
-        # straight into the object: torch's own attribute setting would look for modules among them
-        object.__setattr__(model, function.__name__, partial(function, model))
-    return model
 
 
 def save_pretrained_merged(

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
-from fastft.kernels.attention import attention, masked_attention
+from fastft.kernels.attention import SharedPrompts, attention, masked_attention, shared_attention, shared_pairs
 
 NAME = "fastft"
 
@@ -20,6 +20,23 @@ def register() -> None:
     """Register the attention with transformers under the name "fastft"; safe to call again."""
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, attention_mask_for)
+
+
+def only_causal(device: torch.device) -> torch.Tensor:
+    """Return the mask [1, 1, 0, 0] that says: causality, and what the layer itself adds to it, is the whole mask.
+
+    transformers hands a 4-D mask on as it is. Without one it looks for packing in the position ids, and waits for the
+    device to see what it finds.
+    """
+    return torch.empty(1, 1, 0, 0, dtype=torch.bool, device=device)
+
+
+def told_elsewhere(device: torch.device) -> torch.Tensor:
+    """Return the mask [1, 1, 0, 1] that stands for what `cu_seq_lens_q` or `shared_prompts` tell.
+
+    Where a model does not hand those on, no attention takes this mask for another.
+    """
+    return torch.empty(1, 1, 0, 1, dtype=torch.bool, device=device)
 
 
 def attention_mask_for(
@@ -64,16 +81,22 @@ def attention_forward(
     softcap: float | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
     max_length_q: int | None = None,
+    shared_prompts: SharedPrompts | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention as transformers calls it: query [B, H, T, D], key and value [B, Hk, S, D] -> ([B, T, H, D], None).
 
     `cu_seq_lens_q` [documents + 1] are the offsets of packed documents; it takes precedence over a mask, which for
-    packed rows says the same.
+    packed rows says the same. So does `shared_prompts`, with which rows must be within the window. A mask of
+    `only_causal` is none.
     """
+    if attention_mask is not None and attention_mask.shape[-1] == 0:
+        attention_mask = None
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     dropout = dropout if module.training else 0.0
-    if cu_seq_lens_q is None and (attention_mask is not None or query.shape[2] != key.shape[2]):
+    if shared_prompts is not None:
+        out = _shared(query, key, value, scale, shared_prompts, sliding_window, softcap, dropout)
+    elif cu_seq_lens_q is None and (attention_mask is not None or query.shape[2] != key.shape[2]):
         out = masked_attention(query, key, value, attention_mask, scale, softcap, dropout)
     else:
         out = attention(
@@ -88,3 +111,18 @@ def attention_forward(
             dropout=dropout,
         )
     return out.transpose(1, 2).contiguous(), None
+
+
+def _shared(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+    shared: SharedPrompts,
+    window: int | None,
+    softcap: float | None,
+    dropout: float,
+) -> torch.Tensor:
+    if softcap is None and dropout == 0.0:
+        return shared_attention(query, key, value, scale, shared, window)
+    return masked_attention(query, key, value, shared_pairs(query.shape[2], shared), scale, softcap, dropout)

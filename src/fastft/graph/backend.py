@@ -10,12 +10,16 @@ from attrs import define, evolve, field, frozen
 from torch import fx, nn
 
 import fastft.kernels
-from fastft.graph.capture import bind, is_instance_of, module_stack
+from fastft.graph.capture import bind, find_unit
+from fastft.graph.keepable import left_packed
+from fastft.graph.kept import KeptInput, KeptWeights, finder
 from fastft.graph.passes.context import Context
 from fastft.graph.pipeline import rewrite
 from fastft.graph.recompute import TagPass
 from fastft.graph.report import GraphReport
 from fastft.graph.verify import Verdict
+from fastft.memory.estimate import Mode
+from fastft.memory.levels import keeps_wide
 from fastft.registry.spec import ModelSpec
 
 BACKENDS = ("inductor", "aot_eager", "eager")
@@ -23,62 +27,72 @@ BACKENDS = ("inductor", "aot_eager", "eager")
 
 @frozen(eq=False)
 class Settings:
-    """How graphs are rewritten and lowered. `plan` is what was asked for, `level` what one version of a layer keeps."""
+    """How graphs are rewritten and lowered. `plan` is what was asked for, `level` what one version of a layer keeps.
+
+    `compute` is "exact", or "fp8" where large products may have fp8 factors. `dequantised`: this version of a layer
+    reads copies of its NF4 weights that are kept dequantised. `eight_bits`: gate and up are kept in 8 bits.
+    """
 
     backend: str = "inductor"
     plan: str | int = "auto"
     level: str = "keep"
     disable: tuple[str, ...] = ()
     implementations: Mapping[str, str] = field(factory=dict)
+    compute: str = "exact"
+    dequantised: bool = False
+    eight_bits: bool = False
 
 
 @define(eq=False, repr=False)
 class RewritingBackend:
-    """A backend for `torch.compile`: one object per compiled model, which remembers what it proved and did."""
+    """A backend for `torch.compile`: one object per compiled model, which remembers what it proved and did.
+
+    `units`: the modules that are compiled with it. `weights`: the copies of NF4 weights that are kept dequantised.
+    """
 
     root: nn.Module
     spec: ModelSpec
     settings: Settings
+    units: tuple[nn.Module, ...]
     verdicts: dict[tuple[object, ...], Verdict] = field(factory=dict)
     graphs: list[GraphReport] = field(factory=list)
+    weights: KeptWeights = field(factory=KeptWeights)
 
-    def at_level(self, level: str) -> "RewritingBackend":
-        """Return a backend for another level, which shares what was proved and reported."""
-        if level == self.settings.level:
-            return self
-        return evolve(self, settings=evolve(self.settings, level=level))
+    def for_mode(self, mode: Mode) -> "RewritingBackend":
+        """Return a backend for layers of a mode, which shares what was proved and reported."""
+        eight_bits = self.settings.eight_bits and keeps_wide(mode.level)
+        settings = evolve(self.settings, level=mode.level, dequantised=mode.dequantised, eight_bits=eight_bits)
+        return evolve(self, settings=settings)
+
+    def for_units(self, units: tuple[nn.Module, ...], settings: Settings) -> "RewritingBackend":
+        """Return a backend for other modules of the model, which shares what was proved and reported."""
+        return evolve(self, units=units, settings=settings)
 
     def __call__(self, graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         """Rewrite `graph_module` and return the function that runs it."""
         binding = bind(graph_module, example_inputs, self.root)
-        context = Context(binding, self.spec, self.settings.implementations, self.verdicts)
-        unit = _unit_name(graph_module, context)
+        settings = self.settings
+        kept: list[KeptInput] | None = [] if settings.dequantised else None
+        eight_bits = settings.eight_bits and torch.is_grad_enabled()  # without gradients nothing is kept
+        context = Context(
+            binding, self.spec, settings.implementations, self.verdicts, settings.compute, kept, eight_bits
+        )
+        unit = find_unit(graph_module, binding, self.units)
         # What the proofs save is none of the layer's: the hooks that move a layer's results do not see it.
         with torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
-            new, report = rewrite(graph_module, context, unit, self.settings.disable)
-        self.graphs.append(report)
-        return lower(new, example_inputs, self.settings)
+            new, report = rewrite(graph_module, context, unit, settings.disable)
+        gated = [done for done in report.rewrites if done.rule == "glu"] if eight_bits else []
+        narrow = all(done.kept for done in gated) if gated else None
+        self.graphs.append(evolve(report, gradients=torch.is_grad_enabled(), eight_bits=narrow))
+        if kept is None:
+            return lower(new, example_inputs, settings)
+        copies = finder(new.graph, kept, self.weights, left_packed(new.graph, binding, kept))
+        lowered = lower(new, [*example_inputs, *(one.node.meta["example_value"] for one in kept)], settings)
+        return lambda *inputs: lowered(*inputs, *copies(inputs))
 
 
 def _as_it_is(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
-
-
-def _unit_name(graph_module: fx.GraphModule, context: Context) -> str:
-    """Name the class of the compiled decoder layer: the one whose name begins the names of the graph's modules."""
-    layers = {
-        name: type(module).__name__
-        for name, module in context.binding.modules.values()
-        if is_instance_of(module, context.spec.layer_classes)
-    }
-    for node in graph_module.graph.nodes:
-        for ident in module_stack(node):
-            name = context.binding.modules.get(ident, ("", None))[0]
-            parents = (".".join(name.split(".")[:end]) for end in range(name.count(".") + 1, 0, -1))
-            found = next((layers[parent] for parent in parents if parent in layers), None)
-            if found:
-                return found
-    return "graph"
 
 
 def lower(graph_module: fx.GraphModule, example_inputs: Sequence[Any], settings: Settings) -> Callable[..., Any]:

@@ -76,6 +76,27 @@ def copy_graph(graph_module: fx.GraphModule) -> fx.GraphModule:
     return copied
 
 
+def find_unit(graph_module: fx.GraphModule, binding: Binding, units: Sequence[nn.Module]) -> nn.Module | None:
+    """Return the one of `units` that the graph was captured from: the module that its modules or parameters are in."""
+    named = {binding.modules[id(unit)][0]: unit for unit in units if id(unit) in binding.modules}
+    for node in graph_module.graph.nodes:
+        inner = [binding.modules[ident][0] for ident in module_stack(node) if ident in binding.modules]
+        for name in (*inner, *binding.names.get(node.name, ())):
+            parents = (".".join(name.split(".")[:end]) for end in range(name.count(".") + 1, 0, -1))
+            found = next((named[parent] for parent in parents if parent in named), None)
+            if found is not None:
+                return found
+    return None
+
+
+def place(graph_module: fx.GraphModule, binding: Binding, unit: nn.Module) -> None:
+    """Put the compiled module itself into its nodes' stacks, outermost: Dynamo names those within it alone."""
+    entry = {str(id(unit)): (binding.modules[id(unit)][0], type(unit))}
+    for node in graph_module.graph.nodes:
+        if node.op not in ("placeholder", "output", "get_attr"):
+            node.meta["nn_module_stack"] = entry | dict(node.meta.get("nn_module_stack") or {})
+
+
 def module_stack(node: fx.Node) -> tuple[int, ...]:
     """Return the ids of the modules whose forward made `node`, outermost first."""
     stack = node.meta.get("nn_module_stack") or {}

@@ -1,8 +1,7 @@
-"""Compile a model's decoder layers: captured once, rewritten as the spec allows, reused for every layer."""
+"""Compile a model's decoder layers and the norms outside them: captured once, rewritten as the spec allows, reused."""
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import FunctionType
 from typing import Any
 
@@ -13,26 +12,41 @@ from torch import nn
 from fastft.errors import Problem, UsageError, did_you_mean
 from fastft.graph import attention
 from fastft.graph.backend import BACKENDS, RewritingBackend, Settings
+from fastft.graph.calls import Kind, kind_of
 from fastft.graph.capture import is_instance_of
-from fastft.graph.head import head_check
+from fastft.graph.head import NOT_FP8_HEAD, head_check
+from fastft.graph.keepable import eight_bits_obstacle
+from fastft.graph.outer_norms import norm_dispatcher, norm_settings, outer_norms
 from fastft.graph.pipeline import PASSES, default_implementations
 from fastft.graph.planned import PlannedLayers
 from fastft.graph.report import RewriteReport
-from fastft.memory.plan import describe_modes, plan_problem
+from fastft.graph.uncompiled_calls import Counts, cause, notes, reason, run_uncompiled
+from fastft.kernels import fp8
+from fastft.memory.estimate import COMPUTE, Mode
+from fastft.memory.plan import EIGHT_BITS, fast_is_keep, named_part, not_in_eight_bits, plan_problem
 from fastft.registry.resolve import find
 from fastft.registry.spec import ModelSpec
 from fastft.state import base_model, get_state, update_state
 
 # transformers takes one of these by itself; anything else was asked for by name.
 DEFAULT_ATTENTION = ("sdpa", "eager", attention.NAME)
+# What a decoder layer calls its key-value cache: the second until transformers 5.23.
+CACHES = ("cache", "past_key_values")
+
+
+FEWER_KEPT = (
+    "layers that keep fewer weights dequantised than planned, or none: {}; some linears of theirs were not replaced"
+)
 
 
 @define(eq=False)
 class Compiled:
-    """A compiled model's layers and what was done to them.
+    """A compiled model's layers, its norms outside them, and what was done to both.
 
     `plain_attention` is transformers' own implementation that computes the same; `enabled` switches the compiled path;
-    `planned` says what each layer keeps; `whole` that a layer is one graph, `remarks` and `eager_calls` why not.
+    `planned` says what each layer keeps; `pieces` are the kinds of calls in which a layer is more than one graph,
+    `remarks` and `eager_calls` say why. `last`: the kind of the layers' last call, None where it ran uncompiled.
+    `fp8_head`: the loss head's products are to have fp8 factors as well.
     """
 
     spec: ModelSpec | None
@@ -43,9 +57,17 @@ class Compiled:
     planned: PlannedLayers | None = None
     plain_attention: str = "sdpa"
     enabled: bool = True
-    whole: bool = True
+    pieces: set[Kind] = field(factory=set)
+    fp8_head: bool = False
     remarks: list[str] = field(factory=list)
-    eager_calls: dict[str, int] = field(factory=dict)
+    eager_calls: Counts = field(factory=dict)
+    norms: tuple[nn.Module, ...] = ()
+    last: Kind | None = None
+
+    @property
+    def whole(self) -> bool:
+        """Say whether a layer is one graph, whatever the call."""
+        return not self.pieces
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
         # A copied or unpickled model has none: `nn.Module` leaves the compiled call of a layer behind.
@@ -54,10 +76,17 @@ class Compiled:
     def report(self) -> RewriteReport:
         """Return what was rewritten up to now, and what was not."""
         graphs = tuple(self.backend.graphs) if self.backend else ()
-        modes = describe_modes(self.planned.modes) if self.planned else ""
-        notes = [f"{count} training calls of a layer ran uncompiled: {why}" for why, count in self.eager_calls.items()]
+        modes = self.planned.described() if self.planned else ""
+        exact_head = any(remark.startswith(NOT_FP8_HEAD.format("")) for remark in self.remarks)
+        head = self.base_report.head + (", with fp8 factors" if self.fp8_head and not exact_head else "")
+        fewer = self.planned.fewer if self.planned else 0
+        kept = [FEWER_KEPT.format(fewer)] if fewer else []
         return evolve(
-            self.base_report, graphs=graphs, modes=modes, notes=(*self.base_report.notes, *self.remarks, *notes)
+            self.base_report,
+            head=head,
+            graphs=graphs,
+            modes=modes,
+            notes=(*self.base_report.notes, *self.remarks, *notes(self.eager_calls), *kept),
         )
 
 
@@ -70,36 +99,50 @@ def compile(
     implementations: Mapping[str, str] | None = None,
     dynamic: bool | None = None,
     batch: tuple[int, int] | None = None,
+    compute: str = "exact",
 ) -> nn.Module:
-    """Compile the decoder layers of `model` in place and return it.
+    """Compile the decoder layers of `model`, and the norms outside them, in place and return it.
 
-    The compiled path is taken while the model trains with gradients on and without a cache; generation and evaluation
-    run as before. Nothing is compiled until the first training step. An unknown architecture is returned as it is, and
-    `report(model)` says so. Calling it again replaces what an earlier call installed.
+    The compiled path is taken while the model trains with gradients on and without a cache, and in training mode for
+    the passes without gradients that go with it: log-probabilities of a reference or of an earlier policy. Generation
+    and evaluation run as before. Nothing is compiled until the first training step. An unknown architecture is
+    returned as it is, and `report(model)` says so. Calling it again replaces what an earlier call installed.
 
-    plan: what is kept for the backward pass. "keep": results of matrix products and of attention. "min": the layers'
-    inputs. "offload": attention's outputs too, in CPU memory. A number of bytes, or "24GB": as fast as a step of that
-    peak can be, weights and optimizer included. "auto": what the model's state says, else what the GPU has free but for
-    a reserve of 1 GiB and 3 %; "keep" on a CPU.
+    plan: what is kept for the backward pass. "keep": results of matrix products and of attention. "fast": NF4 weights
+    too, dequantised, 2 bytes each in bf16, until `uncompile` or the end of a trainer's run. "min": the layers' inputs.
+    "offload": attention's outputs too, in CPU memory. A number of bytes, or "24GB": as fast as a step of that peak can
+    be, weights and optimizer included. "auto": what the model's state says, else what the GPU has free but for a
+    reserve of 1 GiB and 3 %, without dequantised weights; "keep" on a CPU. With "+8bit" behind it ("keep+8bit",
+    "24GB+8bit") gate and up of the feed-forwards, the most of what "keep" keeps, are kept in 8 bits a number (a scale
+    for 64). The forward stays exact, gradients do not: about 1 % off for evenly spread values.
     batch: (rows, length) of the largest batch to come, which a budget is solved for; None: the first one. A larger one
     later solves it again.
     backend: "inductor", or "aot_eager" and "eager" for debugging.
     disable: names of rewrites to leave out.
-    implementations: per rewrite "op" (fused operation) or "torch" (plain code that Inductor fuses).
-    dynamic: as for `torch.compile`; None compiles for the first length and, at a second one, for all.
+    implementations: per rewrite "op" (fused operation) or "torch" (plain code that Inductor fuses). A norm outside the
+    layers is a graph of its own, that runs compiled where the layers do: one fused operation, without Inductor, unless
+    "torch" is said.
+    compute: "exact": the numbers are those of the model in its own dtype, up to rounding. "fp8": in training steps the
+    products with frozen weights have fp8 factors (e4m3, a scale for every row), forward and backward, those with
+    adapters do not; passes without gradients likewise, but for a reference's, whose adapter is off. That changes the
+    numbers, and the report, run.json and the model card say so. It takes bf16 and a GPU of compute capability 8.9, or a
+    CPU, which is slow at it; linears that cannot compute so stay exact, and the report says why. "fp8+head": the loss
+    head's products too, but for each row's own label (`linear_ce.quantized`).
+    dynamic: as for `torch.compile`; None compiles layers for the first length and, at a second one, for all.
 
     It registers the attention "fastft" with transformers and sets `torch._dynamo.config.specialize_float`, without
     which constants such as epsilon become inputs of a graph with dynamic lengths. Raises UsageError.
     """
     chosen = {**default_implementations(), **(implementations or {})}
-    _check_arguments(plan, backend, disable, chosen)
+    _check_arguments(plan, backend, disable, chosen, compute)
     base = base_model(model)
-    plan = get_state(model).plan if plan == "auto" else plan
+    _check_device(base, compute)
+    plan = _of_state(plan, get_state(model).plan)
     problem = plan_problem(plan)
     if problem is not None:
         raise UsageError(problem)
     spec = get_state(model).spec or find(base.config)
-    settings = Settings(backend, plan, disable=tuple(disable), implementations=chosen)
+    settings = Settings(backend, plan, disable=tuple(disable), implementations=chosen, compute=compute.split("+")[0])
     layers = decoder_layers(base, spec) if spec else ()
     uncompile(model)
     if spec is None or not layers:
@@ -109,15 +152,35 @@ def compile(
             else "the spec's layer classes are not in the model"
         )
         note = f"{why}: it runs unrewritten through transformers and PEFT"
+        note += f", exact though compute={compute!r} was asked for" if compute != "exact" else ""
         report_ = RewriteReport(
             None, "none", str(plan), base.config._attn_implementation, "transformers", 0, notes=(note,)
         )
         update_state(model, compiled=Compiled(spec, settings, (), None, report_))
         return model
-    return _install(model, base, spec, settings, layers, dynamic, batch)
+    compiled = _install(model, base, spec, settings, layers, dynamic, batch, compute)
+    _install_norms(compiled, base, implementations or {}, dynamic)
+    return model
 
 
-def _check_arguments(plan: object, backend: str, disable: Sequence[str], implementations: Mapping[str, str]) -> None:
+def _of_state(plan: str | int, of_state: str | int) -> str | int:
+    """Return the plan that a model's state names where "auto" was asked for, else `plan`."""
+    named, eight_bits = named_part(plan)
+    if named != "auto":
+        return plan
+    return f"{of_state}{EIGHT_BITS}" if eight_bits and not named_part(of_state)[1] else of_state
+
+
+def _check_device(base: nn.Module, compute: str) -> None:
+    weight = next(base.parameters())
+    why = fp8.device_obstacle(weight.device) if compute != "exact" else ""
+    if why:
+        raise UsageError(Problem("compute", compute, f"'exact' here: {why}"))
+
+
+def _check_arguments(
+    plan: object, backend: str, disable: Sequence[str], implementations: Mapping[str, str], compute: object
+) -> None:
     names = [step.name for step in PASSES]
     problems: list[Problem] = []
     wrong_plan = plan_problem(plan)
@@ -125,6 +188,8 @@ def _check_arguments(plan: object, backend: str, disable: Sequence[str], impleme
         problems.append(wrong_plan)
     if backend not in BACKENDS:
         problems.append(Problem("backend", backend, f"one of {BACKENDS}", did_you_mean(backend, BACKENDS)))
+    if compute not in COMPUTE:
+        problems.append(Problem("compute", compute, f"one of {COMPUTE}", did_you_mean(str(compute), COMPUTE)))
     for name in (*disable, *implementations):
         if name not in names:
             problems.append(Problem("rewrite", name, f"one of {names}", did_you_mean(name, names)))
@@ -148,7 +213,8 @@ def _install(
     layers: tuple[nn.Module, ...],
     dynamic: bool | None,
     batch: tuple[int, int] | None,
-) -> nn.Module:
+    compute: str,
+) -> Compiled:
     notes = []
     attention.register()
     given = base.config._attn_implementation
@@ -158,8 +224,10 @@ def _install(
         notes.append(f"attention implementation {given!r} was asked for and is kept")
     head = head_check(model)
     torch._dynamo.config.specialize_float = True
-    rewriting = RewritingBackend(base, spec, settings)
     told = "chunked, from hidden states" if head.fused else head.reason
+    fp8_head = compute == "fp8+head" and head.fused
+    if compute == "fp8+head" and not head.fused:
+        notes.append(NOT_FP8_HEAD.format("the loss is transformers' own"))
     report_ = RewriteReport(
         spec.name,
         settings.backend,
@@ -168,29 +236,66 @@ def _install(
         told,
         len(layers),
         notes=tuple(notes),
+        compute=compute,
     )
     # transformers' SDPA path leaves a soft cap out without a word.
     plain = "eager" if any(point.softcap for point in spec.attentions) else "sdpa"
-    planned = PlannedLayers.of(model, spec, settings.plan, layers, batch)
-    compiled = Compiled(spec, settings, layers, rewriting, report_, planned, plain_attention=plain)
-    versions: dict[tuple[str, bool], Callable[..., Any]] = {}
+    obstacle = eight_bits_obstacle(layers, spec, settings.disable, settings.implementations)
+    settings = evolve(settings, eight_bits=named_part(settings.plan)[1] and not obstacle)
+    eight_bits = None if obstacle else settings.eight_bits
+    planned = PlannedLayers.of(model, spec, settings.plan, layers, batch, compute, settings.disable, eight_bits)
+    not_so = (fast_is_keep(settings.plan, planned.modes, planned.why_not), not_in_eight_bits(settings.plan, obstacle))
+    report_ = evolve(report_, notes=(*report_.notes, *filter(None, not_so)))
+    rewriting = RewritingBackend(base, spec, settings, layers, graphs=planned.graphs, weights=planned.weights)
+    compiled = Compiled(spec, settings, layers, rewriting, report_, planned, plain, fp8_head=fp8_head)
+    versions: dict[tuple[str, bool, Kind, bool], Callable[..., Any]] = {}
 
-    def version(level: str, whole: bool) -> Callable[..., Any]:
-        """Return the compiled version of a layer that keeps what `level` says, made on first use."""
-        if (level, whole) not in versions:
-            versions[level, whole] = torch.compile(
-                _own_copy(_call_layer), backend=rewriting.at_level(level), fullgraph=whole, dynamic=dynamic
+    def version(mode: Mode, kind: Kind, whole: bool) -> Callable[..., Any]:
+        """Return the compiled version of a layer that keeps what `mode` says, for such calls, made on first use."""
+        key = (mode.level, mode.dequantised, kind, whole)
+        if key not in versions:
+            versions[key] = torch.compile(
+                _own_copy(_call_unit), backend=rewriting.for_mode(mode), fullgraph=whole, dynamic=dynamic
             )
-        return versions[level, whole]
+        return versions[key]
 
     for index, layer in enumerate(layers):
         layer._compiled_call_impl = _dispatcher(layer, index, version, compiled)
     update_state(model, compiled=compiled)
-    return model
+    return compiled
 
 
-def _call_layer(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    return layer._call_impl(*args, **kwargs)
+def _install_norms(
+    compiled: Compiled, base: nn.Module, implementations: Mapping[str, str], dynamic: bool | None
+) -> None:
+    """Let the norms outside the layers run compiled where the layers do: one version with gradients, one without."""
+    settings = compiled.settings
+    compiled.norms = outer_norms(base, compiled.spec, compiled.layers, settings.disable)
+    rewriting = compiled.backend.for_units(compiled.norms, norm_settings(settings, implementations))
+
+    def backend(graph_module: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        lowered = rewriting(graph_module, example_inputs)
+        if not any(done.applied for done in rewriting.graphs[-1].rewrites):
+            compiled.planned.norm_is_eager()
+        return lowered
+
+    def made() -> Callable[..., Any]:
+        # A lone operation has nothing to gain from a length that is fixed.
+        lengths = True if dynamic is None else dynamic
+        return torch.compile(_own_copy(_call_unit), backend=backend, fullgraph=True, dynamic=lengths)
+
+    versions = {gradients: made() for gradients in (True, False)}
+
+    def uncompiled(norm: nn.Module, error: Exception, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        compiled.planned.norm_is_eager()
+        return run_uncompiled(compiled.eager_calls, norm, "a norm outside the layers", reason(error), args, kwargs)
+
+    for norm in compiled.norms:
+        norm._compiled_call_impl = norm_dispatcher(norm, versions, lambda: compiled.last, uncompiled)
+
+
+def _call_unit(unit: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return unit._call_impl(*args, **kwargs)
 
 
 def _own_copy(function: FunctionType) -> FunctionType:
@@ -198,54 +303,71 @@ def _own_copy(function: FunctionType) -> FunctionType:
     return FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
 
 
+def _mark_lengths(args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Say to Dynamo that the length of this batch's row is of this batch alone."""
+    length = (args[0] if args else kwargs["hidden_states"]).shape[1]
+    for leaf in torch.utils._pytree.tree_leaves((args, dict(kwargs))):
+        if isinstance(leaf, torch.Tensor) and leaf.dim() > 1 and leaf.shape[1] == length:
+            torch._dynamo.maybe_mark_dynamic(leaf, 1)
+
+
 def _dispatcher(
-    layer: nn.Module, index: int, version: Callable[[str, bool], Callable[..., Any]], compiled: Compiled
+    layer: nn.Module, index: int, version: Callable[[Mode, Kind, bool], Callable[..., Any]], compiled: Compiled
 ) -> Callable[..., Any]:
     """Return what `nn.Module.__call__` is to run: the compiled layer when training, the plain one otherwise."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        if not (compiled.enabled and layer.training and torch.is_grad_enabled()):
+        kind = kind_of(layer, kwargs) if compiled.enabled and layer.training else None
+        compiled.last = kind
+        if kind is None:
             return layer._call_impl(*args, **kwargs)
-        if kwargs.get("past_key_values") is not None or kwargs.get("use_cache"):
+        if kwargs.get("use_cache") or any(kwargs.get(name) is not None for name in CACHES):
             return eagerly("a key-value cache is in use (pass use_cache=False)", *args, **kwargs)
-        with compiled.planned.call(index, layer, args, kwargs) as mode:
+        if kwargs.pop("lengths_vary", False):
+            _mark_lengths(args, kwargs)
+        planned = compiled.planned
+        # Without gradients nothing is kept for a backward, whatever the plan.
+        forward = nullcontext(Mode(dequantised=planned.mode(index).dequantised))
+        with planned.call(index, layer, args, kwargs) if kind.gradients else forward as mode:
             try:
-                return version(mode.level, compiled.whole)(layer, *args, **kwargs)
-            except torch._dynamo.exc.FailOnRecompileLimitHit:
-                return eagerly("its inputs changed in more ways than Dynamo's recompile_limit allows", *args, **kwargs)
+                return version(mode, kind, kind not in compiled.pieces)(layer, *args, **kwargs)
+            except torch._dynamo.exc.FailOnRecompileLimitHit as error:
+                return eagerly(reason(error), *args, **kwargs)
             except torch._dynamo.exc.Unsupported as error:
-                if not compiled.whole:
+                if kind in compiled.pieces:
                     raise
-                compiled.whole = False
-                cause = _cause(error)
-                compiled.remarks.append(f"layers are captured in pieces, Dynamo cannot trace them whole: {cause}")
-                return version(mode.level, False)(layer, *args, **kwargs)
+                compiled.pieces.add(kind)
+                _remark(compiled, f"layers are captured in pieces, Dynamo cannot trace them whole: {cause(error)}")
+                return version(mode, kind, False)(layer, *args, **kwargs)
 
     def eagerly(why: str, *args: Any, **kwargs: Any) -> Any:
-        if why not in compiled.eager_calls:
-            warnings.warn(f"a layer runs uncompiled: {why}", stacklevel=3)
-        compiled.eager_calls[why] = compiled.eager_calls.get(why, 0) + 1
-        return layer._call_impl(*args, **kwargs)
+        compiled.last = None
+        return run_uncompiled(compiled.eager_calls, layer, "a layer", why, args, kwargs)
 
     return call
 
 
-def _cause(error: Exception) -> str:
-    """Return what Dynamo stumbled on, in one line: its explanation, and the innermost line of the user's code."""
-    lines = [line.strip() for line in str(error).splitlines()]
-    told = next((line for line in lines if line.startswith("Explanation:")), lines[0])
-    files = [line for line in lines if line.startswith("File ")]
-    return f"{told.removeprefix('Explanation:').strip()} ({files[-1]})" if files else told
+def _remark(compiled: Compiled, told: str) -> None:
+    if told not in compiled.remarks:
+        compiled.remarks.append(told)
 
 
 def uncompile(model: nn.Module) -> nn.Module:
     """Take the compiled path off `model` again and return it."""
     compiled = get_state(model).compiled
     if compiled is not None:
-        for layer in compiled.layers:
-            layer._compiled_call_impl = None
+        for unit in (*compiled.layers, *compiled.norms):
+            unit._compiled_call_impl = None
+        release_weights(model)
         update_state(model, compiled=None)
     return model
+
+
+def release_weights(model: nn.Module) -> None:
+    """Let go of the dequantised copies of NF4 weights that `model` keeps; a further training step makes them again."""
+    compiled = get_state(model).compiled
+    if compiled is not None and compiled.planned is not None:
+        compiled.planned.weights.clear()
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """The output head as the spec states it, and the proof that the model's own logits agree."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from fastft.registry.resolve import find
 from fastft.registry.spec import ModelSpec
 from fastft.state import base_model, get_state
 
+NOT_FP8_HEAD = "the loss head is not in fp8: {}"
 CHECK_ATTRIBUTE = "fastft_head_check"
 # Logits of the probe are blown up to this size, so that a forgotten soft cap (30 or 50) shows.
 PROBE_LOGIT = 60.0
@@ -86,12 +88,46 @@ def find_head(model: Any) -> Head:
     return Head(_active(base.get_submodule(spec.head.module)), *_constants(base, spec))
 
 
+def head_in_fp8(model: Any, obstacle: Callable[[], str]) -> bool:
+    """Say whether this training step's loss head has fp8 factors, as `fastft.compile` was asked.
+
+    `obstacle` says why it cannot, "" if it can; that is remembered for the report.
+    """
+    inner = unwrapped(model)
+    compiled = get_state(inner).compiled
+    if compiled is None or not compiled.fp8_head or not compiled.enabled:
+        return False
+    if not (inner.training and torch.is_grad_enabled()):
+        return False
+    why = obstacle()
+    remark = NOT_FP8_HEAD.format(why)
+    if why and remark not in compiled.remarks:
+        compiled.remarks.append(remark)
+    return not why
+
+
 def plain_linear(module: nn.Module) -> nn.Linear | None:
     """Return `module` if its output is nothing but `x W^T + b` of floating-point weights, else None."""
     if type(module).forward is not nn.Linear.forward or "forward" in module.__dict__ or hasattr(module, "_hf_hook"):
         return None
     hooked = module._forward_hooks or module._forward_pre_hooks
     return module if module.weight.is_floating_point() and not hooked else None
+
+
+def linear_operands(linear: nn.Linear, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return (hidden, weight, bias) on the head's device and in the dtype that it computes in, under autocast too.
+
+    A sharded parameter is gathered; gradients flow back to its shards.
+    """
+    weight, bias = _whole(linear.weight), _whole(linear.bias)
+    kind = hidden.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+    hidden = hidden.to(device=weight.device, dtype=dtype)
+    return hidden, weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def _whole(tensor: Tensor | None) -> Tensor | None:
+    return tensor.full_tensor() if tensor is not None and hasattr(tensor, "full_tensor") else tensor
 
 
 def _missing(base: Any, spec: ModelSpec) -> str:

@@ -3,9 +3,9 @@
 from collections.abc import Callable, Mapping, Sequence
 
 from attrs import frozen
-from torch import fx
+from torch import fx, nn
 
-from fastft.graph.capture import copy_graph
+from fastft.graph.capture import copy_graph, place
 from fastft.graph.passes.context import Context
 from fastft.graph.passes.feed_forward import replace_feed_forwards
 from fastft.graph.passes.glu import replace_glus
@@ -43,13 +43,15 @@ def default_implementations() -> Mapping[str, str]:
 
 
 def rewrite(
-    graph_module: fx.GraphModule, context: Context, unit: str, disable: Sequence[str] = ()
+    graph_module: fx.GraphModule, context: Context, unit: nn.Module | None, disable: Sequence[str] = ()
 ) -> tuple[fx.GraphModule, GraphReport]:
     """Return a rewritten copy of `graph_module` and what was done; the original is left alone.
 
-    `unit` names the compiled module's class in the report; `disable` names passes to leave out.
+    `unit` is the compiled module, None where it is not known; `disable` names passes to leave out.
     """
     new = copy_graph(graph_module)
+    if unit is not None:
+        place(new, context.binding, unit)
     done: list[Rewrite] = []
     for step in PASSES:
         if step.name not in disable:
@@ -58,4 +60,4 @@ def rewrite(
     new.graph.lint()
     new.recompile()
     before, after = len(graph_module.graph.nodes), len(new.graph.nodes)
-    return new, GraphReport(unit, before, after, tuple(done))
+    return new, GraphReport("graph" if unit is None else type(unit).__name__, before, after, tuple(done))

@@ -2,40 +2,54 @@
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from attrs import define, evolve
+from attrs import define, evolve, field
 from torch import nn
 
 from fastft.errors import UsageError
+from fastft.graph.capture import quant_state_tensors
+from fastft.graph.keepable import keepable_linears
+from fastft.graph.kept import KeptWeights
+from fastft.graph.outer_norms import outer_norms
+from fastft.graph.report import GraphReport
 from fastft.memory.devices import Device, find_device
 from fastft.memory.estimate import Estimate, Mode, Setup, estimate
 from fastft.memory.measure import host_memory, setup_of_model
 from fastft.memory.offload import Offloader
-from fastft.memory.plan import HOST_SHARE, budget_of, named_modes, solve, usable
+from fastft.memory.plan import HOST_SHARE, budget_of, describe_modes, named_modes, named_part, solve, usable
 from fastft.registry.spec import ModelSpec
+from fastft.state import base_model
 
 GB = 10**9
 
 
 @define(eq=False)
 class PlannedLayers:
-    """The modes of a model's layers, first to last, and the largest batch they were chosen for.
+    """The modes chosen for a model's layers, first to last, and the largest batch they were chosen for.
 
-    `setup` is None where the config does not tell the sizes; a budget is then refused. `fits` is False where even the
-    smallest plan is predicted to need more than the budget.
+    `sizes` is None where the config does not tell them; a budget is then refused. `fits` is False where even the
+    smallest plan is predicted to need more than the budget. `weights` are the copies of layers whose mode says
+    `dequantised`; `keepable` are the linears of each layer whose weights can be kept so, `why_not` what is in the way
+    if there are none. `wants_eight_bits`: layers that keep gate and up are to keep them in 8 bits, which the `graphs`
+    captured up to now may not do.
     """
 
     plan: str | int
-    modes: tuple[Mode, ...]
-    setup: Setup | None
+    chosen: tuple[Mode, ...]
+    sizes: Setup | None
     budget: int | None = None
     device: Device | None = None
     offloader: Offloader | None = None
     largest: tuple[int, int] = (0, 0)
     fits: bool = True
+    weights: KeptWeights = field(factory=KeptWeights)
+    keepable: tuple[tuple[nn.Module, ...], ...] = ()
+    why_not: str = ""
+    wants_eight_bits: bool = False
+    graphs: list[GraphReport] = field(factory=list)
 
     @classmethod
     def of(
@@ -45,42 +59,105 @@ class PlannedLayers:
         plan: str | int,
         layers: Sequence[nn.Module],
         batch: tuple[int, int] | None,
+        compute: str = "exact",
+        disable: Sequence[str] = (),
+        eight_bits: bool | None = False,
     ) -> "PlannedLayers":
         """Return the plan of a model whose decoder layers are `layers`, solved at once if `batch` is known.
 
-        Raises UsageError for a budget on a model whose config does not tell its sizes.
+        `disable`: names of rewrites that are left out. `eight_bits`: whether gate and up are to be kept in 8 bits, None
+        where they cannot be. Raises UsageError for a budget on a model whose config does not tell its sizes.
         """
         budget = budget_of(plan)
+        where = next(layers[0].parameters()).device
+        replaced = "fused" if where.type == "cuda" else "reference"
+        norm = replaced if outer_norms(base_model(model), spec, layers, disable) else "eager"
         try:
             setup = setup_of_model(model, spec)
+            shape = evolve(setup.shape, layers=len(layers))
+            sizes = evolve(setup, compute=compute, norm=norm, shape=shape, eight_bits=eight_bits)
         except UsageError:
             if budget is not None:
                 raise
-            setup = None
-        where = next(layers[0].parameters()).device
+            sizes = None
         name = torch.cuda.get_device_name(where) if where.type == "cuda" else ""
-        made = cls(plan, named_modes(plan if budget is None else "keep", len(layers)), setup, budget, find_device(name))
-        if setup is not None and len(layers) != setup.shape.layers:
-            made.setup = evolve(setup, shape=evolve(setup.shape, layers=len(layers)))
+        keepable, why_not = keepable_linears(layers, spec, disable, compute)
+        modes = named_modes(plan if budget is None else "keep", len(layers), any(keepable))
+        made = cls(
+            plan, modes, sizes, budget, find_device(name), keepable=keepable, why_not=why_not,
+            wants_eight_bits=bool(eight_bits),
+        )  # fmt: skip
         if batch is not None:
             made.see(*batch, where)
         return made
+
+    def mode(self, index: int) -> Mode:
+        """Return what layer `index` keeps: nothing dequantised where no graph reads a copy of its weights."""
+        mode = self.chosen[index]
+        if mode.dequantised and not any(self.weights.may_read(linear.weight) for linear in self.keepable[index]):
+            return evolve(mode, dequantised=False)
+        return mode
+
+    @property
+    def modes(self) -> tuple[Mode, ...]:
+        """Return what each layer keeps."""
+        return tuple(self.mode(index) for index in range(len(self.chosen)))
+
+    def described(self) -> str:
+        """Return in words what the layers keep."""
+        return describe_modes(self.modes, self.eight_bits)
+
+    @property
+    def eight_bits(self) -> bool:
+        """Say whether the layers that keep gate and up keep them in 8 bits, as far as graphs were captured."""
+        return self.wants_eight_bits and all(graph.eight_bits is not False for graph in self.graphs)
+
+    @property
+    def setup(self) -> Setup | None:
+        """Return the step of the largest batch, with the weights that graphs read copies of or may read."""
+        if self.sizes is None:
+            return None
+        read = ([linear for linear in found if self.weights.may_read(linear.weight)] for found in self.keepable)
+        counts = (sum(linear.out_features * linear.in_features for linear in linears) for linears in read)
+        return evolve(self.sizes, nf4_weights=tuple(counts), eight_bits=self.sizes.eight_bits and self.eight_bits)
+
+    @property
+    def fewer(self) -> int:
+        """Return how many layers have linears whose weights could be kept dequantised and that no rewrite took."""
+        return sum(not all(self.weights.may_read(linear.weight) for linear in found) for found in self.keepable)
+
+    def expect(self, head: str, answers: int | None, batch: tuple[int, int] | None, where: torch.device) -> None:
+        """Take note of what a run asks of the model's head (`Setup`), and of its largest batch if that is known.
+
+        What was solved for another head is solved anew.
+        """
+        if self.sizes is None:
+            return
+        known = self.largest
+        if (head, answers) != (self.sizes.head, self.sizes.answers):
+            self.sizes, self.largest = evolve(self.sizes, head=head, answers=answers), (0, 0)
+        for rows, length in (known, batch or (0, 0)):
+            self.see(rows, length, where)
 
     def see(self, rows: int, length: int, where: torch.device) -> None:
         """Take note of a batch; one with more tokens than any before solves the budget anew."""
         if rows * length <= self.largest[0] * self.largest[1]:
             return
         self.largest = (rows, length)
-        if self.setup is None:
+        if self.sizes is None:
             return
-        element = self.setup.element
+        element = self.sizes.element
         if torch.is_autocast_enabled(where.type):
             element = min(element, torch.get_autocast_dtype(where.type).itemsize)
-        self.setup = evolve(self.setup, rows=rows, length=length, element=element)
+        self.sizes = evolve(self.sizes, rows=rows, length=length, element=element)
         budget = self.budget if self.budget is not None else self._free(where)
         if budget is not None:
-            made = solve(self.setup, budget, self.device, int(host_memory() * HOST_SHARE))
-            self.modes, self.fits = made.modes, made.fits
+            host, dequantise = int(host_memory() * HOST_SHARE), named_part(self.plan)[0] != "auto"
+            made = solve(self.setup, budget, self.device, host, dequantise)
+            before = [mode.dequantised for mode in self.modes]
+            self.chosen, self.fits = made.modes, made.fits
+            if [mode.dequantised for mode in self.modes] != before:
+                self.weights.clear()
             if not made.fits:
                 needed = f"{made.estimate.peak / GB:.2f} GB where the plan allows {budget / GB:.2f} GB"
                 warnings.warn(
@@ -91,7 +168,7 @@ class PlannedLayers:
 
     def _free(self, where: torch.device) -> int | None:
         """Return what "auto" may take: what the GPU has free and what this process holds, but for the reserve."""
-        if self.plan != "auto" or where.type != "cuda":
+        if named_part(self.plan)[0] != "auto" or where.type != "cuda":
             return None
         free, memory = torch.cuda.mem_get_info(where)
         others = memory - free - torch.cuda.memory_reserved(where)
@@ -99,9 +176,14 @@ class PlannedLayers:
 
     def predicted(self) -> Estimate | None:
         """Return what the largest batch seen is predicted to take, None before the first or where sizes are unknown."""
-        if self.setup is None or self.largest == (0, 0):
+        if self.sizes is None or self.largest == (0, 0):
             return None
         return estimate(self.setup, self.modes, self.device)
+
+    def norm_is_eager(self) -> None:
+        """Take note that a norm outside the layers runs as transformers wrote it: it could not be replaced."""
+        if self.sizes is not None:
+            self.sizes = evolve(self.sizes, norm="eager")
 
     @contextmanager
     def call(self, index: int, layer: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Mode]:
@@ -109,20 +191,27 @@ class PlannedLayers:
         hidden = args[0] if args else kwargs.get("hidden_states")
         if index == 0 and isinstance(hidden, torch.Tensor) and hidden.dim() == 3:
             self.see(hidden.shape[0], hidden.shape[1], hidden.device)
-        mode = self.modes[index]
-        if not mode.offload or not isinstance(hidden, torch.Tensor):
+        mode = self.mode(index)
+        with self._moved(layer, hidden, args, kwargs) if mode.offload else nullcontext():
             yield mode
-            return
+
+    def _moved(
+        self, layer: nn.Module, hidden: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> AbstractContextManager[None]:
+        """Return the context in which what a layer saves is moved."""
+        if not isinstance(hidden, torch.Tensor):
+            return nullcontext()
         if self.offloader is None or self.offloader.device != hidden.device:
             self.offloader = Offloader(hidden.device)
         shared = (*args[1:], *(value for name, value in kwargs.items() if name != "hidden_states"))
 
         def stays() -> list[torch.Tensor]:
             given = [leaf for leaf in torch.utils._pytree.tree_leaves(shared) if isinstance(leaf, torch.Tensor)]
-            return [*given, *layer.parameters(), *layer.buffers()]
+            own = list(layer.parameters())
+            states = [part for module in layer.modules() for part in quant_state_tensors(module).values()]
+            return [*given, *own, *layer.buffers(), *states, *self.weights.of(own)]
 
-        with self.offloader.layer(stays):
-            yield mode
+        return self.offloader.layer(stays)
 
 
 def _own_context(memory: int) -> int:

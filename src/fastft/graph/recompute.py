@@ -170,7 +170,7 @@ def _kind(node: fx.Node) -> str | None:
     if node.op != "call_function" or node.target is operator.getitem:
         return None
     name = _name(node)
-    if name.startswith(ATTENTIONS) or "varlen_attn" in name:
+    if name.startswith(ATTENTIONS) or "varlen_attn" in name or name == "shared_attention":
         return "attention"
     if name == "bmm" or name == "baddbmm":
         return "attention"  # both factors are activations: scores, or what they weigh

@@ -8,6 +8,8 @@ from fastft.errors import Problem, UsageError
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+# Less than this is no memory of a GPU, and no budget: a unit was left out.
+LEAST_AMOUNT = 1 << 20
 _AMOUNT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
 
 
@@ -68,6 +70,8 @@ def device_of(text: str) -> Device:
     Raises UsageError for anything else.
     """
     size = parse_bytes(text)
+    if size is not None and size < LEAST_AMOUNT:
+        raise UsageError(Problem("gpu", text, "an amount of memory with its unit, such as 24GB or 24GiB"))
     if size:
         return Device(text, size, 0.0, 0.0, 0.0)
     found = find_device(text)

@@ -8,15 +8,28 @@ layer's own temporaries, and the gradients made so far; in the first step the pr
 from collections.abc import Iterator, Sequence
 from math import log2
 
-from attrs import evolve, frozen
+from attrs import evolve, field, frozen, validators
 
 from fastft.memory.devices import Device
-from fastft.memory.levels import LEVELS
+from fastft.memory.levels import LEVELS, keeps_wide
 from fastft.memory.shape import Shape
 
 # NF4 with double quantisation: a nibble a weight, a byte for 64 of them, 4 bytes for 256 of those.
-BYTES_PER_WEIGHT = {"nf4": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0}
-CHUNK_BYTES = 512 << 20  # logits at once in the loss head (fastft.kernels.linear_ce)
+# fp8 and int8 have 4 bytes more for each row, which are left out.
+BYTES_PER_WEIGHT = {"nf4": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0, "fp8": 1.0}
+# How products with frozen weights are computed in training steps (`fastft.compile` says what each means).
+COMPUTE = ("exact", "fp8", "fp8+head")
+# With fp8 factors, in one profile of Llama 8B's layers on an H200: the time of the linears and of quantising what goes
+# into them, by that of the exact ones; of the loss head likewise, computed from the rates of its GEMMs. In widths a
+# token, the gradients of gate and up in fp8, and those of queries, keys and values.
+FP8_TIME, FP8_HEAD_TIME, FP8_WIDE, FP8_ATTENTION = 0.62, 0.56, 1.0, 0.5
+# A number in 8 bits, and its share of the scale of 64 of them in fp32; what the forward of a feed-forward holds while
+# it makes them, in widths a token: gate, up and their product.
+EIGHT_BITS, EIGHT_BITS_MADE = 1 + 4 / 64, 3.0
+# Logits at once in the loss head (fastft.kernels.linear_ce), and in that of log-probabilities (.linear_logprob).
+CHUNK_BYTES, LOGPROB_CHUNK_BYTES = 512 << 20, 256 << 20
+# What a step asks of the model's head: the loss of all tokens, or log-probabilities of completions.
+HEADS = ("loss", "logprobs")
 # AdamW keeps two numbers a parameter, in the parameter's dtype; in 8 bits a byte each and a scale for 256.
 OPTIMIZER_BYTES = {"adamw": 8.0, "adamw_8bit": 2.0 + 8 / 256}
 # What torch's allocator rounds up, as a part of the peak, and cuBLAS's workspace.
@@ -24,31 +37,44 @@ SLACK, WORKSPACE = 0.005, 64 << 20
 # Temporaries, in widths a token, fitted to one H200 (docs/benchmarks/2026-11-22-memory-plan.md). The backward of the
 # feed-forward: the gradients of gate and up (the first written over that of their product), and those two themselves
 # where they are computed again; of the residual stream. What is computed again on the way there and wanted once more
-# further down stays. The last norm and the gradient of its input run in fp32, in eager torch.
+# further down stays.
 WIDE_KEPT, WIDE_AGAIN, NARROW, OUTPUT_AGAIN, ATTENTION_AGAIN = 2.0, 4.0, 1.3, 2.0, 1.0
 ATTENTION = 6.0  # gradients, fp32 sums over queries, keys and values for every head
-HEAD_BYTES, HEAD_WIDTHS = 24, 4.0
-# The first step proves each rewrite on inputs of the batch's size; that of the feed-forward is the largest.
-PROOF = 8.0
+# The norm before the head by name. "fused": one operation keeps its input and makes that one's gradient from it and its
+# result's. "reference": the same in torch code, as on a CPU. "eager": as transformers computes it. These two work in
+# fp32: the bytes a width that the backward holds, and those of a tensor, of which "eager" keeps one, another for a
+# LayerNorm's mean, another where the weight is trained. Beside the loss head are the norm's result and its gradient.
+NORMS = ("fused", "reference", "eager")
+NORM_BYTES, FP32_BYTES, FUSED_WIDTHS, HEAD_WIDTHS = 24, 4, 3, 2.0
+# The first step proves each rewrite on so many of the batch's tokens; that of the feed-forward takes the most memory.
+# At the full length of a long context it would take more than the step that it is for.
+# The last norm's comes when all layers' results are there: it takes so many bytes a width, and two of its results.
+PROOF, PROOF_TOKENS, NORM_PROOF = 8.0, 4096, 28
 LONG_ROW = 512  # from this width on a norm's sums are kept
 # Tensors of a parked layer's input that may wait for their copies, and of one that is fetched ahead.
 IN_FLIGHT = 2
 # Attention's speed by that of GEMMs at 4096 tokens, what each doubling adds, and its backward's time by its forward's.
 ATTENTION_SPEED, ATTENTION_GAIN, ATTENTION_BACKWARD = 0.75, 0.08, 3.2
-# Time beside GEMMs and attention, as a part of them: LoRA's products, and elementwise work and dequantising; of what is
-# computed again, and of the loss head, whose GEMMs are larger than those that a device's speed is taken from.
-LORA_SHARE, REST_SHARE, AGAIN_SHARE, HEAD_SHARE = 0.09, 0.10, 0.08, -0.14
+# Time beside GEMMs and attention, as a part of them: LoRA's products, and elementwise work; of what is computed again,
+# and of the loss head, whose GEMMs are larger than those that a device's speed is taken from. Dequantising is apart: it
+# takes a weight's bytes through the memory, whatever the tokens (8B on one H200: 0.29 of 27.4 ms a layer; 0.27 so).
+LORA_SHARE, REST_SHARE, AGAIN_SHARE, HEAD_SHARE = 0.09, 0.09, 0.08, -0.14
 
 
 @frozen
 class Mode:
-    """What a layer keeps (a name of `LEVELS`), and whether that waits in CPU memory."""
+    """What a layer keeps (a name of `LEVELS`), and whether that waits in CPU memory.
+
+    `dequantised`: its NF4 weights are kept in 16 bits beside themselves, and not dequantised in every step.
+    """
 
     level: str = "keep"
     offload: bool = False
+    dequantised: bool = False
 
     def __str__(self) -> str:
-        return f"{self.level}, moved to the CPU" if self.offload else self.level
+        moved = ", moved to the CPU" if self.offload else ""
+        return self.level + moved + (", weights dequantised" if self.dequantised else "")
 
 
 @frozen
@@ -56,7 +82,11 @@ class Setup:
     """A training step: a model's shape, its batch, and the bytes of what is there all the time.
 
     `element` is the size in bytes of an activation. `rank` is LoRA's, 0 without; `trained` the number of trained
-    parameters and `gradients`, `optimizer` their bytes. `full`: every weight is trained.
+    parameters and `gradients`, `optimizer` their bytes. `full`: every weight is trained. `compute`: of `COMPUTE`.
+    `nf4_weights`: by layer, how many weights are in NF4 under an adapter, which can be kept dequantised; () for none.
+    `head`: of `HEADS`; `answers`: with "logprobs", the most tokens of a batch that have one, None for all of them.
+    `norm`: of `NORMS`, how the norm before the head is computed.
+    `eight_bits`: gate and up, where a layer keeps them, are kept in 8 bits; None: they cannot be.
     """
 
     shape: Shape
@@ -70,11 +100,47 @@ class Setup:
     full: bool = False
     quant: str | None = None
     element: int = 2
+    compute: str = "exact"
+    nf4_weights: tuple[int, ...] = ()
+    head: str = field(default="loss", validator=validators.in_(HEADS))
+    answers: int | None = None
+    norm: str = field(default="fused", validator=validators.in_(NORMS))
+    eight_bits: bool | None = False
+
+    @property
+    def keepable(self) -> bool:
+        """Say whether any weights can be kept dequantised: not with fp8 factors, which are made of NF4 itself."""
+        return any(self.nf4_weights) and not self.fp8
+
+    def kept_weights(self, modes: Sequence[Mode]) -> list[int]:
+        """Return how many weights the layers of these modes keep dequantised, the first layer's first."""
+        counts = self.nf4_weights if self.keepable else (0,) * len(modes)
+        return [count if mode.dequantised else 0 for mode, count in zip(modes, counts)]
+
+    def dequantised_bytes(self, modes: Sequence[Mode]) -> int:
+        """Return what the weights take that layers of these modes keep dequantised."""
+        return self.element * sum(self.kept_weights(modes))
+
+    @property
+    def fp8(self) -> bool:
+        """Say whether products with the layers' weights have fp8 factors: only frozen ones do."""
+        return self.compute != "exact" and not self.full
+
+    @property
+    def fp8_head(self) -> bool:
+        """Say whether the loss head's products have fp8 factors; those of log-probabilities never have."""
+        return self.compute == "fp8+head" and not self.full and self.head == "loss"
 
     @property
     def tokens(self) -> int:
         """Return the tokens of a micro-batch."""
         return self.rows * self.length
+
+    @property
+    def head_tokens(self) -> int:
+        """Return the tokens of a micro-batch that the head sees."""
+        whole = self.head == "loss" or self.answers is None
+        return self.tokens if whole else min(self.tokens, self.answers)
 
 
 @frozen
@@ -106,6 +172,7 @@ def setup_of(
     full: bool = False,
     element: int = 2,
     optimizer: str = "adamw",
+    compute: str = "exact",
 ) -> Setup:
     """Return the setup of a model that is not loaded: weights by their quantisation, LoRA in fp32 on all linears."""
     linear = shape.layers * shape.layer_weights
@@ -114,10 +181,11 @@ def setup_of(
     weights = int(linear * (element if quant is None else BYTES_PER_WEIGHT[quant]) + embeddings)
     trained = linear + shape.embedding_weights + norms if full else shape.lora_parameters(rank)
     size = element if full else 4
+    nf4 = (shape.layer_weights,) * shape.layers if quant == "nf4" else ()
     state = OPTIMIZER_BYTES[optimizer] * (size / 4 if optimizer == "adamw" else 1)
     return Setup(
         shape, rows, length, weights, 0 if full else trained * 4, trained * size, int(trained * state),
-        0 if full else rank, full, quant, element,
+        0 if full else rank, full, quant, element, compute, nf4,
     )  # fmt: skip
 
 
@@ -137,8 +205,8 @@ def own_bytes_per_token(setup: Setup, level: str) -> int:
         kept += e * shape.query + 4 * shape.heads
     if "output" not in again and not shape.parallel:
         kept += e * shape.hidden
-    if "feed_forward" not in again:
-        kept += 2 * e * shape.intermediate
+    if keeps_wide(level):
+        kept += int(2 * (EIGHT_BITS if setup.eight_bits else e) * shape.intermediate)
     if shape.normed_outputs and "down" not in again:
         kept += e * shape.hidden
     norms = (1 if shape.parallel else 2) + (2 if shape.normed_outputs and shape.normed_inputs else 0)
@@ -158,10 +226,14 @@ def _inner_ranks(setup: Setup, again: frozenset[str]) -> int:
     return setup.rank * sum(role in kept for role, _, _ in setup.shape.linears)
 
 
-def temporary_bytes(setup: Setup, level: str) -> int:
-    """Return the most that the backward of one layer holds besides what was kept, in bytes."""
-    shape, again, e = setup.shape, LEVELS[level].again, setup.element
+def temporary_bytes(setup: Setup, mode: Mode, kept: int = 0) -> int:
+    """Return the most that the backward of one layer holds besides what was kept, in bytes.
+
+    `kept`: how many of its weights are kept dequantised.
+    """
+    shape, again, e = setup.shape, LEVELS[mode.level].again, setup.element
     wide = WIDE_AGAIN if "feed_forward" in again else WIDE_KEPT
+    wide += FP8_WIDE if setup.fp8 else 0
     feed_forward = wide * shape.intermediate + NARROW * shape.hidden
     if "output" in again and not shape.parallel:
         feed_forward += OUTPUT_AGAIN * shape.hidden
@@ -169,17 +241,49 @@ def temporary_bytes(setup: Setup, level: str) -> int:
         feed_forward += 2 * shape.query + 2 * shape.key + ATTENTION_AGAIN * shape.hidden
     attention = ATTENTION * shape.query + NARROW * shape.hidden
     attention += shape.query + 2 * shape.key if "projection" in again else 0
-    weight = max(given * made for _, given, made in shape.linears) * e if setup.quant else 0
+    attention += FP8_ATTENTION * (shape.query + 2 * shape.key) if setup.fp8 else 0
+    made_anew = (setup.quant or setup.fp8) and kept < shape.layer_weights
+    weight = max(given * made for _, given, made in shape.linears) * e if made_anew else 0
     return int(setup.tokens * e * max(feed_forward, attention)) + weight
 
 
 def head_bytes(setup: Setup) -> int:
-    """Return what the last norm, the loss head and their gradients hold at once, in bytes."""
+    """Return what the last norm, the head and their gradients hold at once, in bytes."""
+    kept, backward = norm_bytes(setup)
+    return max(backward, kept + (logprob_bytes(setup) if setup.head == "logprobs" else _loss_bytes(setup)))
+
+
+def norm_bytes(setup: Setup) -> tuple[int, int]:
+    """Return what the last norm keeps for its backward, and the most that this holds with it, in bytes."""
+    wide, e = setup.tokens * setup.shape.hidden, setup.element
+    kept = FP32_BYTES * (1 + setup.shape.layer_norm + setup.full) if setup.norm == "eager" else e
+    return wide * kept, wide * (FUSED_WIDTHS * e if setup.norm == "fused" else NORM_BYTES)
+
+
+def _loss_bytes(setup: Setup) -> int:
     shape, e = setup.shape, setup.element
     logits = min(CHUNK_BYTES, setup.tokens * shape.vocabulary * e)
     trained = shape.vocabulary * shape.hidden * 4 if setup.full else 0
-    loss = int(setup.tokens * shape.hidden * HEAD_WIDTHS * e) + logits + trained
-    return max(setup.tokens * shape.hidden * HEAD_BYTES, loss)
+    if setup.fp8_head:  # the weight as rows and as columns, and a chunk's gradient
+        trained += 2 * shape.vocabulary * shape.hidden + logits // e
+    return int(setup.tokens * shape.hidden * HEAD_WIDTHS * e) + logits + trained
+
+
+def logprob_bytes(setup: Setup) -> int:
+    """Return what `linear_logprob` and its gradients hold at once, the hidden states of its rows included, in bytes.
+
+    Under a frozen head the forward makes each row's slope in fp32 beside a chunk of logits, and the backward a gradient
+    from it. A trained head makes the logits again, beside the gradients of the hidden states and of the weight, which
+    is summed in fp32 and then rounded. In the end the rows' gradients go to their places among all tokens.
+    """
+    shape, e, rows = setup.shape, setup.element, setup.head_tokens
+    wide, weight = rows * shape.hidden, shape.vocabulary * shape.hidden if setup.full else 0
+    logits = min(LOGPROB_CHUNK_BYTES, rows * shape.vocabulary * e)
+    placed = (wide + setup.tokens * shape.hidden + weight) * e
+    held = wide * (2 * e if setup.full else e + 4) + weight * 4
+    held += 4 * 4 * rows  # log-probability, entropy, largest logit and log of the sum, in fp32
+    gradient = wide * e if not setup.full else weight * e if e < 4 else 0
+    return max(placed, held + max(logits, gradient))
 
 
 def estimate(setup: Setup, modes: Sequence[Mode], device: Device | None = None) -> Estimate:
@@ -201,10 +305,12 @@ def _moments(setup: Setup, modes: Sequence[Mode]) -> Iterator[tuple[Part, ...]]:
     saved = [0 if mode.offload else saved_bytes(setup, mode.level) for mode in modes]
     moved = [saved_bytes(setup, mode.level) if mode.offload else 0 for mode in modes]
     a_layer = setup.gradients // (len(modes) or 1)
+    weights, dequantised = setup.kept_weights(modes), setup.dequantised_bytes(modes)
 
     def moment(kept: int, temporary: int, gradients: int, optimizer: int = setup.optimizer) -> tuple[Part, ...]:
         return (
             Part("weights", setup.weights),
+            *([Part("weights dequantised", dequantised)] if dequantised else []),
             Part("adapter", setup.adapter),
             Part("optimizer state", optimizer),
             Part("gradients", gradients),
@@ -214,13 +320,20 @@ def _moments(setup: Setup, modes: Sequence[Mode]) -> Iterator[tuple[Part, ...]]:
         )
 
     yield moment(sum(saved) + max(moved, default=0), head_bytes(setup), 0)
+    if setup.eight_bits:
+        wide = int(EIGHT_BITS_MADE * setup.tokens * setup.element * setup.shape.intermediate)
+        yield moment(sum(saved) + max(moved, default=0), wide, 0)
     for index in range(len(modes) - 1, -1, -1):
         waiting = sum(moved[max(0, index - IN_FLIGHT + 1) : index + 1])
         made = a_layer * (len(modes) - index)
-        yield moment(sum(saved[: index + 1]) + waiting, temporary_bytes(setup, modes[index].level), made)
+        yield moment(sum(saved[: index + 1]) + waiting, temporary_bytes(setup, modes[index], weights[index]), made)
     yield moment(0, 0, setup.gradients)  # the optimizer's step
-    proof = int(PROOF * setup.tokens * setup.element * setup.shape.intermediate)
+    tokens = setup.rows * min(setup.length, max(1, PROOF_TOKENS // setup.rows))
+    proof = int(PROOF * tokens * setup.element * setup.shape.intermediate)
     yield moment(setup.tokens * setup.shape.hidden * setup.element, proof, 0, optimizer=0)
+    if setup.norm != "eager":
+        proof = ((NORM_PROOF + 2 * setup.element) * tokens + setup.element * setup.tokens) * setup.shape.hidden
+        yield moment(sum(saved) + max(moved, default=0), proof, 0, optimizer=0)
 
 
 REFERENCE = Device("reference", 0, 700e12, 4.1e12, 50e9)
@@ -233,19 +346,35 @@ def step_seconds(setup: Setup, modes: Sequence[Mode], device: Device) -> float:
     backward = linear * (2 if setup.full else 1) + attention * ATTENTION_BACKWARD
     share = REST_SHARE + (LORA_SHARE if setup.rank else 0)
     plain = (linear + attention + backward) * (1 + share)
+    plain -= 2 * linear * (1 - FP8_TIME) if setup.fp8 else 0
     total = 0.0
-    for mode in modes:
+    for mode, kept in zip(modes, setup.kept_weights(modes), strict=True):
         again = sum(forward[role] for role in LEVELS[mode.level].again if role in forward and role != "down")
         if setup.shape.normed_outputs and "down" in LEVELS[mode.level].again:
             again += forward["down"]
-        again *= 1 + AGAIN_SHARE
-        total += plain + again
+        again *= (1 + AGAIN_SHARE) * (FP8_TIME if setup.fp8 else 1)
+        total += plain + again + dequantising_seconds(setup, mode, device, kept)
         if mode.offload:
             copying = saved_bytes(setup, mode.level) / device.pcie
             total += max(0.0, copying - (linear + attention) * (1 + share))
             total += max(0.0, copying - backward - again)
-    head = 2 * setup.tokens * setup.shape.vocabulary * setup.shape.hidden / device.flops
-    return total + head * (3 if setup.full else 2) * (1 + HEAD_SHARE)
+    head = 2 * setup.head_tokens * setup.shape.vocabulary * setup.shape.hidden / device.flops
+    head *= FP8_HEAD_TIME if setup.fp8_head else 1
+    products = 2 + setup.full * (2 if setup.head == "logprobs" else 1)
+    return total + head * products * (1 + HEAD_SHARE)
+
+
+def dequantising_seconds(setup: Setup, mode: Mode, device: Device, kept: int = 0) -> float:
+    """Return the seconds in which one layer's weights are dequantised in a step: for each time that they are used.
+
+    All but the `kept`, of which it is not known whether they are used twice or thrice.
+    """
+    if setup.quant not in BYTES_PER_WEIGHT:
+        return 0.0
+    again = LEVELS[mode.level].again - (set() if setup.shape.normed_outputs else {"down"})
+    uses = sum(given * made * (3 if role in again else 2) for role, given, made in setup.shape.linears)
+    uses *= 1 - min(1.0, kept / setup.shape.layer_weights)
+    return uses * (BYTES_PER_WEIGHT[setup.quant] + setup.element) / device.bandwidth
 
 
 def layer_seconds(setup: Setup, device: Device) -> dict[str, float]:

@@ -30,5 +30,10 @@ def _levels() -> dict[str, Level]:
     }
 
 
+def keeps_wide(level: str) -> bool:
+    """Say whether what the feed-forward widens, gate and up, is kept at `level`."""
+    return "feed_forward" not in LEVELS[level].again
+
+
 # From the fastest to the smallest; each runs again what the one before it does, and more.
 LEVELS: Mapping[str, Level] = _levels()

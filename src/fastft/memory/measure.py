@@ -18,7 +18,8 @@ UNKNOWN_HOST = 16 << 30
 def setup_of_model(model: nn.Module, spec: ModelSpec) -> Setup:
     """Return the setup of a loaded model with its weights counted, for a batch yet unknown (no rows, no length).
 
-    The optimizer is taken to be AdamW. Raises UsageError where the config does not tell the sizes.
+    The optimizer is taken to be AdamW, and the last norm to be computed by transformers. Raises UsageError where the
+    config does not tell the sizes.
     """
     base = base_model(model)
     shape = shape_of(base.config.to_dict(), spec)
@@ -32,6 +33,7 @@ def setup_of_model(model: nn.Module, spec: ModelSpec) -> Setup:
     return Setup(
         shape, 0, 0, everything if full else everything - bytes_trained, 0 if full else bytes_trained,
         bytes_trained, OPTIMIZER_NUMBERS * bytes_trained, max(ranks, default=0), full, get_state(model).quant, element,
+        norm="eager",
     )  # fmt: skip
 
 

@@ -97,10 +97,27 @@ class Offloader:
             yield
         self._settle(group)
 
+    def join(self) -> None:
+        """Have the current stream wait for every copy that was begun; between a forward and its backward, or after it.
+
+        A recorded CUDA graph must end so: what one graph has begun, another cannot wait for.
+        """
+        for group in self._groups:
+            self._let_go(group)
+        if self.stream is None:
+            return
+        recording = torch.cuda.is_current_stream_capturing()
+        with torch.cuda.stream(self.stream):
+            recorded = torch.cuda.is_current_stream_capturing()
+        if recorded or not recording:  # a recording may not wait for a stream outside it, on which it has begun nothing
+            torch.cuda.current_stream(self.device).wait_stream(self.stream)
+
     def _movable(self, tensor: Tensor) -> bool:
         whole = tensor.numel() * tensor.element_size() == tensor.untyped_storage().nbytes()
         large = tensor.untyped_storage().nbytes() >= self.least_bytes
-        return large and whole and tensor.is_floating_point() and tensor.device == self.device
+        # In 8 bits too, but for the state of a random generator, which has one dimension.
+        numbers = tensor.is_floating_point() or (tensor.dtype == torch.uint8 and tensor.dim() > 1)
+        return large and whole and numbers and tensor.device == self.device
 
     def _park(self, tensor: Tensor, group: Group) -> Parked:
         """Begin to copy `tensor` to the host."""
@@ -130,6 +147,7 @@ class Offloader:
     def _let_go(self, group: Group) -> None:
         if group.left is not None:
             torch.cuda.current_stream(self.device).wait_event(group.left)  # before their memory is used again
+            group.left = None
         group.leaving.clear()
 
     def _unpack(self, packed: Any) -> Tensor:

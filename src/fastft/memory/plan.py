@@ -6,7 +6,7 @@ from itertools import groupby, pairwise
 from attrs import evolve, frozen
 
 from fastft.errors import Problem, did_you_mean
-from fastft.memory.devices import Device, parse_bytes
+from fastft.memory.devices import LEAST_AMOUNT, Device, parse_bytes
 from fastft.memory.estimate import (
     OPTIMIZER_BYTES,
     REFERENCE,
@@ -19,13 +19,20 @@ from fastft.memory.estimate import (
     setup_of,
     step_seconds,
 )
-from fastft.memory.levels import LEVELS
+from fastft.memory.levels import LEVELS, keeps_wide
 
-PLANS = ("auto", "keep", "min", "offload")
+# Plans by name; the first of them keep gate and up, or may.
+KEEP_WIDE = ("auto", "fast", "keep")
+PLANS = (*KEEP_WIDE, "min", "offload")
+# Behind a plan by name or an amount: gate and up of the feed-forwards, where they are kept, in 8 bits a number.
+EIGHT_BITS = "+8bit"
 # Left alone by "auto" and by `fastft plan --gpu`: CUDA's context, libraries' workspaces, what cannot be joined.
 RESERVE = 1 << 30
 RESERVE_SHARE = 0.03
 HOST_SHARE = 0.5
+# Why weights are not kept dequantised.
+NO_NF4 = "no layer has NF4 weights under an adapter"
+FP8_FACTORS = "NF4 weights become fp8 factors"
 
 
 @frozen
@@ -50,16 +57,28 @@ class Remedy:
 def plan_problem(plan: object) -> Problem | None:
     """Return what is wrong with a `plan` argument, None if nothing is."""
     if isinstance(plan, int) and not isinstance(plan, bool):
-        return None if plan > 0 else Problem("plan", plan, "a positive number of bytes")
-    if isinstance(plan, str) and (plan in PLANS or parse_bytes(plan)):
+        allowed = "a number of bytes, such as 24_000_000_000; '24GB' says the same"
+        return None if plan >= LEAST_AMOUNT else Problem("plan", plan, allowed)
+    named, eight_bits = named_part(plan)
+    names = KEEP_WIDE if eight_bits else PLANS
+    if isinstance(named, str) and (named in names or (parse_bytes(named) or 0) >= LEAST_AMOUNT):
         return None
-    allowed = f"one of {PLANS}, or a number of bytes such as 24_000_000_000 or '24GB'"
-    return Problem("plan", plan, allowed, did_you_mean(str(plan), PLANS))
+    allowed = f"one of {PLANS}, or an amount with its unit such as '24GB', or that number of bytes"
+    allowed += f"; with {EIGHT_BITS!r} behind it, as in 'keep{EIGHT_BITS}', where it keeps gate and up"
+    near = [f"{name}{EIGHT_BITS}" if eight_bits else name for name in names]
+    return Problem("plan", plan, allowed, did_you_mean(str(plan), near))
+
+
+def named_part(plan: object) -> tuple[object, bool]:
+    """Return a plan without what says that gate and up are kept in 8 bits, and whether it says so."""
+    eight_bits = isinstance(plan, str) and plan.endswith(EIGHT_BITS)
+    return (plan.removesuffix(EIGHT_BITS), True) if eight_bits else (plan, False)
 
 
 def budget_of(plan: str | int) -> int | None:
     """Return the bytes that a plan allows, None for one that names what is done."""
-    return plan if isinstance(plan, int) else None if plan in PLANS else parse_bytes(plan)
+    named, _ = named_part(plan)
+    return named if isinstance(named, int) else None if named in PLANS else parse_bytes(named)
 
 
 def usable(memory: int) -> int:
@@ -67,22 +86,39 @@ def usable(memory: int) -> int:
     return int(max(0, memory - RESERVE - RESERVE_SHARE * memory))
 
 
-def named_modes(plan: str, layers: int) -> tuple[Mode, ...]:
-    """Return the modes of "keep", "min" and "offload"; "auto" without a budget is "keep".
+def named_modes(plan: str, layers: int, keepable: bool = False) -> tuple[Mode, ...]:
+    """Return the modes of "fast", "keep", "min" and "offload"; "auto" without a budget is "keep".
 
-    "offload" keeps attention's output in CPU memory; the last layer's, which is wanted at once, stays.
+    "fast" keeps the weights dequantised as well if they are `keepable` so, and is "keep" otherwise. "offload" keeps
+    attention's output in CPU memory; the last layer's, which is wanted at once, stays.
     """
+    plan, _ = named_part(plan)
     if plan == "offload":
         return (Mode("context", True),) * (layers - 1) + (Mode("context"),) * min(layers, 1)
-    return (Mode("min" if plan == "min" else "keep"),) * layers
+    return (Mode("min" if plan == "min" else "keep", dequantised=plan == "fast" and keepable),) * layers
 
 
-def solve(setup: Setup, budget: int, device: Device | None = None, host: int | None = None) -> Plan:
+def fast_is_keep(plan: str | int, modes: Sequence[Mode], why: str) -> str:
+    """Return what to say where the plan is "fast" and no weight is kept dequantised, because of `why`; "" elsewhere."""
+    if named_part(plan)[0] != "fast" or any(mode.dequantised for mode in modes):
+        return ""
+    return f"no weight is kept dequantised, plan 'fast' is 'keep': {why}"
+
+
+def not_in_eight_bits(plan: str | int, why: str) -> str:
+    """Return what to say where a plan wants gate and up in 8 bits and they are not, because of `why`; "" elsewhere."""
+    return f"gate and up are kept as they are, not in 8 bits: {why}" if named_part(plan)[1] and why else ""
+
+
+def solve(
+    setup: Setup, budget: int, device: Device | None = None, host: int | None = None, dequantise: bool = False
+) -> Plan:
     """Return the fastest plan whose predicted peak is at most `budget` bytes; the smallest one if none fits.
 
     Two neighbouring modes on the hull of time over memory share the layers, and one layer may take a third that fills
     the room left. The last layers get the larger mode: what they keep is used up before the first layers' backward
-    needs room. `host` is the CPU memory that may be used, None any.
+    needs room. `host` is the CPU memory that may be used, None any. With `dequantise`, bytes that are left when every
+    layer keeps its results are spent on dequantised weights: they save less time a byte.
     """
     best: Plan | None = None
     least: Plan | None = None
@@ -97,11 +133,21 @@ def solve(setup: Setup, budget: int, device: Device | None = None, host: int | N
             best = found
     if best is None:
         return least
-    return _topped_up(best, setup, device, host)
+    best = _topped_up(best, setup, device, host)
+    return _dequantised(best, setup, device) if dequantise else best
 
 
-def _cost(plan: Plan) -> tuple[float, int]:
-    return plan.estimate.relative, plan.estimate.peak
+def _dequantised(plan: Plan, setup: Setup, device: Device | None) -> Plan:
+    """Return the plan with the weights of as many of the last layers dequantised as there is room for."""
+    if not setup.keepable or set(plan.modes) != {Mode()}:
+        return plan
+    modes = _most(setup, plan.budget, device, Mode(dequantised=True), Mode())
+    return Plan(modes, estimate(setup, modes, device), plan.budget, True)
+
+
+def _cost(plan: Plan) -> tuple[float, int, int]:
+    """Return what plans that fit are compared by: time, then bytes moved to the CPU, then the peak."""
+    return round(plan.estimate.relative, 4), plan.estimate.host, plan.estimate.peak
 
 
 def _topped_up(plan: Plan, setup: Setup, device: Device | None, host: int | None) -> Plan:
@@ -122,26 +168,36 @@ def _topped_up(plan: Plan, setup: Setup, device: Device | None, host: int | None
 
 def planned(setup: Setup, plan: str | int, budget: int, device: Device | None = None) -> Plan:
     """Return the modes of a plan by name, or those solved for `budget` bytes where it is "auto" or an amount."""
-    if plan == "auto" or budget_of(plan) is not None:
-        return solve(setup, budget, device)
-    modes = named_modes(plan, setup.shape.layers)
+    named, _ = named_part(plan)
+    if named == "auto" or budget_of(plan) is not None:
+        return solve(setup, budget, device, dequantise=named != "auto")
+    modes = named_modes(plan, setup.shape.layers, setup.keepable)
     made = estimate(setup, modes, device)
     return Plan(modes, made, budget, made.peak <= budget)
 
 
 def _candidates(setup: Setup, budget: int, device: Device | None, offload: bool) -> Iterator[tuple[Mode, ...]]:
-    """Yield mixtures of two modes: of each pair that with most layers of the larger mode that fits, and the ends."""
-    layers = setup.shape.layers
+    """Yield mixtures of two modes: of each pair that with most layers of the larger mode that fits, and the ends.
+
+    Every mode by itself, too: of those that wait in CPU memory, the one whose temporaries are the fewest is smallest.
+    """
+    for level in LEVELS:
+        yield _mixed(Mode(level, offload), Mode(level, offload), 0, setup.shape.layers)
     for larger, smaller in _pairs(setup, device, offload):
-        low, high = 0, layers  # layers of the larger mode
-        yield _mixed(larger, smaller, low, layers)
-        while low < high:
-            middle = (low + high + 1) // 2
-            if estimate(setup, _mixed(larger, smaller, middle, layers), device).peak <= budget:
-                low = middle
-            else:
-                high = middle - 1
-        yield _mixed(larger, smaller, low, layers)
+        yield _mixed(larger, smaller, 0, setup.shape.layers)
+        yield _most(setup, budget, device, larger, smaller)
+
+
+def _most(setup: Setup, budget: int, device: Device | None, larger: Mode, smaller: Mode) -> tuple[Mode, ...]:
+    """Return the mixture of two modes with most layers of the larger one that fits; with none of it if none does."""
+    low, high = 0, setup.shape.layers
+    while low < high:
+        middle = (low + high + 1) // 2
+        if estimate(setup, _mixed(larger, smaller, middle, setup.shape.layers), device).peak <= budget:
+            low = middle
+        else:
+            high = middle - 1
+    return _mixed(larger, smaller, low, setup.shape.layers)
 
 
 def _mixed(larger: Mode, smaller: Mode, count: int, layers: int) -> tuple[Mode, ...]:
@@ -169,6 +225,9 @@ def _pairs(setup: Setup, device: Device | None, offload: bool) -> list[tuple[Mod
             hull.pop()
         hull.append(point)
     ends = [(one[2], other[2]) for one, other in pairwise(hull)] or [(hull[0][2], hull[0][2])]
+    fastest = hull[0][2]
+    if fastest.offload:  # copies that hide wholly: what fits stays nevertheless
+        ends.insert(0, (Mode(fastest.level), fastest))
     smallest = Mode("min", offload)
     return ends if ends[-1][1] == smallest else [*ends, (ends[-1][1], smallest)]
 
@@ -195,17 +254,23 @@ def longest(setup: Setup, budget: int, device: Device | None = None, multiple: i
 def remedies(setup: Setup, modes: Sequence[Mode], budget: int | None = None) -> tuple[Remedy, ...]:
     """Return what would make the step smaller, in the order of what it costs: the bytes of the peak each saves alone.
 
-    A plan that keeps less costs time, a smaller batch nothing but more accumulation; then the optimizer, quantisation,
-    the rank and a shorter length, which change what is trained.
+    A plan that keeps less costs time, a smaller batch nothing but more accumulation. 8 bits for what is kept, and for
+    the optimizer, change the numbers a little; quantisation, the rank and a shorter length change what is trained.
     """
     now = estimate(setup, modes).peak
     layers = setup.shape.layers
+    keep = [f"keep{EIGHT_BITS}" if setup.eight_bits else "keep"] if any(mode.dequantised for mode in modes) else []
     tried: list[tuple[str, Setup, Sequence[Mode]]] = [
-        (f'plan="{name}"', setup, named_modes(name, layers)) for name in ("min", "offload")
+        (f'plan="{name}"', setup, named_modes(name, layers)) for name in (*keep, "min", "offload")
     ]
     if setup.rows > 1:
         half = setup.rows // 2
-        tried.append((f"batch size {half} with twice the accumulation", evolve(setup, rows=half), modes))
+        answers = None if setup.answers is None else -(-setup.answers * half // setup.rows)
+        smaller = evolve(setup, rows=half, answers=answers)
+        tried.append((f"batch size {half} with twice the accumulation", smaller, modes))
+    if setup.rank and setup.eight_bits is False and any(keeps_wide(mode.level) for mode in modes):
+        name = f"gate and up in 8 bits (not exact; a plan with {EIGHT_BITS!r} behind it)"
+        tried.append((name, evolve(setup, eight_bits=True), modes))
     if setup.optimizer:
         part = OPTIMIZER_BYTES["adamw_8bit"] / OPTIMIZER_BYTES["adamw"]
         part *= 2 if setup.full and setup.element == 2 else 1  # AdamW's own state has 2 bytes a number there
@@ -213,6 +278,10 @@ def remedies(setup: Setup, modes: Sequence[Mode], budget: int | None = None) -> 
         tried.append(("an 8-bit optimizer (adamw_8bit)", smaller, modes))
     if setup.quant != "nf4":
         made = setup_of(setup.shape, setup.rows, setup.length, rank=setup.rank or 16, element=setup.element)
+        made = evolve(
+            made, compute=setup.compute, head=setup.head, answers=setup.answers, norm=setup.norm,
+            eight_bits=setup.eight_bits,
+        )  # fmt: skip
         tried.append(('quant="nf4"' if not setup.full else 'LoRA with quant="nf4"', made, modes))
     if setup.rank > 8:
         part = 8 / setup.rank
@@ -228,7 +297,12 @@ def remedies(setup: Setup, modes: Sequence[Mode], budget: int | None = None) -> 
     return tuple(found)
 
 
-def describe_modes(modes: Sequence[Mode]) -> str:
-    """Return the modes in words, first layers first: "12 layers min, moved to the CPU; 20 layers keep"."""
+def describe_modes(modes: Sequence[Mode], eight_bits: bool = False) -> str:
+    """Return the modes in words, first layers first: "12 layers min, moved to the CPU; 20 layers keep".
+
+    eight_bits: gate and up are kept in 8 bits where they are kept.
+    """
     runs = [(mode, len(list(same))) for mode, same in groupby(modes)]
-    return "; ".join(f"{count} layer{'s' if count > 1 else ''} {mode}" for mode, count in runs)
+    told = "; ".join(f"{count} layer{'s' if count > 1 else ''} {mode}" for mode, count in runs)
+    narrow = eight_bits and any(keeps_wide(mode.level) for mode in modes)
+    return told + (", gate and up in 8 bits (not exact)" if narrow else "")

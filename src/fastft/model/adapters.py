@@ -12,7 +12,7 @@ from torch import nn
 
 from fastft.errors import Problem, UsageError, did_you_mean
 from fastft.model.loftq import start_from_residual
-from fastft.model.quantize import quiet
+from fastft.noise import quiet
 from fastft.state import ModelState, base_model, get_state, update_state
 
 Targets = str | Sequence[str] | None
@@ -182,6 +182,10 @@ def _number_problems(given: Mapping[str, Any]) -> list[Problem]:
 
 
 def _init_problems(init: Any, r: Any, dora: Any, state: ModelState) -> list[Problem]:
+    if state.quant == "fp8" and (dora or init == "olora"):  # PEFT would take the bytes for the weights
+        name, value, allowed = ("dora", dora, "False") if dora else ("init", init, "True or 'gaussian'")
+        remedy = "It reads the base weights: load with quant='nf4' or None."
+        return [Problem(name, value, f"{allowed} on a model in fp8", remedy)]
     if isinstance(init, bool):
         return []
     names = [name for name in INITS if isinstance(name, str)]

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fastft.environment import hub_offline
-from fastft.errors import LoadError
+from fastft.errors import LoadError, did_you_mean_path
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -18,15 +18,24 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9_][\w.-]*)?")
 # What is fetched of a hub repository; everything lies at its top, and consolidated* repeats the weights.
 _WANTED = ("*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model", "*.txt", "*.tiktoken")
 _UNWANTED = ("*/*", "consolidated*", "*.gguf", "*.onnx")
+_FILES = (".gguf", ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".onnx", ".json", ".zip")
+SECONDS = 5.0  # that the hub has to answer: its client waits without end
 
 
 def locate(
-    source: str, revision: str | None = None, token: str | None = None, cache_dir: str | None = None, code: bool = False
+    source: str,
+    revision: str | None = None,
+    token: str | None = None,
+    cache_dir: str | None = None,
+    code: bool = False,
+    part: str = "model",
 ) -> Path:
     """Return the folder that holds `source`: a local folder, else the hub cache, else a download.
 
     The network is used only where the first two have no complete copy and the user has not switched the hub off.
-    `code` also fetches the repository's Python files. Raises `LoadError` that says where was looked.
+    `code` also fetches the repository's Python files. `part` is what is needed: the whole "model", its "tokenizer" or
+    its "config". Raises `LoadError` that says where was looked, at once for what can be no name of the hub, and within
+    seconds where the hub does not answer.
     """
     folder = Path(source).expanduser()
     if folder.is_dir():
@@ -34,20 +43,23 @@ def locate(
     if folder.is_file():
         remedy = "pass the folder that holds config.json, the weights and the tokenizer"
         raise LoadError(f"model {source!r}: this is a file, not a folder; {remedy}")
-    if not _HUB_ID.fullmatch(source):
+    hint = did_you_mean_path(folder)
+    if not _HUB_ID.fullmatch(source) or folder.suffix.lower() in _FILES:
         raise LoadError(
             f"model {source!r}: no such folder (looked at {folder.absolute()}), and it is no hub id of the form "
-            "'owner/name' either; check the path"
+            f"'owner/name' either; {hint or 'check the path'}"
         )
-    return _from_hub(source, revision, token, cache_dir, code)
+    return _from_hub(source, revision, token, cache_dir, code, part, f" ({hint})" if hint else "")
 
 
-def _from_hub(source: str, revision: str | None, token: str | None, cache_dir: str | None, code: bool) -> Path:
-    from huggingface_hub import constants, snapshot_download
+def _from_hub(
+    source: str, revision: str | None, token: str | None, cache_dir: str | None, code: bool, part: str, hint: str
+) -> Path:
+    from huggingface_hub import HfApi, constants, snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
-        HfHubHTTPError,
         HFValidationError,
+        HTTPError,  # of whichever HTTP library the client is built on
         LocalEntryNotFoundError,
         OfflineModeIsEnabled,
         RepositoryNotFoundError,
@@ -58,12 +70,13 @@ def _from_hub(source: str, revision: str | None, token: str | None, cache_dir: s
         where = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local}
         return Path(snapshot_download(source, allow_patterns=list(patterns), ignore_patterns=list(_UNWANTED), **where))
 
-    wanted = (*_WANTED, "*.py") if code else _WANTED
+    patterns, problems = _PARTS[part]
+    wanted = (*patterns, "*.py") if code else patterns
     at = f"model {source!r}" + (f" at revision {revision!r}" if revision else "")
-    looked = f"no folder {Path(source).absolute()}, not in the hub cache {cache_dir or constants.HF_HUB_CACHE}"
+    looked = f"no folder {Path(source).absolute()}{hint}, not in the hub cache {cache_dir or constants.HF_HUB_CACHE}"
     try:
         folder = fetch(wanted, local=True)
-        missing = problems_of(folder)
+        missing = problems(folder)
         if not missing:
             return folder
         looked = f"the copy in the hub cache is incomplete ({'; '.join(missing)})"
@@ -77,8 +90,9 @@ def _from_hub(source: str, revision: str | None, token: str | None, cache_dir: s
             "or give the path of a local folder"
         )
     try:
+        HfApi(token=token).model_info(source, revision=revision, timeout=SECONDS)
         folder = fetch(wanted, local=False)
-        if not list(folder.glob("*.safetensors")):
+        if part == "model" and not list(folder.glob("*.safetensors")):
             folder = fetch((*PICKLED, "pytorch_model-*.bin"), local=False)
         return folder
     except GatedRepoError as error:
@@ -89,7 +103,7 @@ def _from_hub(source: str, revision: str | None, token: str | None, cache_dir: s
         raise LoadError(
             f"{at}: {looked}, and not on the hub; check the spelling, or pass token=... if it is private"
         ) from error
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HTTPError, OSError) as error:
         raise LoadError(
             f"{at}: {looked}, and the hub could not be reached ({type(error).__name__}: {error}); check the network, "
             "or give the path of a local folder"
@@ -135,6 +149,22 @@ def problems_of(folder: Path) -> list[str]:
             f"no tokenizer ({' or '.join(TOKENIZER_FILES[:3])} ...); copy the tokenizer's files from the base model"
         )
     return problems + weight_problems(folder)
+
+
+def _tokenizer_problems(folder: Path) -> list[str]:
+    return [] if has_tokenizer(folder) else ["no tokenizer"]
+
+
+def _config_problems(folder: Path) -> list[str]:
+    return [] if (folder / "config.json").is_file() else ["no config.json"]
+
+
+# What is needed of a model -> the files of it that are fetched, and what says whether they are all there.
+_PARTS = {
+    "model": (_WANTED, problems_of),
+    "tokenizer": (tuple(pattern for pattern in _WANTED if pattern != "*.safetensors"), _tokenizer_problems),
+    "config": (("config.json",), _config_problems),
+}
 
 
 def weight_problems(folder: Path) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from fastft.errors import DataError, Problem, UsageError, did_you_mean
-from fastft.model.quantize import quiet
+from fastft.noise import quiet
 from fastft.state import get_state
 
 Messages = Sequence[Mapping[str, Any]]
@@ -51,7 +51,7 @@ def generate(
     be rendered.
     """
     _check(max_new_tokens, temperature, top_p, options)
-    batch = _as_batch(prompts)
+    batch = as_batch(prompts)
     if stream and len(batch) != 1:
         raise UsageError(Problem("stream", True, f"one prompt, not {len(batch)}", "Leave stream out for a batch."))
     if not batch:
@@ -72,7 +72,7 @@ def generate(
         arguments["tokenizer"] = tokenizer
     if stream:
         return _stream(model, tokenizer, arguments, seed, skip_special_tokens)
-    with _asking(model, seed):
+    with asking(model, seed):
         out = model.generate(**arguments)
     return tokenizer.batch_decode(out[:, encoded["input_ids"].shape[1] :], skip_special_tokens=skip_special_tokens)
 
@@ -103,7 +103,7 @@ def _check(max_new_tokens: Any, temperature: Any, top_p: Any, options: Mapping[s
         raise UsageError(*problems)
 
 
-def _as_batch(prompts: Any) -> list[str | Messages]:
+def as_batch(prompts: Any) -> list[str | Messages]:
     """Tell a text, texts, a conversation and conversations apart, and return a list of prompts."""
     if isinstance(prompts, str):
         return [prompts]
@@ -122,6 +122,16 @@ def _encode(
     model: Any, tokenizer: Any, batch: list[str | Messages], template: Mapping[str, Any]
 ) -> dict[str, torch.Tensor]:
     """Tokenise the prompts; `input_ids` and `attention_mask` [B, T], padded on the left, on the model's device."""
+    rows = token_rows(tokenizer, batch, template)
+    width = max(len(ids) for ids in rows)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    input_ids = torch.tensor([[pad] * (width - len(ids)) + ids for ids in rows], device=model.device)
+    mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in rows], device=model.device)
+    return {"input_ids": input_ids, "attention_mask": mask}
+
+
+def token_rows(tokenizer: Any, batch: Sequence[str | Messages], template: Mapping[str, Any]) -> list[list[int]]:
+    """Return the token ids of each prompt, without padding."""
     rows = []
     for index, prompt in enumerate(batch):
         if isinstance(prompt, str):
@@ -131,11 +141,7 @@ def _encode(
         if not ids:
             raise UsageError(Problem(f"prompts[{index}]", prompt, "a prompt of at least one token"))
         rows.append(ids)
-    width = max(len(ids) for ids in rows)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    input_ids = torch.tensor([[pad] * (width - len(ids)) + ids for ids in rows], device=model.device)
-    mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in rows], device=model.device)
-    return {"input_ids": input_ids, "attention_mask": mask}
+    return rows
 
 
 def _render(tokenizer: Any, messages: Messages, template: Mapping[str, Any]) -> str:
@@ -194,7 +200,7 @@ def _generation_config(
 
 
 @contextmanager
-def _asking(model: Any, seed: int | None) -> Iterator[None]:
+def asking(model: Any, seed: int | None) -> Iterator[None]:
     """Eval mode and, with a seed, a random state of its own; everything is as before afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     devices = [model.device.index or 0] if model.device.type == "cuda" else []
@@ -258,7 +264,7 @@ def _stream(
 
     def work() -> None:
         try:
-            with _asking(model, seed):
+            with asking(model, seed):
                 model.generate(
                     **arguments, streamer=_Pieces(tokenizer, pieces, skip_special_tokens), stopping_criteria=[given_up]
                 )

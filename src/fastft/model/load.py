@@ -13,16 +13,17 @@ from fastft.errors import LoadError, Problem, UsageError, did_you_mean
 from fastft.model import files
 from fastft.model.adapters import DEFAULT_SEED, cuda_devices
 from fastft.model.config import choose_dtype, dtype_problem, widen_positions
+from fastft.model.fp8_linear import quantize_linears
 from fastft.model.quantize import (
     config_for,
     keep_weights_unpacked,
     quant_of_checkpoint,
     quant_problem,
-    quiet,
     settle_quant,
 )
 from fastft.model.tokenizer import load_tokenizer, settle_special_tokens
 from fastft.model.tokens import extend_vocabulary, missing_tokens
+from fastft.noise import quiet
 from fastft.registry.spec import ModelSpec
 from fastft.state import base_model, get_state, update_state
 
@@ -40,7 +41,7 @@ PASSED_ON = (
 _RENAMED = {
     "load_in_4bit": "quant='nf4'",
     "load_in_8bit": "quant='int8'",
-    "quantization_config": "quant='nf4' or 'int8'",
+    "quantization_config": "quant='nf4', 'int8' or 'fp8'",
     "torch_dtype": "dtype=",
     "device_map": "device=",
     "max_seq_length": "max_length=",
@@ -85,7 +86,8 @@ def load(
 ) -> tuple[Any, Any]:
     """Load a model and its tokenizer from a local folder, the hub cache or the hub, in this order.
 
-    * `quant`: None (16 or 32 bits), "nf4" (4 bits, double quantisation) or "int8".
+    * `quant`: None (16 or 32 bits), "nf4" (4 bits, double quantisation), "int8" or "fp8" (e4m3, a scale a row;
+      the 16-bit weights pass through CPU memory).
     * `dtype`: of the unquantised weights and of computation; by default bf16 where the device has it, else fp16 (GPU)
       or fp32 (CPU).
     * `max_length`: tokens in a sequence; rope scaling is put in or widened if the model was made for fewer. None: the
@@ -163,13 +165,19 @@ def _load_weights(request: _Request, folder: Path, config: Any) -> Any:
     device = _device(request.device)
     dtype = choose_dtype(request.dtype, device)
     arguments = dict(request.options)
-    if request.quant is not None and not getattr(config, "quantization_config", None):
+    in_fp8 = request.quant == "fp8"
+    if in_fp8 and request.device == "auto":
+        raise UsageError(Problem("device", "auto", "one device with quant='fp8'", "Leave it out, or quant='nf4'."))
+    if request.quant is not None and not in_fp8 and not getattr(config, "quantization_config", None):
         arguments["quantization_config"] = config_for(request.quant, dtype, spec)
     if request.attn_implementation is not None:
         arguments["attn_implementation"] = request.attn_implementation
-    arguments["device_map"] = "auto" if request.device == "auto" else {"": str(device)}
+    if not in_fp8:
+        arguments["device_map"] = "auto" if request.device == "auto" else {"": str(device)}
     model = _from_pretrained(folder, config, dtype, request.trust_remote_code, arguments)
     keep_weights_unpacked(model)
+    if in_fp8:
+        quantize_linears(model, spec.keep_16bit if spec else (), device)
     # Adapters saved from this model name their base: the hub id rather than a folder of the hub's cache.
     local = Path(request.source).expanduser().is_dir()
     model.config._name_or_path = model.name_or_path = str(folder) if local else request.source

@@ -1,8 +1,6 @@
-"""Quantised loading through bitsandbytes, with weights that stay as they were loaded."""
+"""Quantised loading: through bitsandbytes, or into fp8 (`fp8_linear`), with weights that stay as they were loaded."""
 
-import logging
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -11,7 +9,7 @@ from torch import nn
 from fastft.errors import LoadError, Problem, UsageError, did_you_mean
 from fastft.registry.spec import ModelSpec
 
-QUANTS = ("nf4", "int8")
+QUANTS = ("nf4", "int8", "fp8")
 # What people call the same thing elsewhere.
 _ALIASES = {
     "4bit": "nf4",
@@ -21,33 +19,11 @@ _ALIASES = {
     "fp4": "nf4",
     "8bit": "int8",
     "8-bit": "int8",
+    "float8": "fp8",
+    "e4m3": "fp8",
 }
 # The attribute by which a bitsandbytes Linear4bit decides whether to repack its weight for AVX512-BF16 CPUs.
 _REPACK = "support_avx512bf16_for_cpu"
-
-
-# Loggers of bitsandbytes, and how the lines begin that say nothing a reader could act on: a faster CPU kernel that is
-# not installed (fastft never takes it, see keep_weights_unpacked), and, in every 8-bit layer, that it computes in fp16.
-_NOISE = {
-    "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",
-    "bitsandbytes.autograd._functions": "MatMul8bitLt: inputs will be cast",
-}
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep two lines of bitsandbytes from being printed while the block runs; its loggers are as before afterwards."""
-    added = []
-    for name, start in _NOISE.items():
-        logger = logging.getLogger(name)
-        keep = lambda record, start=start: not str(record.msg).startswith(start)  # noqa: E731
-        logger.addFilter(keep)
-        added.append((logger, keep))
-    try:
-        yield
-    finally:
-        for logger, keep in added:
-            logger.removeFilter(keep)
 
 
 def quant_problem(quant: object) -> Problem | None:
@@ -56,7 +32,7 @@ def quant_problem(quant: object) -> Problem | None:
         return None
     alias = _ALIASES.get(str(quant).lower())
     hint = f"did you mean {alias!r}?" if alias else did_you_mean(str(quant), QUANTS)
-    return Problem("quant", quant, "None, 'nf4' or 'int8'", hint)
+    return Problem("quant", quant, "None, 'nf4', 'int8' or 'fp8'", hint)
 
 
 def config_for(quant: str, dtype: torch.dtype, spec: ModelSpec | None) -> Any:

@@ -47,6 +47,16 @@ def id_list(value: int | list[int] | tuple[int, ...] | None) -> list[int]:
     return [value] if isinstance(value, int) else list(value)
 
 
+def end_tokens(tokenizer: Any, generation_config: Any, config: Any) -> list[int]:
+    """Return every token that ends an answer: the tokenizer's EOS, and those of a generation config and a config.
+
+    Any of the three may be None.
+    """
+    text_config = config.get_text_config() if config is not None else None
+    named = (getattr(one, "eos_token_id", None) for one in (tokenizer, generation_config, text_config))
+    return list(dict.fromkeys(index for ids in named for index in id_list(ids)))
+
+
 def settle_special_tokens(model: Any, tokenizer: Any) -> list[str]:
     """Put EOS, BOS and the pad token right in `tokenizer`, `model.config` and `model.generation_config`.
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from fastft.errors import Problem, UsageError, did_you_mean
+from fastft.memory.estimate import COMPUTE
 
 # What older scripts pass to the trainer itself -> the field of the config it has become.
 LEGACY = {
@@ -63,7 +64,8 @@ def with_length(args: Any, loaded: int | None) -> Any:
     if isinstance(args.max_length, DefaultLength):
         args.max_length = loaded or int(args.max_length)
         if loaded:
-            print(f"fastft: max_length={loaded}, as the model was loaded; SFTConfig(max_length=...) changes it.")
+            owner = type(args).__name__
+            print(f"fastft: max_length={loaded}, as the model was loaded; {owner}(max_length=...) changes it.")
     return args
 
 
@@ -85,32 +87,24 @@ def field_names(config: type) -> list[str]:
     return [item.name for item in dataclasses.fields(config) if item.init]
 
 
-def moved(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Turn what older scripts pass to the trainer into fields of the config, with one line about each."""
-    fields = {LEGACY[name]: value for name, value in arguments.items()}
-    lines = [
-        f"fastft: SFTTrainer({name}=...) is now SFTConfig({LEGACY[name]}=...); {value!r} was moved there."
-        for name, value in arguments.items()
-    ]
-    return fields, lines
-
-
-def config_fields(options: Mapping[str, Any], known: Iterable[str]) -> dict[str, Any]:
-    """Turn the plain names of `sft` into fields of SFTConfig; a field's own name is taken as well.
+def config_fields(
+    owner: str, options: Mapping[str, Any], known: Iterable[str], plain: Mapping[str, str] = PLAIN
+) -> dict[str, Any]:
+    """Turn the plain names of the function `owner` into fields of its config; a field's own name is taken as well.
 
     Raises `UsageError` for unknown names, and for a field given under both names.
     """
-    refuse_unknown("sft", options, {*known, *PLAIN})
+    refuse_unknown(owner, options, {*known, *plain})
     doubled = [
         Problem(
-            f"sft: {plain} and {name}", (options[plain], options[name]), "one of the two: they are the same setting"
+            f"{owner}: {short} and {name}", (options[short], options[name]), "one of the two: they are the same setting"
         )
-        for plain, name in PLAIN.items()
-        if plain in options and name in options
+        for short, name in plain.items()
+        if short in options and name in options
     ]
     if doubled:
         raise UsageError(*doubled)
-    return {PLAIN.get(name, name): value for name, value in options.items() if value is not None}
+    return {plain.get(name, name): value for name, value in options.items() if value is not None}
 
 
 def refuse_early_stopping(args: Any, eval_dataset: Any) -> None:
@@ -147,17 +141,23 @@ def _wrong_numbers(args: Any) -> list[Problem]:
         "label_smoothing_factor": 0,
         "max_unlearnable": 0,
     }
-    problems = []
+    problems, owner = [], type(args).__name__
+    ratio = args.warmup_ratio
+    if ratio is not None and not (isinstance(ratio, int | float) and 0 <= ratio < 1):
+        problems.append(Problem(f"{owner} warmup_ratio", ratio, "a share of all steps, from 0 to below 1"))
+    if args.compute is not None and args.compute not in COMPUTE:
+        near = did_you_mean(str(args.compute), COMPUTE)
+        problems.append(Problem(f"{owner} compute", args.compute, f"one of {', '.join(COMPUTE)}", near))
     for name, bound in least.items():
-        value = getattr(args, name)
+        value = getattr(args, name, None)  # of the shared names, a config has those that mean something in it
         if value is None:
             continue
         if not isinstance(value, int | float) or isinstance(value, bool):
-            problems.append(Problem(f"SFTConfig {name}", value, "a number", "Write it without quotes."))
+            problems.append(Problem(f"{owner} {name}", value, "a number", "Write it without quotes."))
         elif not (value >= bound and math.isfinite(value)):
-            problems.append(Problem(f"SFTConfig {name}", value, f"a finite number of at least {bound}"))
+            problems.append(Problem(f"{owner} {name}", value, f"a finite number of at least {bound}"))
     if args.max_steps == 0 and not isinstance(args.max_steps, bool):
-        problems.append(Problem("SFTConfig max_steps", 0, "at least 1, or -1 to go by num_train_epochs"))
+        problems.append(Problem(f"{owner} max_steps", 0, "at least 1, or -1 to go by num_train_epochs"))
     return problems
 
 
@@ -173,17 +173,17 @@ def _wrong_choices(args: Any) -> list[Problem]:
         "logging_strategy": IntervalStrategy,
         "save_strategy": SaveStrategy,
     }
-    problems = []
+    problems, owner = [], type(args).__name__
     for name, kind in choices.items():
         value, known = getattr(args, name), [member.value for member in kind]
         if value is not None and getattr(value, "value", value) not in known:
             near = did_you_mean(str(value), known)
-            problems.append(Problem(f"SFTConfig {name}", value, f"one of {', '.join(known)}", near))
+            problems.append(Problem(f"{owner} {name}", value, f"one of {', '.join(known)}", near))
     known = ["all", "none", *sorted(INTEGRATION_TO_CALLBACK)]
     for value in [args.report_to] if isinstance(args.report_to, str) else args.report_to or ():
         if value not in known:
             near = did_you_mean(str(value), known)
-            problems.append(Problem("SFTConfig report_to", value, f"one of {', '.join(known)}", near))
+            problems.append(Problem(f"{owner} report_to", value, f"one of {', '.join(known)}", near))
     return problems
 
 

@@ -10,11 +10,11 @@ def model_card(record: Mapping[str, Any]) -> str:
     head = ["---", "library_name: peft" if model.get("lora") else "library_name: transformers"]
     if "/" in model.get("name", "") and not model["name"].startswith((".", "/")):
         head.append(f"base_model: {model['name']}")
-    head += ["tags:", "- fastft", "- sft", "---", ""]
+    head += ["tags:", "- fastft", f"- {record.get('method', 'sft')}", "---", ""]
     rows = [(label, value) for label, value in facts(record) if value not in (None, "")]
     table = ["| | |", "|---|---|", *(f"| {label} | {value} |" for label, value in rows)]
     title = f"# {model.get('name') or 'A model'}, fine-tuned with fastft"
-    picture = ["", "![loss](loss.png)"] if "steps" in record else []
+    picture = ["", f"![curves]({record['picture']})"] if "picture" in record else []
     versions = ", ".join(f"{name} {version}" for name, version in record.get("versions", {}).items() if version)
     return "\n".join([*head, title, "", *table, *picture, "", f"Versions: {versions}.", ""])
 
@@ -33,6 +33,8 @@ def facts(record: Mapping[str, Any]) -> list[tuple[str, Any]]:
         ("status", record.get("status")),
         ("base model", model.get("name")),
         ("weights", f"{model.get('quant') or model.get('dtype')}"),
+        ("compute", _compute(record.get("rewrites"))),
+        ("kept for the backward pass", _kept(record.get("rewrites"))),
         ("trained parameters", _grouped(model.get("trained_parameters"))),
         ("adapter", _adapter(model.get("lora"))),
         ("rows of data", _grouped(data.get("rows"))),
@@ -42,7 +44,11 @@ def facts(record: Mapping[str, Any]) -> list[tuple[str, Any]]:
         ("batch", batch),
         ("learning rate", config.get("learning_rate")),
         ("seed", record.get("seed")),
-        ("loss, first to last", _change(loss)),
+        ("rewards", ", ".join(record.get("rewards", ()))),
+        ("engine", record.get("engine")),
+        ("mean reward, first to last", _change(record.get("reward") or {})),
+        # with rewards the loss is no measure of success: it may stay at 0 while the reward rises
+        ("loss, first to last", None if "rewards" in record else _change(loss)),
         ("evaluation", evaluation),
         ("device", record.get("device", {}).get("name")),
         ("loss-bearing tokens/s", _rate(record.get("tokens_per_second_after_first_log"))),
@@ -50,6 +56,17 @@ def facts(record: Mapping[str, Any]) -> list[tuple[str, Any]]:
         ("peak memory", _memory(record.get("memory"))),
         ("rewrites", _rewrites(record.get("rewrites"))),
     ]
+
+
+def _compute(report: Mapping[str, Any] | None) -> str | None:
+    """Say what did not compute in the model's own dtype; nothing where all did."""
+    compute = (report or {}).get("compute", "exact")
+    return None if compute == "exact" else f"{compute}: products with frozen weights had fp8 factors (not exact)"
+
+
+def _kept(report: Mapping[str, Any] | None) -> str | None:
+    """Say what was kept in fewer bits than it was computed in; nothing where all was as it is."""
+    return "gate and up in 8 bits (not exact)" if "in 8 bits" in (report or {}).get("modes", "") else None
 
 
 def _grouped(value: int | None) -> str | None:

@@ -1,5 +1,6 @@
 """Folders and files that are written whole or not at all, and what to say when the disk is full."""
 
+import errno
 import json
 import os
 import re
@@ -9,13 +10,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fastft.errors import Problem, SaveError, UsageError
+from fastft.errors import SaveError
 
 CHECKPOINT = re.compile(r"^checkpoint-(\d+)$")
 # What torch's own file writer says when the system refuses a write; it raises RuntimeError, not OSError.
 WRITE_FAILED = re.compile(
     r"PytorchStreamWriter|unexpected pos|iostream|No space left|os error|I/O error|File too large", re.I
 )
+
+_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+_IN_THE_WAY = (errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -25,7 +30,12 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON (NaN and infinities as strings, unknown objects as text) whole or not at all. Raises `SaveError`."""
-    write_text(path, json.dumps(plain(value), indent=2, default=str) + "\n")
+    write_text(path, to_json(value) + "\n")
+
+
+def to_json(value: Any) -> str:
+    """Return JSON of anything: NaN and infinities as strings, unknown objects as text."""
+    return json.dumps(plain(value), indent=2, default=str)
 
 
 def plain(value: Any) -> Any:
@@ -139,27 +149,21 @@ def is_write_error(error: BaseException) -> bool:
 
 
 def describe(target: Path, error: BaseException) -> str:
-    """Say what could not be written, why, how much room is left, and what to do."""
+    """Say what could not be written, why, and what to do: about room, about permissions, or about what is in the way.
+
+    Of an error that does not say its reason (torch's and safetensors' own), the folder tells whether it is permission.
+    """
     place = next((parent for parent in (target, *target.parents) if parent.exists()), Path("."))
-    free = shutil.disk_usage(place).free / 1e9
+    code = error.errno if isinstance(error, OSError) else None
     cause = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return (
-        f"{target}: could not be written: {cause} ({free:.2f} GB free on its disk). "
-        "Free some room or choose another output_dir."
-    )
-
-
-def to_resume(resume: bool | str, folder: Path) -> str | None:
-    """Return the checkpoint folder to go on from: the newest in `folder`, or the named one. Raises `UsageError`."""
-    if resume is False or resume is None:
-        return None
-    if resume is True:
-        found = checkpoints(folder)
-        if not found:
-            raise UsageError(
-                Problem("resume", True, f"a checkpoint in {folder}", "There is none; start with resume=False.")
-            )
-        return str(found[-1])
-    if not (Path(resume) / "trainer_state.json").is_file():
-        raise UsageError(Problem("resume", resume, "a checkpoint's folder (with trainer_state.json)"))
-    return str(resume)
+    other = "choose another output_dir"
+    if code in _FORBIDDEN or (code is None and not os.access(place, os.W_OK)):
+        told = f". It is a matter of permission, not of room: allow this user to write in {place}, or {other}."
+    elif code is None or code in _NO_ROOM:
+        free = shutil.disk_usage(place).free / 1e9
+        told = f" ({free:.2f} GB free on its disk). Free some room or {other}."
+    elif code in _IN_THE_WAY:
+        told = f". {place} is in the way: move it, or {other}."
+    else:
+        told = f". {other.capitalize()}."
+    return f"{target}: could not be written: {cause}{told}"

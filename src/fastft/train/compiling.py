@@ -13,13 +13,19 @@ from fastft.state import get_state
 _CACHES = (("aot_autograd", "autograd_cache"), ("inductor", "fxgraph_cache"))
 
 
+def _counts() -> dict[str, int]:
+    from torch._dynamo.utils import counters
+
+    return {kind: sum(counters[group][f"{cache}_{kind}"] for group, cache in _CACHES) for kind in ("hit", "miss")}
+
+
 @define(eq=False)
 class CompileTime:
-    """Seconds in which Dynamo and Inductor compiled, and what their caches held, since `start`."""
+    """Seconds in which Dynamo and Inductor compiled, and how often their caches were asked, since this was made."""
 
     seconds: float = 0.0
     began: float | None = None
-    before: dict[str, int] = field(factory=dict)
+    before: dict[str, int] = field(factory=_counts)
     told: bool = False
 
     def on_start(self, _: Any) -> None:
@@ -36,9 +42,9 @@ class CompileTime:
             self.began = None
 
     def counts(self) -> dict[str, int]:
-        """Return hits and misses of the caches since `start`."""
+        """Return hits and misses of the caches since this was made."""
         now = _counts()
-        return {name: now[name] - self.before.get(name, 0) for name in now}
+        return {name: now[name] - self.before[name] for name in now}
 
     def cache(self) -> str:
         """Return "warm" where everything came from a cache, "cold" where nothing did, else "partly warm"."""
@@ -48,23 +54,20 @@ class CompileTime:
         return "partly warm" if counts["hit"] else "cold"
 
 
-def _counts() -> dict[str, int]:
-    from torch._dynamo.utils import counters
-
-    return {kind: sum(counters[group][f"{cache}_{kind}"] for group, cache in _CACHES) for kind in ("hit", "miss")}
-
-
 class CompileCallback(TrainerCallback):
     """Tells of the compilations of the first step, and puts into `record` what compiling took over the whole run."""
 
     def __init__(self, record: dict[str, Any]) -> None:
         self.record, self.time, self.first = record, CompileTime(), 0.0
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Listen to Dynamo, which tells every listener in the process."""
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Listen to Dynamo, which tells every listener in the process of everybody's compilations."""
+        self.time = CompileTime()
+        compiled = get_state(model).compiled
+        if compiled is None or not compiled.layers:
+            return
         from torch._dynamo.callback import callback_handler
 
-        self.time = CompileTime(before=_counts())
         callback_handler.register_start_callback(self.time.on_start)
         callback_handler.register_end_callback(self.time.on_end)
 
@@ -75,7 +78,7 @@ class CompileCallback(TrainerCallback):
         self.first = self.time.seconds
         graphs = _graphs(model)
         tqdm.write(
-            f"fastft: compiled {graphs} layer graph{'' if graphs == 1 else 's'} in {self.first:.1f} s "
+            f"fastft: compiled {graphs} graph{'' if graphs == 1 else 's'} in {self.first:.1f} s "
             f"(cache: {self.time.cache()})"
         )
 

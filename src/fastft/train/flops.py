@@ -71,7 +71,7 @@ def work_of(model: Any) -> Work:
     heads = config.num_attention_heads
     width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
     experts = any(parameter.ndim == 3 for parameter in base.parameters())
-    return Work(frozen_weights, trained, head_weights, head_trained, width, _windows(config), experts)
+    return Work(frozen_weights, trained, head_weights, head_trained, width, windows_of(config), experts)
 
 
 def flops(work: Work, counts: Mapping[str, float]) -> float:
@@ -125,7 +125,8 @@ def _passive(wrapper: nn.Module) -> list[nn.Module]:
     return list(original.modules()) if isinstance(original, nn.Module) and saved else []
 
 
-def _windows(config: Any) -> tuple[int | None, ...]:
+def windows_of(config: Any) -> tuple[int | None, ...]:
+    """Return for every attention layer how many tokens a token sees, itself included; None: all before it."""
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None)
     if not kinds:

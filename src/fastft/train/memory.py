@@ -6,8 +6,9 @@ from typing import Any
 import torch
 
 from fastft.errors import OutOfMemoryError, UsageError
+from fastft.graph.compile import release_weights
 from fastft.memory import oom
-from fastft.memory.plan import describe_modes, named_modes, usable
+from fastft.memory.plan import named_modes, usable
 from fastft.state import get_state
 
 
@@ -37,13 +38,14 @@ def predicted(model: Any) -> dict[str, Any]:
         "predicted_parts": {part.name: part.bytes for part in made.parts},
         "predicted_for": {"rows": rows, "length": length},
         "plan": planned.plan,
-        "layers": describe_modes(planned.modes),
+        "layers": planned.described(),
     }
 
 
 def let_go(error: BaseException, model: Any) -> None:
-    """Free what a step that failed held: the tensors in the frames of `error`, and the gradients."""
+    """Free what a step that failed held: tensors in the frames of `error`, gradients, and weights kept dequantised."""
     traceback.clear_frames(error.__traceback__)
+    release_weights(model)
     model.zero_grad(set_to_none=True)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -5,7 +5,7 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,21 @@ from fastft.environment import version_of
 from fastft.errors import SaveError
 from fastft.graph.head import find_spec
 from fastft.state import get_state
-from fastft.train import card, checkpoint, flops, memory, plots, step
+from fastft.train import card, checkpoint, flops, lineage, memory, plots, step
 
 VERSIONS = ("fastft", "torch", "transformers", "peft", "trl", "accelerate", "datasets", "bitsandbytes", "triton")
 TOKENS = ("all", "non_padding", "loss_bearing")
+
+
+def curve(history: Sequence[Mapping[str, Any]], name: str) -> tuple[tuple[int, float], ...]:
+    """Return (step, value) of a metric for every line of a trainer's `log_history` that has it."""
+    return tuple((row["step"], row[name]) for row in history if row.get(name) is not None)
+
+
+def ends(curve: Sequence[tuple[int, float]]) -> str:
+    """Return the first and the last (step, value) of a curve, which is what the repr of a result shows of it."""
+    shown = dict.fromkeys(f"{value:.4f} (step {step})" for step, value in (*curve[:1], *curve[-1:]))
+    return " to ".join(shown) or "none"
 
 
 @define
@@ -78,15 +89,29 @@ class Clock:
 class RecordCallback(TrainerCallback):
     """Writes the record of one run while it trains.
 
-    Every log step gives one line of `metrics.jsonl`, flushed; `run.json`, `loss.png` and `README.md` are written at the
-    start and at the end. A resumed run keeps the lines up to its checkpoint and goes on behind them.
+    Every log step gives one line of `metrics.jsonl`, flushed; `run.json`, a picture and `README.md` are written at the
+    start and at the end. A resumed run keeps the lines up to its checkpoint, if they are of its run, and goes on behind
+    them. `picture` is the picture's file and what draws it; `measure` gives more for a line, of the seconds of training
+    that it tells of; `told` are settings whose change in a resumed run is told elsewhere. `begun` is the checkpoint
+    that the run goes on from, `kept_steps` up to which step an earlier run's lines are kept.
     """
 
     def __init__(
-        self, folder: str | Path, tally: Tally, *, dataset: Any = None, reduce: Callable | None = None
+        self,
+        folder: str | Path,
+        tally: Tally,
+        *,
+        method: str = "sft",
+        dataset: Any = None,
+        reduce: Callable | None = None,
+        picture: tuple[str, Callable[..., None]] = ("loss.png", plots.plot_run),
+        measure: Callable[[float], Mapping[str, Any]] | None = None,
+        told: Collection[str] = (),
     ) -> None:
-        self.folder, self.tally, self.dataset = Path(folder), tally, dataset
-        self.reduce = reduce or (lambda tensor: tensor)
+        self.folder, self.tally, self.method, self.dataset = Path(folder), tally, method, dataset
+        self.reduce, self.picture = reduce or (lambda tensor: tensor), picture
+        self.measure = measure or (lambda seconds: {})
+        self.told, self.begun, self.kept_steps = told, None, 0
         self.clock, self.rows, self.record = Clock(), [], {}
         self.intervals: list[tuple[float, dict[str, int]]] = []
         self.totals: dict[str, int] = {}
@@ -101,27 +126,31 @@ class RecordCallback(TrainerCallback):
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         if state.is_world_process_zero:
-            self.rows = kept_lines(self.folder / "metrics.jsonl", state.global_step)
+            self.kept_steps = self._kept_steps(state.global_step)
+            self.rows = kept_lines(self.folder / "metrics.jsonl", self.kept_steps)
             self.totals = dict(self.rows[-1].get("tokens", {})) if self.rows else {}
             lines = "".join(json.dumps(row) + "\n" for row in self.rows)
             checkpoint.write_text(self.folder / "metrics.jsonl", lines)
-            self.record = describe_run(args, model, self.dataset, self.work)
-            self._tell_other_data(state.global_step)
+            self.record = {"method": self.method, **describe_run(args, model, self.dataset, self.work)}
+            earlier = [] if self.begun is None else lineage.runs_of(self.begun)
+            self.record["runs"] = lineage.runs_from(earlier, state.global_step)
+            for line in [] if self.begun is None else lineage.lines(self.begun, self.record, self.told):
+                print(f"fastft: {line}")
             self.write_record("running")
         self.clock.start()
 
-    def _tell_other_data(self, global_step: int) -> None:
-        """Say in one line that a resumed run goes on with data other than those it began with."""
-        if global_step == 0:
-            return
-        try:
-            earlier = json.loads((self.folder / "run.json").read_text(encoding="utf-8"))["data"]["sha256"]
-        except (OSError, ValueError, KeyError, TypeError):
-            return  # no record to compare with
-        if earlier != self.record["data"]["sha256"]:
-            print(
-                f"fastft: the data are not those that the run in {self.folder} began with; the curve goes on with them."
-            )
+    def _kept_steps(self, global_step: int) -> int:
+        """Return up to which step the lines in the folder are those of the checkpoint gone on from."""
+        if self.begun is None:
+            return 0
+        there = lineage.runs_of(self.folder)
+        if not there or lineage.leads_to(self.begun, there):
+            return global_step
+        print(
+            f"fastft: {self.folder / lineage.RECORD} is of another run than {self.begun}: it and the other records "
+            f"there are replaced, and the new ones begin after step {global_step}."
+        )
+        return 0
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Note when training stopped before what may follow a step."""
@@ -141,6 +170,7 @@ class RecordCallback(TrainerCallback):
         row = {"step": state.global_step, "epoch": state.epoch, **{key: logs[key] for key in logs if key != "epoch"}}
         if "loss" in logs:
             row |= self._speed()
+            row |= self.measure(row["train_seconds"])
         elif not any(key.startswith("eval_") for key in logs):
             return
         row |= {"peak_memory_bytes": peak_memory(), "wall_seconds": round(time.time() - self.began, 3)}
@@ -158,7 +188,9 @@ class RecordCallback(TrainerCallback):
     def finish(self, status: str, state: Any) -> None:
         """Write the end of the record with its measurements."""
         self.record |= self.measurements(state)
-        plots.plot_run(self.rows, self.folder / "loss.png", self.record.get("model", {}).get("name", ""))
+        name, plot = self.picture
+        self.record["picture"] = name
+        plot(self.rows, self.folder / name, self.record.get("model", {}).get("name", ""))
         self.write_record(status)
 
     def write_record(self, status: str, error: str | None = None) -> None:
@@ -170,6 +202,7 @@ class RecordCallback(TrainerCallback):
     def measurements(self, state: Any) -> dict[str, Any]:
         """Return speed, memory and losses of the run so far."""
         losses = [row["loss"] for row in self.rows if "loss" in row]
+        rewards = [row["reward"] for row in self.rows if row.get("reward") is not None]
         evaluations = [row for row in self.rows if "eval_loss" in row]
         seconds, counts = total(self.intervals)
         steady = total(self.intervals[1:]) if len(self.intervals) > 1 else (seconds, counts)
@@ -177,6 +210,7 @@ class RecordCallback(TrainerCallback):
             "steps": state.global_step,
             "epochs": state.epoch,
             "loss": {"first": losses[0] if losses else None, "last": losses[-1] if losses else None},
+            **({"reward": {"first": rewards[0], "last": rewards[-1]}} if rewards else {}),
             "evaluation": {key: value for key, value in evaluations[-1].items() if key.startswith("eval_")}
             if evaluations
             else None,
@@ -302,10 +336,14 @@ def compute_dtype(args: Any, model: Any) -> torch.dtype:
 
 
 def data_hash(dataset: Any) -> str | None:
-    """Return the SHA-256 over the token ids and labels of every row in order; None for a stream."""
+    """Return the SHA-256 over every row in order, its token ids and labels or its text; None for a stream."""
     if dataset is None or not hasattr(dataset, "__len__"):
         return None
     digest = hashlib.sha256()
+    if "input_ids" not in dataset.column_names:
+        for row in dataset:
+            digest.update(json.dumps(row, sort_keys=True, default=repr).encode("utf-8", "surrogatepass"))
+        return digest.hexdigest()
     names = [name for name in ("input_ids", "labels", "seq_lengths") if name in dataset.column_names]
     for batch in dataset.select_columns(names).with_format("arrow").iter(batch_size=1000):
         for name in names:

@@ -1,47 +1,91 @@
-"""Is a checkpoint whole, and is it one of this model? Asked before anything of it is loaded."""
+"""Which checkpoint to go on from; is it whole, and one of this model? Asked before anything of it is loaded."""
 
 import json
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from fastft.errors import Problem, UsageError
 from fastft.model import files
-from fastft.train import checkpoint
+from fastft.train import lineage
 
 # What beside the weights is needed to go on with the same curve; torch writes each as a zip archive.
 STATES = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
 
 
-def check(resume: Any, args: Any, model: Any) -> None:
-    """Raise `UsageError` with all that keeps `resume` (as for `Trainer.train`) from being gone on with.
+def to_resume(resume: bool | str | None, args: Any) -> str | None:
+    """Return the checkpoint to go on from, None for a run that begins.
 
-    `resume` is a checkpoint's folder, True for the newest in the output folder, or None for what `args` say. Missing or
-    damaged files, an adapter of another shape, and a checkpoint that has reached `max_steps` are told together, with
-    the newest whole checkpoint. Checkpoints of several processes have other files and are not looked into.
+    `resume` is a checkpoint's folder, or True for the highest step of the run that `run.json` in the output folder is
+    of: a checkpoint of another run is not gone on with unless it is named. Raises `UsageError`.
+    """
+    if not resume:
+        return None
+    if resume is not True:
+        if not (Path(resume) / "trainer_state.json").is_file():
+            raise UsageError(Problem("resume", resume, "a checkpoint's folder (with trainer_state.json)"))
+        return str(resume)
+    own, others = lineage.own_and_others(args.output_dir)
+    if not own:
+        remedy = "There is none; start with resume=False."
+        if others:
+            remedy = (
+                f"{others[-1]} is of another run than {args.output_dir}/{lineage.RECORD}: resume={str(others[-1])!r} "
+                "goes on from it, resume=False starts anew."
+            )
+        raise UsageError(Problem("resume", True, f"a checkpoint of the run in {args.output_dir}", remedy))
+    higher = [path for path in others if lineage.step_of(path) > lineage.step_of(own[-1])]
+    if higher and args.process_index == 0:
+        print(
+            f"fastft: {higher[-1]} is of another run than {args.output_dir}/{lineage.RECORD}; resume=True goes on from "
+            f"{own[-1].name}, resume={str(higher[-1])!r} would go on from the other."
+        )
+    return str(own[-1])
+
+
+def check(resume: Any, args: Any, model: Any, method: str, own: Callable[[Path], list[Problem | str]]) -> Path | None:
+    """Return the checkpoint that `resume` (as for `Trainer.train`) goes on from, None for a run that begins.
+
+    Raises `UsageError` with all that keeps it from being gone on with.
+
+    `resume` is as for `to_resume`, or None for what `args` say. Missing or damaged files, another `method`, an adapter
+    of another shape, what the trainer's `own` finds in a whole checkpoint, and one that has reached `max_steps` are
+    told together, with the last whole checkpoint. Checkpoints of several processes have other files: there only `own`
+    looks.
     """
     resume = args.resume_from_checkpoint if resume is None else resume
     if not resume:
-        earlier = checkpoint.checkpoints(args.output_dir)
-        if earlier:
-            print(f"fastft: {earlier[-1]} is of an earlier run, and stays; resume=True would go on from there.")
-        return
+        own_ones, others = lineage.own_and_others(args.output_dir)
+        earlier = own_ones or others
+        if earlier and args.process_index == 0:
+            print(f"fastft: {earlier[-1]} is of an earlier run; resume={str(earlier[-1])!r} goes on from there.")
+        if (Path(args.output_dir) / "run.json").is_file() and args.process_index == 0:
+            print(
+                f"fastft: {args.output_dir} holds an earlier run: this one's weights, records and checkpoints of the "
+                "same step replace it. Another output_dir keeps it."
+            )
+        return None
+    folder = Path(to_resume(resume, args))
     if args.world_size > 1:
-        return
-    folder = Path(checkpoint.to_resume(resume, Path(args.output_dir)))
+        wrong = own(folder)
+        if wrong:
+            raise UsageError(*wrong)
+        return folder
     problems: list[Problem | str] = [f"{folder}: {problem}" for problem in damages(folder)]
     if problems:
-        others = [path for path in checkpoint.checkpoints(folder.parent) if path.resolve() != folder.resolve()]
+        others = [path for path in lineage.own_and_others(folder.parent)[0] if path.resolve() != folder.resolve()]
         whole = next((path for path in reversed(others) if not damages(path)), None)
         remedy = f"resume={str(whole)!r} goes on from the newest whole one" if whole else "there is no other whole one"
         raise UsageError(*problems, f"{folder} cannot be resumed: {remedy}, or start anew with resume=False")
-    problems = list(_foreign(folder, model))
+    problems = [*_foreign(folder, model, method), *own(folder)]
     done = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8")).get("global_step", 0)
     if 0 < args.max_steps <= done:
         remedy = "Nothing is left to train: ask for more steps, or start anew with resume=False."
         problems.append(Problem("max_steps", args.max_steps, f"more than the {done} steps that {folder} has", remedy))
     if problems:
         raise UsageError(*problems)
+    return folder
 
 
 def damages(folder: Path) -> list[str]:
@@ -54,16 +98,20 @@ def damages(folder: Path) -> list[str]:
         problems.append("trainer_state.json is missing")
     except (OSError, ValueError) as error:
         problems.append(f"trainer_state.json is damaged ({error})")
-    for name in STATES:
-        if not (folder / name).is_file():
-            problems.append(f"{name} is missing; without it the run would not go on as it was")
-        elif not zipfile.is_zipfile(folder / name):
-            problems.append(f"{name} is damaged ({(folder / name).stat().st_size:,} bytes on disk)")
+    missing = [name for name in STATES if not (folder / name).is_file()]
+    problems += [f"{name} is missing; without it the run would not go on as it was" for name in missing]
+    for path in sorted([*folder.glob("*.pt"), *folder.glob("*.pth")]):
+        if not zipfile.is_zipfile(path):
+            problems.append(f"{path.name} is damaged ({path.stat().st_size:,} bytes on disk)")
     return problems
 
 
-def _foreign(folder: Path, model: Any) -> list[Problem]:
-    """Return where the weights of a whole checkpoint are not those of `model`."""
+def _foreign(folder: Path, model: Any, method: str) -> list[Problem]:
+    """Return where a whole checkpoint is of another method, or its weights are not those of `model`."""
+    made = lineage.record_of(folder).get("method", method)
+    if made != method:
+        remedy = "It belongs to another run; start anew with resume=False."
+        return [Problem(f"{folder} method", made, f"{method!r}, which is what is trained with", remedy)]
     kinds = {True: "an adapter", False: "a whole model"}
     adapted, stored = hasattr(model, "peft_config"), files.is_adapter(folder)
     if adapted != stored:

@@ -13,12 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from fastft.graph.head import Head, find_head, head_check, plain_linear, unwrapped
+from fastft.graph import attention
+from fastft.graph.head import Head, find_head, head_check, head_in_fp8, linear_operands, plain_linear, unwrapped
 from fastft.state import base_model
 
 IGNORE = -100
-# What the loss takes from a batch, and the backbone does not. `valid_rows`: the number of targets, known to the host.
-LABEL_KEYS = ("labels", "shift_labels", "num_items_in_batch", "valid_rows")
+# What the loss takes from a batch, and the backbone does not. `valid_rows`: the number of targets, and `right_padded`:
+# that no token stands behind padding, both known to the host.
+LABEL_KEYS = ("labels", "shift_labels", "num_items_in_batch", "valid_rows", "right_padded")
 CHUNK_ELEMENTS = 2**26
 
 
@@ -49,11 +51,13 @@ def loss(
     items = items.to(hidden.device)
     plain = plain_linear(head.module)
     if plain is None or loss_type == "dft":
+        why = "its module is more than a linear layer" if plain is None else f"loss_type={loss_type!r} needs each loss"
+        head_in_fp8(model, lambda: why)
         nll = _chunked_nll(head, hidden, targets, label_smoothing)
         return _weighted(nll, loss_type).sum() / items
-    from fastft.kernels.linear_ce import linear_cross_entropy
+    from fastft.kernels.linear_ce import fp8_obstacle, linear_cross_entropy
 
-    hidden, weight, bias = _same_dtype(hidden, _whole(plain.weight), _whole(plain.bias))
+    hidden, weight, bias = linear_operands(plain, hidden)
     return linear_cross_entropy(
         hidden,
         weight,
@@ -65,6 +69,7 @@ def loss(
         ignore_index=IGNORE,
         num_items=items,
         valid_rows=batch.get("valid_rows"),
+        fp8=head_in_fp8(model, lambda: fp8_obstacle(hidden, weight, bias)),
     )
 
 
@@ -118,16 +123,31 @@ def hidden_states(model: Any, batch: Mapping[str, Any]) -> Tensor:
     one position a row only. An unwrapped one runs its backbone alone.
     """
     inner = unwrapped(model)
+    inputs = without_labels(batch) | _mask(base_model(inner), batch)
     backbone = base_model(inner).get_decoder()
     if inner is model and not _sharded(model):
-        return backbone(**without_labels(batch), use_cache=False).last_hidden_state
+        return backbone(**inputs, use_cache=False).last_hidden_state
     found: list[Tensor] = []
     handle = backbone.register_forward_hook(lambda module, args, output: found.append(output.last_hidden_state))
     try:
-        model(**without_labels(batch), use_cache=False, logits_to_keep=1)
+        model(**inputs, use_cache=False, logits_to_keep=1)
     finally:
         handle.remove()
     return found[0]
+
+
+def _mask(base: Any, batch: Mapping[str, Any]) -> dict[str, Tensor | None]:
+    """Return the mask to use instead of the batch's own, if it needs none: a mask of padding on the right is left out.
+
+    No token sees what stands behind it, and what stands at padding is used by nobody. Packed rows need none if their
+    offsets are told.
+    """
+    masked = batch.get("attention_mask") is not None and not batch.get("right_padded")
+    packed = batch.get("position_ids") is not None and batch.get("cu_seq_lens_q") is None
+    if masked or packed:
+        return {}
+    ours = base.config._attn_implementation == attention.NAME
+    return {"attention_mask": attention.only_causal(batch["input_ids"].device) if ours else None}
 
 
 def _sharded(model: Any) -> bool:
@@ -189,16 +209,3 @@ def _chunked_statistics(logits_of: Callable[[Tensor], Tensor], rows: Tensor, tar
         right = logits.argmax(dim=-1).eq(wanted) & present
         pieces.append(torch.stack([nll.double(), right.double(), present.double()], dim=-1))
     return torch.cat(pieces)
-
-
-def _whole(tensor: Tensor | None) -> Tensor | None:
-    """Gather a sharded parameter; gradients flow back to its shards."""
-    return tensor.full_tensor() if tensor is not None and hasattr(tensor, "full_tensor") else tensor
-
-
-def _same_dtype(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Cast as the head's own linear would under autocast; else to the weight's dtype. Device: the head's."""
-    kind = hidden.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-    hidden = hidden.to(device=weight.device, dtype=dtype)
-    return hidden, weight.to(dtype), None if bias is None else bias.to(dtype)

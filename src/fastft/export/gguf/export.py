@@ -25,10 +25,11 @@ from fastft.export.gguf.file import (
 )
 from fastft.export.gguf.imatrix import ImportanceMatrix, load_imatrix
 from fastft.export.gguf.mixture import MIXTURES, ModelFacts, mixture, tensor_types
-from fastft.export.gguf.stream import check_folder, make_folder, stream
+from fastft.export.gguf.stream import Phases, check_folder, make_folder, stream
 from fastft.export.gguf.tensors import FileTensor, plan_tensors
 from fastft.export.gguf.vocabulary import vocabulary_of
 from fastft.export.weights import WeightSource, weight_source
+from fastft.model.tokenizer import end_tokens
 from fastft.registry.resolve import resolve
 from fastft.registry.spec import ModelSpec
 from fastft.state import base_model
@@ -47,20 +48,21 @@ class GgufFileReport:
     size: int
     types: Mapping[str, int]
 
+    def __str__(self) -> str:
+        types = ", ".join(f"{count} {kind}" for kind, count in self.types.items())
+        return f"{self.path}: {self.quant}, {self.size / 1e6:,.1f} MB ({types})"
+
 
 @frozen
 class GgufReport:
-    """What an export wrote, and notes on where llama.cpp will differ from the model."""
+    """What an export wrote, notes on where llama.cpp will differ from the model, and where the time went."""
 
     files: tuple[GgufFileReport, ...]
     notes: tuple[str, ...]
+    phases: Phases
 
     def __str__(self) -> str:
-        lines = []
-        for file in self.files:
-            types = ", ".join(f"{count} {kind}" for kind, count in file.types.items())
-            lines.append(f"{file.path}: {file.quant}, {file.size / 1e6:,.1f} MB ({types})")
-        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+        return "\n".join([*map(str, self.files), *(f"note: {note}" for note in self.notes)])
 
 
 def export_gguf(
@@ -87,7 +89,7 @@ def export_gguf(
     * `importance`: an importance matrix (how much an error in each column of a tensor counts): the path of llama.cpp's
       file, what `fastft.export.gguf.imatrix.collect` returns, or fp32 [columns] by GGUF's names.
     * `pre_tokenizer`: llama.cpp's name of the way text is split, for a tokenizer that fastft does not recognise.
-    * `device`: where quantisers run; by default a GPU if there is one.
+    * `device`: where weights are read to and quantisers run; by default a GPU if there is one.
 
     A file gets its name once it is whole; an error leaves nothing of it, and what a killed process left is removed by
     the next run. Raises UsageError for what cannot be exported (before any work, all reasons at once) and SaveError
@@ -99,15 +101,14 @@ def export_gguf(
     check_folder(target)
     spec = family(model_or_folder)
     check_supported(spec)
-    source = weight_source(model_or_folder, base)
+    place = _device(device)
+    source = weight_source(model_or_folder, base, place)
     tokenizer = tokenizer if tokenizer is not None else source.tokenizer
     if tokenizer is None:
         raise UsageError("export_gguf: the model's tokenizer is not known; pass it as the second argument")
     name = name or model_name(model_or_folder, source)
     architecture, tensors = _plan(source, spec)
-    vocabulary = vocabulary_of(
-        tokenizer, _rows(source, tensors), pre_tokenizer, source.folder, _ends(source.generation_config)
-    )
+    vocabulary = vocabulary_of(tokenizer, _rows(source, tensors), pre_tokenizer, source.folder, _ends(source))
     facts, weighted = _facts(source, spec), _importance(importance, tensors)
     metadata = _general(name, spec, source) | architecture.metadata | vocabulary.metadata
     writers = [
@@ -119,12 +120,12 @@ def export_gguf(
         for quant in chosen
     ]
     _prepare(target, writers)
-    stream(tensors, writers, _device(device), weighted, progress)
+    phases = stream(tensors, writers, place, weighted, progress)
     reports = tuple(
         GgufFileReport(quant, writer.path, writer.size, _counted(writer.tensors))
         for quant, writer in zip(chosen, writers)
     )
-    return GgufReport(reports, (*source.notes, *architecture.notes, *vocabulary.notes))
+    return GgufReport(reports, (*source.notes, *architecture.notes, *vocabulary.notes), phases)
 
 
 def _check_names(tokenizer: Any, name: str | None) -> None:
@@ -212,9 +213,9 @@ def _rows(source: WeightSource, tensors: Sequence[FileTensor]) -> int:
     return next(tensor.shape[0] for tensor in tensors if tensor.name == "token_embd.weight")
 
 
-def _ends(generation_config: Any) -> tuple[int, ...]:
-    ends = getattr(generation_config, "eos_token_id", None)
-    return () if ends is None else tuple(ends) if isinstance(ends, list | tuple) else (ends,)
+def _ends(source: WeightSource) -> tuple[int, ...]:
+    """Return the tokens that end an answer by the configs; the vocabulary adds the tokenizer's."""
+    return tuple(end_tokens(None, source.generation_config, source.config))
 
 
 def _general(name: str, spec: ModelSpec, source: WeightSource) -> dict[str, Value]:

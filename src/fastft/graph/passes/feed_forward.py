@@ -4,12 +4,13 @@ A module that is anything else, or that the fused form does not reproduce, is le
 then say what they did.
 """
 
+from attrs import evolve
 from torch import fx, nn
 
-from fastft.graph.capture import is_instance_of, module_stack
-from fastft.graph.passes.context import Context, Replacement, replace_if_proved
-from fastft.graph.passes.lora import Projection, is_lora_linear, lora_projection
-from fastft.graph.regions import NotARegionError, Region, collect, make_region
+from fastft.graph.capture import module_stack
+from fastft.graph.passes.context import Context, Replacement, calls, replace_if_proved
+from fastft.graph.passes.lora import Projection, fused_linears, is_lora_linear, lora_projection, obstacle
+from fastft.graph.regions import NotARegionError, Region, make_region
 from fastft.graph.report import Rewrite
 from fastft.kernels import lora_glu
 from fastft.registry.spec import GluPoint
@@ -20,12 +21,10 @@ RULE = "feed_forward"
 def replace_feed_forwards(graph_module: fx.GraphModule, context: Context) -> tuple[Rewrite, ...]:
     """Replace gated feed-forwards of LoRA linears; report the regions of the linears and of the gate as replaced."""
     done: list[Rewrite] = []
-    for point in context.spec.glus:
-        found = collect(graph_module.graph, context.binding, lambda _, m, p=point: is_instance_of(m, p.classes))
-        for name, module, nodes in found:
-            projections = _projections(name, module, nodes, point, context)
-            if projections:
-                done += _replace(graph_module, context, name, module, nodes, projections, point)
+    for point, name, module, nodes in calls(graph_module, context, context.spec.glus):
+        projections = _projections(name, module, nodes, point, context)
+        if projections:
+            done += _replace(graph_module, context, name, module, nodes, projections, point)
     return tuple(done)
 
 
@@ -33,12 +32,8 @@ def _projections(
     name: str, module: nn.Module, nodes: list[fx.Node], point: GluPoint, context: Context
 ) -> list[Projection] | None:
     """Return the projections as the fused computation takes them, or None where one of them does not fit."""
-    inner = (point.packed,) if point.packed else (point.gate, point.up)
     made = []
-    for child in (*inner, point.down):
-        linear = getattr(module, child, None)
-        if not isinstance(linear, nn.Module) or not is_lora_linear(child, linear):
-            return None
+    for child, linear in _linears(module, point).items():
         own = [node for node in nodes if id(linear) in module_stack(node)]
         try:
             projection = lora_projection(make_region(f"{name}.{child}", linear, own, context.binding))
@@ -48,6 +43,25 @@ def _projections(
             return None
         made.append(projection)
     return made if all(p.x is made[0].x for p in made[:-1]) else None
+
+
+def _linears(module: nn.Module, point: GluPoint) -> dict[str, nn.Module]:
+    """Return the LoRA linears of a gated feed-forward by name, the last one down; none unless all of them are such."""
+    names = (*((point.packed,) if point.packed else (point.gate, point.up)), point.down)
+    found = {name: getattr(module, name, None) for name in names}
+    whole = all(isinstance(linear, nn.Module) and is_lora_linear(name, linear) for name, linear in found.items())
+    return found if whole else {}
+
+
+def fusable_linears(module: nn.Module, point: GluPoint) -> list[nn.Module]:
+    """Return the LoRA linears of a gated feed-forward that is fused whole, as far as the modules tell, else none."""
+    found = list(_linears(module, point).values())
+    return [] if any(map(_left_to_its_parts, found)) else found
+
+
+def _left_to_its_parts(linear: nn.Module) -> bool:
+    base = linear.base_layer
+    return bool(obstacle(linear)) or base.bias is not None or base.weight.requires_grad
 
 
 def _fits(projection: Projection) -> bool:
@@ -71,15 +85,16 @@ def _replace(
     if len(region.outputs) != 1:
         return []
     present = set(graph_module.graph.nodes)
-    replacement = _replacement(region, projections, point, context.implementations[RULE])
+    replacement = _replacement(projections, point, context.implementations[RULE])
     result = replace_if_proved(graph_module, context, region, replacement)
     if not result.applied:
         return []
     for node in graph_module.graph.nodes:
         if node not in present:
             _hand_to_parent(node, region)
-    parts = [("lora", p.region.name) for p in projections] + [("glu", name)]
-    return [Rewrite(rule, part, True, "", result.implementation, result.fingerprint) for rule, part in parts]
+    linear = evolve(result, rule="lora", kept="", not_eight_bits="")
+    gate = evolve(result, rule="glu", compute="exact", not_fp8="")
+    return [*(evolve(linear, module=p.region.name) for p in projections), gate]
 
 
 def _hand_to_parent(node: fx.Node, region: Region) -> None:
@@ -89,22 +104,12 @@ def _hand_to_parent(node: fx.Node, region: Region) -> None:
     node.meta["nn_module_stack"] = {k: v for k, v in stack.items() if int(str(k).split("@")[0]) not in inside}
 
 
-def _replacement(region: Region, projections: list[Projection], point: GluPoint, implementation: str) -> Replacement:
-    function = lora_glu.feed_forward if implementation == "op" else lora_glu.ref.feed_forward
-    dtype = region.outputs[0].meta["example_value"].dtype  # what autocast, where it is on, computes in
-    x = projections[0].x
-    x_dtype = x.meta["example_value"].dtype
+def _replacement(projections: list[Projection], point: GluPoint, implementation: str) -> Replacement:
+    def arguments(weights, states):
+        a, b, scales = [p.a for p in projections], [p.b for p in projections], [p.scale for p in projections]
+        return projections[0].x, weights, a, b, scales, states, point.activation
 
-    def fused(x, weights, a, b, scales, states, activation):
-        return function(x if x_dtype == dtype else x.to(dtype), weights, a, b, scales, states, activation)
-
-    arguments = (
-        x,
-        [p.weight for p in projections],
-        [p.a for p in projections],
-        [p.b for p in projections],
-        [p.scale for p in projections],
-        [list(p.quant_state) for p in projections],
-        point.activation,
-    )
-    return Replacement(RULE, fused, arguments, implementation, same_rounding=False)
+    obstacles = [f"{p.region.name}: {p.not_fp8}" for p in projections if p.not_fp8]
+    op, plain = lora_glu.feed_forward, lora_glu.ref.feed_forward
+    not_fp8 = "; ".join(obstacles)
+    return fused_linears(RULE, projections, arguments, op, plain, implementation, not_fp8, eight_bits=True)

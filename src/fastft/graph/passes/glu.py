@@ -2,9 +2,9 @@
 
 from torch import fx, nn
 
-from fastft.graph.capture import is_instance_of, module_stack
-from fastft.graph.passes.context import Context, Replacement, refused, replace_if_proved
-from fastft.graph.regions import NotARegionError, Region, collect, make_region, without_children
+from fastft.graph.capture import module_stack
+from fastft.graph.passes.context import Context, Replacement, refused, replace_if_proved, replace_regions
+from fastft.graph.regions import NotARegionError, Region, without_children
 from fastft.graph.report import Rewrite
 from fastft.kernels import glu
 from fastft.registry.spec import GluPoint
@@ -14,25 +14,15 @@ RULE = "glu"
 
 def replace_glus(graph_module: fx.GraphModule, context: Context) -> tuple[Rewrite, ...]:
     """Replace what gated feed-forward modules do outside their projections."""
-    done = []
-    for point in context.spec.glus:
-        found = collect(graph_module.graph, context.binding, lambda _, m, p=point: is_instance_of(m, p.classes))
-        for name, module, nodes in found:
-            names = [point.packed] if point.packed else [point.gate, point.up]
-            missing = [
-                child for child in [*names, point.down] if not isinstance(getattr(module, child, None), nn.Module)
-            ]
-            if missing:
-                done.append(refused(RULE, name, f"has no module {', '.join(map(repr, missing))} that the spec names"))
-                continue
-            projections = [getattr(module, child) for child in [*names, point.down]]
-            try:
-                region = make_region(name, module, without_children(nodes, projections), context.binding)
-            except NotARegionError as error:
-                done.append(refused(RULE, name, str(error)))
-                continue
-            done.append(_replace(graph_module, context, region, point))
-    return tuple(done)
+    return replace_regions(graph_module, context, RULE, context.spec.glus, _replace, _outside_projections)
+
+
+def _outside_projections(module: nn.Module, nodes: list[fx.Node], point: GluPoint) -> list[fx.Node]:
+    names = [*([point.packed] if point.packed else [point.gate, point.up]), point.down]
+    missing = [name for name in names if not isinstance(getattr(module, name, None), nn.Module)]
+    if missing:
+        raise NotARegionError(f"has no module {', '.join(map(repr, missing))} that the spec names")
+    return without_children(nodes, [getattr(module, name) for name in names])
 
 
 def _replace(graph_module: fx.GraphModule, context: Context, region: Region, point: GluPoint) -> Rewrite:

@@ -2,9 +2,8 @@
 
 from torch import fx
 
-from fastft.graph.capture import is_instance_of
-from fastft.graph.passes.context import Context, Replacement, refused, replace_if_proved
-from fastft.graph.regions import NotARegionError, Region, collect, make_region
+from fastft.graph.passes.context import Context, Replacement, refused, replace_if_proved, replace_regions
+from fastft.graph.regions import Region
 from fastft.graph.report import Rewrite
 from fastft.kernels import layer_norm, rms_norm
 from fastft.registry.spec import NormPoint
@@ -14,17 +13,7 @@ RULE = "norm"
 
 def replace_norms(graph_module: fx.GraphModule, context: Context) -> tuple[Rewrite, ...]:
     """Replace the regions of the normalisation modules that the spec names."""
-    done = []
-    for point in context.spec.norms:
-        found = collect(graph_module.graph, context.binding, lambda _, m, p=point: is_instance_of(m, p.classes))
-        for name, module, nodes in found:
-            try:
-                region = make_region(name, module, nodes, context.binding)
-            except NotARegionError as error:
-                done.append(refused(RULE, name, str(error)))
-                continue
-            done.append(_replace(graph_module, context, region, point))
-    return tuple(done)
+    return replace_regions(graph_module, context, RULE, context.spec.norms, _replace)
 
 
 def _replace(graph_module: fx.GraphModule, context: Context, region: Region, point: NormPoint) -> Rewrite:

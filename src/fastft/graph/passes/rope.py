@@ -1,11 +1,10 @@
 """Rotary position embedding of queries and keys, found by the function that applies it within an attention module."""
 
 import torch
-from torch import fx
+from torch import fx, nn
 
-from fastft.graph.capture import is_instance_of
-from fastft.graph.passes.context import Context, Replacement, refused, replace_if_proved
-from fastft.graph.regions import NotARegionError, Region, collect, make_region
+from fastft.graph.passes.context import Context, Replacement, refused, replace_if_proved, replace_regions
+from fastft.graph.regions import Region
 from fastft.graph.report import Rewrite
 from fastft.graph.verify import present_shape
 from fastft.kernels import rope
@@ -16,22 +15,13 @@ RULE = "rope"
 
 def replace_rotations(graph_module: fx.GraphModule, context: Context) -> tuple[Rewrite, ...]:
     """Replace the regions of the rotation function that the spec names for its attention modules."""
-    done = []
-    for point in context.spec.attentions:
-        if point.rope_function is None:
-            continue
-        found = collect(graph_module.graph, context.binding, lambda _, m, p=point: is_instance_of(m, p.classes))
-        for name, module, nodes in found:
-            inside = [node for node in nodes if f", in {point.rope_function}\n" in (node.meta.get("stack_trace") or "")]
-            if not inside:
-                continue  # a layer without rotation, as every fourth of SmolLM3
-            try:
-                region = make_region(name, module, inside, context.binding)
-            except NotARegionError as error:
-                done.append(refused(RULE, name, str(error)))
-                continue
-            done.append(_replace(graph_module, context, region, point))
-    return tuple(done)
+    points = [point for point in context.spec.attentions if point.rope_function is not None]
+    return replace_regions(graph_module, context, RULE, points, _replace, _of_function)
+
+
+def _of_function(_module: nn.Module, nodes: list[fx.Node], point: AttentionPoint) -> list[fx.Node]:
+    """Return the nodes that the rotation function made: none in a layer without it, as every fourth of SmolLM3."""
+    return [node for node in nodes if f", in {point.rope_function}\n" in (node.meta.get("stack_trace") or "")]
 
 
 def _replace(graph_module: fx.GraphModule, context: Context, region: Region, point: AttentionPoint) -> Rewrite:

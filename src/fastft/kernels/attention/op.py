@@ -7,12 +7,11 @@ import torch.nn.functional as F
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.attention.varlen import varlen_attn
 
+from fastft.kernels.attention.parts import autocast, flash_refusal
 from fastft.kernels.attention.ref import allowed_pairs, masked_attention
 
 # Older versions have no argument for grouped queries: keys and values are repeated for them.
 VARLEN_GROUPS = "enable_gqa" in inspect.signature(varlen_attn).parameters
-FLASH_DTYPES = (torch.bfloat16, torch.float16)
-FLASH_HEAD_SIZE = 256
 
 
 def attention(
@@ -43,6 +42,7 @@ def attention(
         )
     if cu_seqlens is not None and batch > 1:
         q, k, v = (_one_row(t) for t in (q, k, v))
+    q, k, v = autocast(q, k, v)
     out = _special(q, k, v, scale, window, softcap, cu_seqlens, max_length, dropout)
     if cu_seqlens is not None and batch > 1:
         out = out.view(out.shape[1], batch, length, out.shape[-1]).transpose(0, 1)
@@ -65,7 +65,7 @@ def _special(
     max_length: int | None,
     dropout: float,
 ) -> torch.Tensor:
-    flash = q.is_cuda and q.dtype in FLASH_DTYPES and q.shape[-1] <= FLASH_HEAD_SIZE and dropout == 0.0
+    flash = dropout == 0.0 and not flash_refusal(q.device, q.dtype, q.shape[-1])
     if flash and softcap is None:
         return _varlen(q, k, v, scale, window, cu_seqlens, max_length)
     if q.is_cuda and dropout == 0.0 and softcap is not None:

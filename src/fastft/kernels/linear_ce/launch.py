@@ -1,9 +1,8 @@
-"""How many rows of logits are held at once, and launch settings of the kernels."""
+"""How many bytes of logits are held at once, and launch settings of the kernels."""
 
 from attrs import frozen
 
 GPU_LOGITS_BYTES = 512 << 20
-CPU_LOGITS_BYTES = 16 << 20
 
 
 @frozen
@@ -12,21 +11,6 @@ class CrossEntropyLaunch:
 
     block: int
     num_warps: int
-
-
-def chunk_rows(rows: int, vocab: int, itemsize: int, *, cuda: bool) -> int:
-    """Return how many of `rows` rows of `vocab` logits of `itemsize` bytes to hold at once.
-
-    On a GPU the logits of a chunk, which their gradient overwrites, stay within 512 MiB and the chunks are of about
-    equal height, a multiple of 128 so that no GEMM tile is cut; on a CPU within 16 MiB, near its caches.
-    """
-    budget = GPU_LOGITS_BYTES if cuda else CPU_LOGITS_BYTES
-    multiple = 128 if cuda else 16
-    most = max(multiple, budget // (vocab * itemsize) // multiple * multiple)
-    if rows <= most:
-        return max(rows, 1)
-    chunks = -(-rows // most)
-    return min(most, -(-rows // chunks // multiple) * multiple)
 
 
 def heuristic(vocab: int) -> CrossEntropyLaunch:

@@ -6,19 +6,30 @@ them by the gradient that arrives. A gradient in 16 bits must not be rounded onc
 1 / num_items = m * 2^k, m in [0.5, 1), the forward multiplies by m in fp32, and the backward by 2^k times the arriving
 gradient, which is exact whenever that is a power of two, as it is 1 or a loss scale.
 
-Rows without a label. On a CPU they are dropped before the first GEMM. On a GPU their number is known only to the
-device, and asking for it would stall the queue of launches: all rows are kept and the kernel writes zeros for them;
-a caller that knows a bound on the host (a collator does) says `valid_rows`, and the rows beyond it are dropped.
+Rows without a label are dropped before the first GEMM where their number is known without asking a GPU for it
+(`rows_to_compute`): a caller that knows a bound on the host (a collator does) says `valid_rows`. Where all rows are
+kept, the kernel writes zeros for those.
 """
-
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
 from fastft.errors import Problem, UsageError
-from fastft.kernels.dispatch import use_triton
-from fastft.kernels.linear_ce.launch import chunk_rows as heuristic_rows
+from fastft.kernels.dispatch import launch_on, use_triton
+from fastft.kernels.fp8 import MULTIPLE as FP8_MULTIPLE
+from fastft.kernels.fp8 import obstacle as kernels_obstacle
+from fastft.kernels.linear_ce.launch import GPU_LOGITS_BYTES
+from fastft.kernels.linear_ce.quantized import Fp8Head, Quantized, quantize_
+from fastft.kernels.logits import (
+    HeadGradients,
+    check_range,
+    fake_gradients,
+    head_problems,
+    logits_chunks,
+    rows_to_compute,
+    work_dtype,
+)
+from fastft.kernels.logits import chunk_rows as heuristic_rows
 
 
 def linear_cross_entropy(
@@ -34,6 +45,7 @@ def linear_cross_entropy(
     num_items: Tensor | float | None = None,
     valid_rows: int | None = None,
     chunk_rows: int | None = None,
+    fp8: bool = False,
 ) -> Tensor:
     """Return the sum of the cross entropies of softcap * tanh(scale * (hidden W^T + bias) / softcap), per item.
 
@@ -45,54 +57,40 @@ def linear_cross_entropy(
 
     valid_rows: an upper bound on the number of labelled rows that the caller knows without asking the device; a bound
     that is too low makes the loss NaN. chunk_rows: rows whose logits are held at once, by default a heuristic.
+    fp8: the two products with the weight have fp8 factors, but for each row's label (`linear_ce.quantized`); for a
+    weight without gradient that `fp8_obstacle` lets pass, else UsageError.
 
     A label outside [0, V) raises UsageError on a CPU, and makes loss and gradients NaN on a GPU, where nothing can be
     raised without waiting for the device; nothing is read out of bounds. Without gradient mode no gradient is made.
     """
-    _check(hidden, weight, labels, bias, label_smoothing, valid_rows, chunk_rows)
+    problems = head_problems(hidden, weight, bias, "labels", labels, valid_rows=valid_rows, chunk_rows=chunk_rows)
+    if not 0.0 <= label_smoothing <= 1.0:
+        problems.append(Problem("label_smoothing", label_smoothing, "a number from 0 to 1"))
+    if problems:
+        raise UsageError(*problems)
     if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+    why = fp8_obstacle(hidden, weight, bias) if fp8 else ""
+    if why:
+        raise UsageError(Problem("fp8", fp8, f"False here: {why}"))
     needs = [
         torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in (hidden, weight, bias)
     ]
     if num_items is not None and not isinstance(num_items, Tensor):
-        num_items = hidden.new_full((), float(num_items), dtype=_work_dtype(hidden.dtype))  # a fill: no copy, no wait
+        num_items = hidden.new_full((), float(num_items), dtype=work_dtype(hidden.dtype))  # a fill: no copy, no wait
     return torch.ops.fastft.linear_cross_entropy(
         hidden.reshape(-1, hidden.shape[-1]), weight, labels.reshape(-1), bias, num_items,
         float(scale), float(softcap), float(label_smoothing), ignore_index,
-        -1 if valid_rows is None else valid_rows, chunk_rows or 0, *needs,
+        -1 if valid_rows is None else valid_rows, chunk_rows or 0, fp8, *needs,
     )[0]  # fmt: skip
 
 
-def _check(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
-    label_smoothing: float,
-    valid_rows: int | None,
-    chunk_rows: int | None,
-) -> None:
-    problems = []
-    if weight.dim() != 2 or weight.shape[-1] != hidden.shape[-1]:
-        problems.append(Problem("weight", tuple(weight.shape), f"shape (V, {hidden.shape[-1]})"))
-    if labels.shape != hidden.shape[:-1]:
-        problems.append(Problem("labels", tuple(labels.shape), f"shape {tuple(hidden.shape[:-1])}, one for each row"))
-    if labels.is_floating_point():
-        problems.append(Problem("labels", labels.dtype, "integers"))
-    if bias is not None and tuple(bias.shape) != (weight.shape[0],):
-        problems.append(Problem("bias", tuple(bias.shape), f"shape {(weight.shape[0],)}"))
-    if not 0.0 <= label_smoothing <= 1.0:
-        problems.append(Problem("label_smoothing", label_smoothing, "a number from 0 to 1"))
-    for name, value in (("valid_rows", valid_rows), ("chunk_rows", chunk_rows)):
-        if value is not None and value < (name == "chunk_rows"):
-            problems.append(Problem(name, value, "None or a positive number"))
-    if problems:
-        raise UsageError(*problems)
-
-
-def _work_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
+def fp8_obstacle(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> str:
+    """Return why the head's products cannot have fp8 factors, "" if they can; `hidden` in the dtype of computation."""
+    if weight.requires_grad or (bias is not None and bias.requires_grad):
+        return "its weight is trained"
+    # Its rows are padded, so that any vocabulary will do.
+    return kernels_obstacle(hidden.device, hidden.dtype, FP8_MULTIPLE, hidden.shape[-1], nf4=False)
 
 
 def _torch_cross_entropy_(
@@ -107,7 +105,7 @@ def _torch_cross_entropy_(
     gradient: bool,
 ) -> Tensor:
     """Do what `triton.cross_entropy_` does in plain torch; labels must be in range or ignore_index."""
-    z = logits.to(_work_dtype(logits.dtype)) * scale
+    z = logits.to(work_dtype(logits.dtype)) * scale
     tanh = torch.tanh(z / softcap) if softcap else None
     log_p = torch.log_softmax(z if tanh is None else softcap * tanh, -1)
     valid = (labels != ignore_index)[:, None]
@@ -131,36 +129,6 @@ def _split_power_of_two(value: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(finite, mantissa, 1.0), torch.where(finite, value / mantissa, 1.0)  # the quotient is exact
 
 
-def _keep_labelled(labels: Tensor, ignore_index: int, valid_rows: int) -> Tensor | None:
-    """Return the rows to compute, labelled ones first, or None for all of them."""
-    if labels.device.type == "cpu" and valid_rows < 0:
-        kept = (labels != ignore_index).nonzero().squeeze(1)
-        return None if kept.shape[0] == labels.shape[0] else kept
-    if valid_rows < 0 or valid_rows >= labels.shape[0]:
-        return None
-    return torch.argsort((labels == ignore_index).to(torch.uint8), stable=True)[:valid_rows]
-
-
-def _check_range(labels: Tensor, ignore_index: int, vocab: int) -> None:
-    wrong = labels[(labels != ignore_index) & ((labels < 0) | (labels >= vocab))]
-    if wrong.numel():
-        raise UsageError(
-            Problem(
-                "labels", wrong[0].item(), f"0 to {vocab - 1}, or {ignore_index} for none", f"{wrong.numel()} like it"
-            )
-        )
-
-
-def _accumulate(into: Tensor, dlogits: Tensor, hidden: Tensor) -> None:
-    """Add dlogits^T hidden to `into`, which has at least fp32, without rounding the sum to 16 bits in between."""
-    if into.dtype == dlogits.dtype:
-        into.addmm_(dlogits.t(), hidden)
-    elif into.is_cuda:
-        torch.ops.aten.addmm.dtype_out(into, dlogits.t(), hidden, into.dtype, out=into)
-    else:
-        into.addmm_(dlogits.t().to(into.dtype), hidden.to(into.dtype))
-
-
 @torch.library.custom_op("fastft::linear_cross_entropy", mutates_args=())
 def _linear_cross_entropy(
     hidden: Tensor,
@@ -174,6 +142,7 @@ def _linear_cross_entropy(
     ignore_index: int,
     valid_rows: int,
     chunk_rows: int,
+    fp8: bool,
     needs_hidden: bool,
     needs_weight: bool,
     needs_bias: bool,
@@ -185,20 +154,22 @@ def _linear_cross_entropy(
     """
     fused = use_triton(hidden, weight)
     if not fused and hidden.device.type == "cpu":
-        _check_range(labels, ignore_index, weight.shape[0])
+        check_range(labels, "labels", ignore_index, weight.shape[0])
     settings = {"scale": scale, "softcap": softcap, "label_smoothing": label_smoothing, "ignore_index": ignore_index}
     weight, bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
-    kept = _keep_labelled(labels, ignore_index, valid_rows)
+    kept = rows_to_compute(labels, ignore_index, valid_rows)
     rows, targets = (hidden, labels) if kept is None else (hidden[kept], labels[kept])
     if num_items is None:
         num_items = (labels != ignore_index).sum()
-    num_items = num_items.to(hidden.device, _work_dtype(hidden.dtype)).reshape(())
+    num_items = num_items.to(hidden.device, work_dtype(hidden.dtype)).reshape(())
     factor, unit = _split_power_of_two(1 / num_items)
     with torch.autocast(hidden.device.type, enabled=False):
-        losses, dhidden, dweight, dbias = _chunks(
-            rows.contiguous(), weight, targets.long(), bias, factor, settings, chunk_rows, fused,
-            (needs_hidden, needs_weight, needs_bias),
-        )  # fmt: skip
+        given = (rows.contiguous(), weight, targets.long(), bias, factor, settings, chunk_rows, fused)
+        if fp8:
+            losses, dhidden = _fp8_chunks(*given, needs_hidden)
+            dweight, dbias = (torch.empty(0, dtype=losses.dtype, device=hidden.device) for _ in range(2))
+        else:
+            losses, dhidden, dweight, dbias = _chunks(*given, (needs_hidden, needs_weight, needs_bias))
     if needs_hidden and kept is not None:
         dhidden = torch.zeros(hidden.shape, dtype=hidden.dtype, device=hidden.device).index_copy_(0, kept, dhidden)
     loss = losses.sum() / num_items
@@ -223,43 +194,72 @@ def _chunks(
         from fastft.kernels.linear_ce.triton import cross_entropy_
     else:
         cross_entropy_ = _torch_cross_entropy_
-    (n, _), vocab, work = hidden.shape, weight.shape[0], _work_dtype(hidden.dtype)
-    height = min(n, chunk_rows or heuristic_rows(n, vocab, hidden.element_size(), cuda=hidden.is_cuda)) or 1
-    logits = torch.empty(min(height, n), vocab, dtype=hidden.dtype, device=hidden.device)
-    losses = torch.empty(n, dtype=work, device=hidden.device)
-    dhidden = torch.empty(hidden.shape if needs[0] else 0, dtype=hidden.dtype, device=hidden.device)
-    dweight = torch.zeros(weight.shape if needs[1] else 0, dtype=work, device=hidden.device)
-    dbias = torch.zeros(vocab if needs[2] else 0, dtype=work, device=hidden.device)
-    with torch.cuda.device(hidden.device) if hidden.is_cuda else nullcontext():
+    (n, _), vocab = hidden.shape, weight.shape[0]
+    height = chunk_rows or heuristic_rows(
+        n, vocab, hidden.element_size(), cuda=hidden.is_cuda, gpu_bytes=GPU_LOGITS_BYTES
+    )
+    losses = torch.empty(n, dtype=work_dtype(hidden.dtype), device=hidden.device)
+    made = HeadGradients.zero(hidden, weight, needs)
+    with launch_on(hidden):
+        for part, chunk in logits_chunks(hidden, weight, bias, height):
+            losses[part] = cross_entropy_(chunk, labels[part], factor, gradient=any(needs), **settings)
+            made.add(part, chunk, hidden, weight, needs)
+    return losses, made.hidden, made.weight, made.bias
+
+
+def _fp8_chunks(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    factor: Tensor,
+    settings: dict[str, float | int],
+    chunk_rows: int,
+    fused: bool,
+    gradient: bool,
+) -> tuple[Tensor, Tensor]:
+    """Return (losses [n], dhidden) with fp8 factors, a chunk of rows at a time in buffers that all chunks use."""
+    n, vocab = hidden.shape[0], weight.shape[0]
+    height = chunk_rows or heuristic_rows(
+        n, vocab, hidden.element_size(), cuda=hidden.is_cuda, gpu_bytes=GPU_LOGITS_BYTES
+    )
+    losses = torch.empty(n, dtype=work_dtype(hidden.dtype), device=hidden.device)
+    dhidden = torch.empty(hidden.shape if gradient else 0, dtype=hidden.dtype, device=hidden.device)
+    head = Fp8Head.of(weight)
+    logits, made = head.buffers(min(height, n), hidden.dtype)
+    with launch_on(hidden):
         for start in range(0, n, height):
             part = slice(start, min(start + height, n))
-            chunk = logits[: part.stop - start]
-            if bias is None:
-                torch.mm(hidden[part], weight.t(), out=chunk)
+            rows = part.stop - start
+            target = labels[part].clamp(0, vocab - 1)
+            own = weight[target]
+            chunk = head.logits(hidden[part], bias, target, own, logits[:rows])
+            into = Quantized(made.values[:rows], made.scale[:rows], made.slope[:rows])
+            if fused:
+                from fastft.kernels.linear_ce.triton import cross_entropy_
+
+                losses[part] = cross_entropy_(
+                    chunk, labels[part], factor, gradient=gradient, quantized=into if gradient else None, **settings
+                )
             else:
-                torch.addmm(bias, hidden[part], weight.t(), out=chunk)
-            losses[part] = cross_entropy_(chunk, labels[part], factor, gradient=any(needs), **settings)
-            if needs[0]:
-                torch.mm(chunk, weight, out=dhidden[part])
-            if needs[1]:
-                _accumulate(dweight, chunk, hidden[part])
-            if needs[2]:
-                dbias += chunk.sum(0, dtype=work)
-    return losses, dhidden, dweight, dbias
+                losses[part] = _torch_cross_entropy_(chunk, labels[part], factor, gradient=gradient, **settings)
+                if gradient:
+                    quantize_(chunk, target, into)
+            if gradient:
+                dhidden[part] = head.input_gradient(into, own)
+    return losses, dhidden
 
 
 @_linear_cross_entropy.register_fake
 def _(
     hidden, weight, labels, bias, num_items, scale, softcap, label_smoothing, ignore_index, valid_rows, chunk_rows,
-    needs_hidden, needs_weight, needs_bias,
+    fp8, needs_hidden, needs_weight, needs_bias,
 ):  # fmt: skip
-    work = _work_dtype(hidden.dtype)
+    made = fake_gradients(hidden, weight, (needs_hidden, needs_weight, needs_bias))
     return (
-        hidden.new_empty((), dtype=work),
-        hidden.new_empty(hidden.shape if needs_hidden else (0,)),
-        hidden.new_empty(weight.shape if needs_weight else (0,), dtype=work),
-        hidden.new_empty(weight.shape[:1] if needs_bias else (0,), dtype=work),
-        hidden.new_empty((), dtype=work),
+        hidden.new_empty((), dtype=work_dtype(hidden.dtype)),
+        *made,
+        made[0].new_empty((), dtype=work_dtype(hidden.dtype)),
     )
 
 
@@ -269,10 +269,10 @@ def _scale_gradient(value: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor
     if use_triton(value, factor):
         from fastft.kernels.linear_ce.triton import scaled
 
-        with torch.cuda.device(value.device) if value.is_cuda else nullcontext():
+        with launch_on(value):
             return scaled(value.contiguous(), factor, dtype)
     out = torch.empty(value.shape, dtype=dtype, device=value.device)
-    return out.copy_(value.to(_work_dtype(value.dtype)) * factor)
+    return out.copy_(value.to(work_dtype(value.dtype)) * factor)
 
 
 @_scale_gradient.register_fake
@@ -296,14 +296,14 @@ def _backward(ctx, d_loss, *_):
             f"but it was called with {list(ctx.made)}"
         )
     if d_loss is None:
-        return (None,) * 14
+        return (None,) * 15
     *made, unit = ctx.saved_tensors
     factor = d_loss * unit
     dh, dw, db = (
         torch.ops.fastft.scale_gradient(value, factor, dtype) if need else None
         for value, dtype, need in zip(made, ctx.dtypes, needed)
     )
-    return (dh, dw, None, db, *(None for _ in range(10)))
+    return (dh, dw, None, db, *(None for _ in range(11)))
 
 
 _linear_cross_entropy.register_autograd(_backward, setup_context=_setup_context)

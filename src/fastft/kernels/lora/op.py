@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from fastft.errors import Problem, UsageError
-from fastft.kernels.lora.gemm import accumulating_mm, input_gradient, lora_product, regroup, stack
+from fastft.kernels.lora.casts import cast, stacked_and_cast
+from fastft.kernels.lora.gemm import accumulating_mm, accumulating_mms, input_gradient, lora_products, regroup
 
 
 def lora_linears(
@@ -27,17 +28,21 @@ def lora_linears(
     scales: list[float],
     quant_states: list[list[Tensor]] | None = None,
     out_features: list[int] | None = None,
+    fp8: bool = False,
 ) -> list[Tensor]:
     """Apply one or several LoRA linears to the same input.
 
     x: [..., K]. weights: [N_i, K] each, or the packed bytes of an NF4 weight. biases: [N_i] or None. a: [r_i, K].
     b: [N_i, r_i]; ranks and scales may differ, and a rank of 0 is a linear without an adapter. quant_states: for each
-    projection [] (dense), [absmax], or [absmax, code2, absmax2, offset] as `nf4_dequantize` takes them.
+    projection [] (dense), [absmax], or [absmax, code2, absmax2, offset] as `nf4_dequantize` takes them; or, for a
+    weight [N_i, K] that is held in fp8 (or as its bytes), [scales of its rows, fp32 [N_i]].
     out_features: N_i, needed by nobody but callers that know it; by default the rows of b.
 
     Everything is computed in the dtype of x (under autocast: in autocast's dtype), to which weights, biases and
-    adapters are cast. Returns [..., N_i] each, contiguous. Gradients: x, a, b, and weights and biases where they
-    require it, each in its own dtype. Raises UsageError where lengths or shapes do not fit together.
+    adapters are cast. With fp8, the products with W_i have fp8 factors (`fastft.kernels.fp8`), those with A and B do
+    not; every projection must be one that `fp8.obstacle` lets pass, and its weight frozen. Returns [..., N_i] each,
+    contiguous. Gradients: x, a, b, and weights and biases where they require it, each in its own dtype. Raises
+    UsageError where lengths or shapes do not fit together.
     """
     states = quant_states if quant_states is not None else [[] for _ in weights]
     _check(x, weights, biases, a, b, scales, states, out_features)
@@ -53,6 +58,7 @@ def lora_linears(
         [float(scale) for scale in scales],
         [tensor for state in states for tensor in state],
         [len(state) for state in states],
+        fp8,
     )[:-1]
 
 
@@ -105,23 +111,21 @@ def _lora_linears(
     scales: list[float],
     quant: list[Tensor],
     quant_counts: list[int],
+    fp8: bool,
 ) -> list[Tensor]:
     """Return the outputs, and x A^T [..., sum of ranks] last, which the backward wants."""
     with torch.autocast(x.device.type, enabled=False):
         rows, states, bias = x.reshape(-1, x.shape[-1]), regroup(quant, quant_counts), iter(biases)
-        xa = torch.mm(rows, stack(a, x.dtype).t())
-        outputs, start = [], 0
-        for i, weight in enumerate(weights):
-            n, r = b[i].shape
-            own = next(bias) if has_bias[i] else None
-            y = lora_product(rows, weight, states[i], own, xa[:, start : start + r], b[i], scales[i])
-            outputs.append(y.view(*x.shape[:-1], n))
-            start += r
-        return [*outputs, xa.view(*x.shape[:-1], start)]
+        stack, b = stacked_and_cast(a, b, x.dtype)
+        xa = torch.mm(rows, stack.t())
+        own = [next(bias) if present else None for present in has_bias]
+        pieces = xa.split([matrix.shape[1] for matrix in b], dim=1)
+        outputs = lora_products(rows, weights, states, own, pieces, b, scales, fp8)
+        return [y.view(*x.shape[:-1], y.shape[1]) for y in (*outputs, xa)]
 
 
 @_lora_linears.register_fake
-def _(x, weights, biases, has_bias, a, b, scales, quant, quant_counts):
+def _(x, weights, biases, has_bias, a, b, scales, quant, quant_counts, fp8):
     outputs = [x.new_empty(*x.shape[:-1], matrix.shape[0]) for matrix in b]
     return [*outputs, x.new_empty(*x.shape[:-1], sum(matrix.shape[0] for matrix in a))]
 
@@ -141,6 +145,7 @@ def _lora_linears_backward(
     needs_x: bool,
     needs_weight: list[bool],
     needs_bias: list[bool],
+    fp8: bool,
 ) -> list[Tensor]:
     """Return [dx or an empty tensor, dA of all stacked, dB_1 .. dB_n, the needed dW_i, the needed dbias_i].
 
@@ -148,16 +153,20 @@ def _lora_linears_backward(
     """
     with torch.autocast(x.device.type, enabled=False):
         rows, states, dtype = x.reshape(-1, x.shape[-1]), regroup(quant, quant_counts), x.dtype
-        xa, dys = xa.reshape(-1, xa.shape[-1]), [dy.reshape(-1, dy.shape[-1]) for dy in grads]
-        gs, dbs = [], []
+        xa, dys = xa.reshape(rows.shape[0], xa.shape[-1]), [dy.reshape(-1, dy.shape[-1]) for dy in grads]
+        stack, b_cast = stacked_and_cast(a, b, dtype) if needs_x else (None, cast(b, dtype))
+        gs, own_xa = [], []
         for i, dy in enumerate(dys):
             r = b[i].shape[1]
             # Each into memory of its own: into a slice of a wider matrix, CUDA's GEMM would round twice.
             g_i = torch.empty(rows.shape[0], r, dtype=dtype, device=x.device)
-            gs.append(torch.addmm(g_i, dy, b[i].to(dtype), beta=0, alpha=scales[i], out=g_i))
-            dbs.append(accumulating_mm(dy.t(), xa[:, starts[i] : starts[i] + r], b[i].dtype, scales[i]))
+            gs.append(torch.addmm(g_i, dy, b_cast[i], beta=0, alpha=scales[i], out=g_i))
+            own_xa.append(xa[:, starts[i] : starts[i] + r])
+        dbs = accumulating_mms([dy.t() for dy in dys], own_xa, [matrix.dtype for matrix in b], scales)
         g = torch.cat(gs, dim=1) if len(gs) > 1 else gs[0]
-        dx = input_gradient(dys, weights, states, g, stack(a, dtype)).view(x.shape) if needs_x else x.new_empty(0)
+        dx = x.new_empty(0)
+        if needs_x:
+            dx = input_gradient(dys, weights, states, g, stack, fp8).view(x.shape)
         da = accumulating_mm(g.t(), rows, a[0].dtype)
         dws = [accumulating_mm(dys[i].t(), rows, weights[i].dtype) for i in range(len(dys)) if needs_weight[i]]
         dbias = [dys[i].sum(0, dtype=_sum_dtype(dtype)) for i in range(len(dys)) if needs_bias[i]]
@@ -169,7 +178,7 @@ def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 @_lora_linears_backward.register_fake
-def _(grads, x, xa, starts, weights, a, b, scales, quant, quant_counts, needs_x, needs_weight, needs_bias):
+def _(grads, x, xa, starts, weights, a, b, scales, quant, quant_counts, needs_x, needs_weight, needs_bias, fp8):
     stacked = a[0].new_empty(sum(matrix.shape[0] for matrix in a), x.shape[-1])
     dbs = [matrix.new_empty(matrix.shape) for matrix in b]
     dws = [weight.new_empty(weight.shape) for weight, needed in zip(weights, needs_weight) if needed]
@@ -178,7 +187,7 @@ def _(grads, x, xa, starts, weights, a, b, scales, quant, quant_counts, needs_x,
 
 
 def _setup_context(ctx, inputs, output):
-    x, weights, biases, has_bias, a, b, scales, quant, quant_counts = inputs
+    x, weights, biases, has_bias, a, b, scales, quant, quant_counts, ctx.fp8 = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, output[-1], *weights, *a, *b, *quant)
     ctx.has_bias, ctx.scales, ctx.quant_counts = has_bias, scales, quant_counts
@@ -202,7 +211,7 @@ def _backward(ctx, grads):
             [grads[i] for i in live], x, xa, starts,
             [weights[i] for i in live], [a[i] for i in live], [b[i] for i in live], [ctx.scales[i] for i in live],
             [tensor for i in live for tensor in states[i]], [ctx.quant_counts[i] for i in live],
-            needs_x, [needs_weight[i] for i in live], [needs_bias[i] for i in live],
+            needs_x, [needs_weight[i] for i in live], [needs_bias[i] for i in live], ctx.fp8,
         )  # fmt: skip
         dx, stacked, *rest = results
         dx = dx if needs_x else None
@@ -216,7 +225,7 @@ def _backward(ctx, grads):
     present = [d_bias[i] for i in range(count) if ctx.has_bias[i]]
     present = [None if d is None else d.to(dtype) for d, dtype in zip(present, ctx.bias_dtypes)]
     no_quant = [None] * sum(ctx.quant_counts)
-    return dx, d_weight, present, None, d_a, d_b, None, no_quant, None
+    return dx, d_weight, present, None, d_a, d_b, None, no_quant, None, None
 
 
 _lora_linears.register_autograd(_backward, setup_context=_setup_context)

@@ -22,8 +22,13 @@ class Launch:
     stages: int = 3
 
 
-def launch(count: int, width: int, processors: int) -> Launch:
-    """Settings for `count` rows of `width` on a device with so many multiprocessors: about eight programs for each."""
+def launch(count: int, width: int, processors: int, rank: int = 16, backward: bool = False) -> Launch:
+    """Settings for `count` rows of `width` on a device with so many multiprocessors: about eight programs for each.
+
+    rank: the largest of the adapters'. Above 16 the backward loads one tile less ahead: with three, its tiles and the
+    adapters' take so much shared memory (143 of 227 KB on sm_90) that a multiprocessor holds one program, not two.
+    """
     default = Launch()
     wanted = ceil_div(8 * processors, max(1, ceil_div(count, default.rows)))
-    return Launch(splits=max(1, min(wanted, ceil_div(width, 4 * default.columns))))
+    splits = max(1, min(wanted, ceil_div(width, 4 * default.columns)))
+    return Launch(splits=splits, stages=default.stages - (backward and rank > 16))

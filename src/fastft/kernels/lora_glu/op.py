@@ -13,8 +13,11 @@ and in the backward of the second, with g = s_d dy B_d:
     dB_d = s_d dy^T ha
 
 gate0, up0, xa and ha are kept between them, h is not: it is computed anew in the kernel that needs it. That one reads
-dh, gate0 and up0 once and writes dgate and dup once, and makes all low-rank products on the way.
+dh, gate0 and up0 once and writes dgate and dup once, and makes all low-rank products on the way. With `eight_bits` the
+forward is the same, and what is kept of gate0 and up0 has 8 bits a number (`eight_bits.compress`).
 """
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +26,10 @@ from torch import Tensor
 from fastft.errors import Problem, UsageError
 from fastft.kernels.dispatch import use_triton
 from fastft.kernels.glu import ref as glu_ref
-from fastft.kernels.lora.gemm import accumulating_mm, dense, lora_product
+from fastft.kernels.lora.casts import cast
+from fastft.kernels.lora.gemm import accumulating_mm, accumulating_mms, dense, lora_products, product_gradient
 from fastft.kernels.lora.linears import linears
+from fastft.kernels.lora_glu.eight_bits import compress, expand, shapes
 from fastft.kernels.lora_glu.launch import MAX_RANK
 from fastft.kernels.rows import as_matrix
 
@@ -37,25 +42,29 @@ def feed_forward(
     scales: list[float],
     quant_states: list[list[Tensor]],
     activation: str,
+    fp8: bool = False,
+    eight_bits: bool = False,
 ) -> Tensor:
     """Return down(activation(gate(x)) * up(x)), each projection a LoRA linear on a frozen weight without bias.
 
     x: [..., K]. The lists hold gate's, up's and down's: weights [N, K], [N, K], [K, N] or packed NF4 bytes, with
     quant_states as `lora_linears` takes them; a [r, K], [r, K], [r, N]; b [N, r], [N, r], [K, r], of ranks of at least
     1 that may differ. Or they hold two, of one projection that gives gate and up side by side ([2N, K], a [r, K],
-    b [2N, r]), and of down. Computed in the dtype of x (under autocast: in autocast's dtype). Returns [..., K].
+    b [2N, r]), and of down. Computed in the dtype of x (under autocast: in autocast's dtype); with fp8, the
+    products with the weights have fp8 factors, as in `lora_linears`; with eight_bits, the backward reads gate and up as
+    they are in 8 bits. Returns [..., K].
     Gradients: x, a and b, each in its own dtype; weights get none. Raises UsageError where shapes do not fit together.
     """
     packed = len(weights) == 2
     wide = b[0].shape[0] // (2 if packed else 1)
     _check(x, a, b, weights, quant_states, activation, wide)
     if packed:
-        both, xa = linears(x, weights[:1], a[:1], quant_states[:1], [2 * wide])
+        both, xa = linears(x, weights[:1], a[:1], quant_states[:1], [2 * wide], fp8)
         (gate0, up0), (b_gate, b_up) = both.chunk(2, -1), b[0].chunk(2, 0)
         xa = torch.cat([xa, xa], -1)
         scales = [scales[0], *scales]
     else:
-        gate0, up0, xa = linears(x, weights[:2], a[:2], quant_states[:2], [wide, wide])
+        gate0, up0, xa = linears(x, weights[:2], a[:2], quant_states[:2], [wide, wide], fp8)
         b_gate, b_up = b[:2]
     return torch.ops.fastft.lora_glu_down(
         gate0,
@@ -69,6 +78,8 @@ def feed_forward(
         quant_states[-1],
         [float(s) for s in scales],
         activation,
+        fp8,
+        eight_bits,
     )[0]
 
 
@@ -109,9 +120,9 @@ def _fused(gate0: Tensor, *ranks: int) -> bool:
 def _gate_up(
     gate0: Tensor, up0: Tensor, xa: Tensor, b_gate: Tensor, b_up: Tensor, scales: list[float]
 ) -> tuple[Tensor, Tensor]:
-    dtype, rank = gate0.dtype, b_gate.shape[1]
-    gate = torch.addmm(gate0, xa[:, :rank], b_gate.to(dtype).t(), alpha=scales[0])
-    return gate, torch.addmm(up0, xa[:, rank:], b_up.to(dtype).t(), alpha=scales[1])
+    rank = b_gate.shape[1]
+    gate = torch.addmm(gate0, xa[:, :rank], b_gate.t(), alpha=scales[0])
+    return gate, torch.addmm(up0, xa[:, rank:], b_up.t(), alpha=scales[1])
 
 
 @torch.library.custom_op("fastft::lora_glu_down", mutates_args=())
@@ -127,33 +138,45 @@ def _lora_glu_down(
     quant: list[Tensor],
     scales: list[float],
     activation: str,
-) -> tuple[Tensor, Tensor]:
-    """Return (y [..., K], ha [..., r_down]), the second for the backward."""
+    fp8: bool,
+    eight_bits: bool,
+) -> list[Tensor]:
+    """Return [y [..., K], ha [..., r_down]], the second for the backward.
+
+    With eight_bits also, for the backward, gate0 and up0 in 8 bits and their scales, as `eight_bits.compress` gives
+    them for matrices.
+    """
     with torch.autocast(gate0.device.type, enabled=False):
         lead, dtype = gate0.shape[:-1], gate0.dtype
         gate0, up0, xa = as_matrix(gate0), as_matrix(up0), as_matrix(xa)
+        b_gate, b_up, b_down = cast([b_gate, b_up, b_down], dtype)
+        pair = (scales[0], scales[1])
         if _fused(gate0, b_gate.shape[1], b_up.shape[1], a_down.shape[0]):
             from fastft.kernels.lora_glu import triton as kernels
 
-            h, ha = kernels.forward(gate0, up0, xa, b_gate, b_up, a_down, (scales[0], scales[1]), activation)
+            h, ha, *kept = kernels.forward(gate0, up0, xa, b_gate, b_up, a_down, pair, activation, eight_bits)
         else:
             h = glu_ref.glu(*_gate_up(gate0, up0, xa, b_gate, b_up, scales), activation)
             ha = F.linear(h, a_down.to(dtype))
-        y = lora_product(h, weight, quant, None, ha, b_down, scales[2])
-        return y.view(*lead, y.shape[1]), ha.view(*lead, ha.shape[1])
+            kept = compress(gate0, up0) if eight_bits else ()
+        (y,) = lora_products(h, [weight], [quant], [None], [ha], [b_down], [scales[2]], fp8)
+        return [y.view(*lead, y.shape[1]), ha.view(*lead, ha.shape[1]), *kept]
 
 
 @_lora_glu_down.register_fake
-def _(gate0, up0, xa, b_gate, b_up, a_down, b_down, weight, quant, scales, activation):
+def _(gate0, up0, xa, b_gate, b_up, a_down, b_down, weight, quant, scales, activation, fp8, eight_bits):
     lead = gate0.shape[:-1]
-    return gate0.new_empty(*lead, b_down.shape[0]), gate0.new_empty(*lead, a_down.shape[0])
+    made = [gate0.new_empty(*lead, b_down.shape[0]), gate0.new_empty(*lead, a_down.shape[0])]
+    if eight_bits:
+        of_q, of_scale = shapes(math.prod(lead), gate0.shape[-1])
+        made += [gate0.new_empty(of_q, dtype=torch.uint8), gate0.new_empty(of_scale, dtype=torch.float32)]
+    return made
 
 
 @torch.library.custom_op("fastft::lora_glu_down_backward", mutates_args=())
 def _lora_glu_down_backward(
     dy: Tensor,
-    gate0: Tensor,
-    up0: Tensor,
+    kept: list[Tensor],
     xa: Tensor,
     ha: Tensor,
     b_gate: Tensor,
@@ -164,62 +187,76 @@ def _lora_glu_down_backward(
     quant: list[Tensor],
     scales: list[float],
     activation: str,
+    fp8: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return (dgate0, dup0, dxa, dB_gate, dB_up, dA_down, dB_down), the adapters' in their own dtypes."""
-    with torch.autocast(gate0.device.type, enabled=False):
-        shape, dtype = gate0.shape, gate0.dtype
-        dy, gate0, up0, xa, ha = (as_matrix(t) for t in (dy, gate0, up0, xa, ha))
+    """Return (dgate0, dup0, dxa, dB_gate, dB_up, dA_down, dB_down), the adapters' in their own dtypes.
+
+    kept: [gate0, up0], or [q, scale] that the forward made of them in 8 bits.
+    """
+    with torch.autocast(dy.device.type, enabled=False):
+        lead, wide, dtype = dy.shape[:-1], b_gate.shape[0], dy.dtype
+        dy, xa, ha = as_matrix(dy), as_matrix(xa), as_matrix(ha)
+        first, second = kept if kept[0].dtype == torch.uint8 else (as_matrix(kept[0]), as_matrix(kept[1]))
+        own_dtypes = [matrix.dtype for matrix in (b_gate, b_up, a_down, b_down)]
+        b_gate, b_up, b_down = cast([b_gate, b_up, b_down], dtype)
         g = torch.empty(dy.shape[0], b_down.shape[1], dtype=dtype, device=dy.device)
-        torch.addmm(g, dy, b_down.to(dtype), beta=0, alpha=scales[2], out=g)
-        db_down = accumulating_mm(dy.t(), ha, b_down.dtype, scales[2])
-        dh = torch.mm(dy, dense(weight, quant, dy.shape[1], shape[-1], dtype))
+        torch.addmm(g, dy, b_down, beta=0, alpha=scales[2], out=g)
+        db_down = accumulating_mm(dy.t(), ha, own_dtypes[3], scales[2])
+        if fp8:
+            dh = product_gradient([dy], [weight], [quant], wide)
+        else:
+            dh = torch.mm(dy, dense(weight, quant, dy.shape[1], wide, dtype))
         pair = (scales[0], scales[1])
-        if _fused(gate0, b_gate.shape[1], b_up.shape[1], a_down.shape[0]):
+        if _fused(dh, b_gate.shape[1], b_up.shape[1], a_down.shape[0]):
             from fastft.kernels.lora_glu import triton as kernels
 
-            made = kernels.backward(dh, gate0, up0, xa, g, b_gate, b_up, a_down, pair, activation)
+            made = kernels.backward(dh, first, second, xa, g, b_gate, b_up, a_down, pair, activation, own_dtypes[:3])
         else:
-            made = _torch_backward(dh, gate0, up0, xa, g, b_gate, b_up, a_down, pair, activation)
+            gate0, up0 = expand(first, second, wide, dtype) if first.dtype == torch.uint8 else (first, second)
+            made = _torch_backward(dh, gate0, up0, xa, g, b_gate, b_up, a_down, pair, activation, own_dtypes[:3])
         dgate, dup, dxa, *adapters = made
-        own = [given.to(like.dtype).contiguous() for given, like in zip(adapters, (b_gate, b_up, a_down))]
-        return dgate.view(shape), dup.view(shape), dxa.view(*shape[:-1], dxa.shape[1]), *own, db_down
+        return dgate.view(*lead, wide), dup.view(*lead, wide), dxa.view(*lead, dxa.shape[1]), *adapters, db_down
 
 
 def _torch_backward(
     dh: Tensor, gate0: Tensor, up0: Tensor, xa: Tensor, g: Tensor, b_gate: Tensor, b_up: Tensor, a_down: Tensor,
-    scales: tuple[float, float], activation: str,
+    scales: tuple[float, float], activation: str, own_dtypes: list[torch.dtype],
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Do what `triton.backward` does in plain torch."""
     dtype, rank = gate0.dtype, b_gate.shape[1]
     gate, up = _gate_up(gate0, up0, xa, b_gate, b_up, list(scales))
     dh = dh.addmm_(g, a_down.to(dtype))
     dgate, dup = glu_ref.glu_backward(dh, gate, up, activation)
-    da_down = accumulating_mm(g.t(), glu_ref.glu(gate, up, activation), a_down.dtype)
-    dxa = torch.cat([scales[0] * (dgate @ b_gate.to(dtype)), scales[1] * (dup @ b_up.to(dtype))], 1)
-    db_gate = accumulating_mm(dgate.t(), xa[:, :rank], b_gate.dtype, scales[0])
-    return dgate, dup, dxa, db_gate, accumulating_mm(dup.t(), xa[:, rank:], b_up.dtype, scales[1]), da_down
+    dxa = torch.cat([scales[0] * (dgate @ b_gate), scales[1] * (dup @ b_up)], 1)
+    h = glu_ref.glu(gate, up, activation)
+    adapters = accumulating_mms(
+        [dgate.t(), dup.t(), g.t()], [xa[:, :rank], xa[:, rank:], h], own_dtypes, [*scales, 1.0]
+    )
+    return dgate, dup, dxa, *adapters
 
 
 @_lora_glu_down_backward.register_fake
-def _(dy, gate0, up0, xa, ha, b_gate, b_up, a_down, b_down, weight, quant, scales, activation):
-    wide, matrices = (gate0, up0, xa), (b_gate, b_up, a_down, b_down)
-    return (*(gate0.new_empty(t.shape) for t in wide), *(t.new_empty(t.shape) for t in matrices))
+def _(dy, kept, xa, ha, b_gate, b_up, a_down, b_down, weight, quant, scales, activation, fp8):
+    wide, matrices = b_gate.shape[0], (b_gate, b_up, a_down, b_down)
+    dgate, dup = (dy.new_empty(*dy.shape[:-1], wide) for _ in range(2))
+    return dgate, dup, xa.new_empty(xa.shape), *(t.new_empty(t.shape) for t in matrices)
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, quant, ctx.scales, ctx.activation = inputs
+    gate0, up0, *tensors, quant, ctx.scales, ctx.activation, ctx.fp8, _ = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, output[1], *quant)
+    ctx.save_for_backward(*(output[2:] or (gate0, up0)), *tensors, output[1], *quant)
 
 
-def _backward(ctx, dy, _):
-    gate0, up0, xa, b_gate, b_up, a_down, b_down, weight, ha, *quant = ctx.saved_tensors
-    if dy is None:
-        return (None,) * 11
+def _backward(ctx, grads):
+    first, second, xa, b_gate, b_up, a_down, b_down, weight, ha, *quant = ctx.saved_tensors
+    if grads[0] is None:
+        return (*(None,) * 8, [None] * len(quant), *(None,) * 4)
     made = torch.ops.fastft.lora_glu_down_backward(
-        dy, gate0, up0, xa, ha, b_gate, b_up, a_down, b_down, weight, quant, ctx.scales, ctx.activation
-    )
-    return *made, None, [None] * len(quant), None, None
+        grads[0], [first, second], xa, ha, b_gate, b_up, a_down, b_down, weight, quant, ctx.scales, ctx.activation,
+        ctx.fp8,
+    )  # fmt: skip
+    return *made, None, [None] * len(quant), None, None, None, None
 
 
 _lora_glu_down.register_autograd(_backward, setup_context=_setup_context)

@@ -5,25 +5,47 @@ The large matrices gate0, up0, h and their gradients [M, N] are read or written 
 ([rank, N]) is added in place by atomics, in fp32.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fastft.kernels.dispatch import launch_on, processors
+from fastft.kernels.lora.casts import transposed
+from fastft.kernels.lora_glu.eight_bits import BLOCK, LEAST, MOST, ZERO, shapes
 from fastft.kernels.lora_glu.launch import Launch, launch
 from fastft.kernels.rows import ceil_div, next_power_of_2
+
+EIGHT_BITS = tl.constexpr(BLOCK)
+LARGEST, SMALLEST = tl.constexpr(MOST), tl.constexpr(LEAST)
+# Added to a number below 2^22, it rounds it to a whole one and leaves that, as q + ZERO, in the low byte.
+ROUNDING = tl.constexpr(1.5 * 2**23 + ZERO)
+# As a whole number and as fp32: 2^23, whose low byte is free for q + ZERO.
+WHOLE, AS_FLOAT = tl.constexpr(0x4B000000), tl.constexpr(float(2**23 + ZERO))
+
+
+@triton.jit
+def _logistic(x):
+    """1 / (1 + exp(-x)) in six instructions, as exp2 and a squared rsqrt: a few ulp of fp32, of results in 16 bits.
+
+    tl.exp and a division take sixteen, for what is below fp32's normal numbers; the kernels are short of instructions.
+    """
+    root = tl.rsqrt(1.0 + tl.exp2(x * -1.4426950408889634))
+    return root * root
 
 
 @triton.jit
 def _activate(x, ACTIVATION: tl.constexpr):
-    """(activation(x), activation'(x)) in fp32, with one exponential (or erf) and one division."""
+    """(activation(x), activation'(x)) in fp32."""
     if ACTIVATION == "silu":
-        p = 1.0 / (1.0 + tl.exp(-x))
-        return x * p, p + x * p * (1.0 - p)
+        p = _logistic(x)
+        y = x * p
+        return y, p + y * (1.0 - p)
     elif ACTIVATION == "gelu_tanh":
         # 0.5 * (1 + tanh(u)) is the logistic function of 2u, with u = sqrt(2 / pi) * (x + 0.044715 x^3).
-        p = 1.0 / (1.0 + tl.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))
+        p = _logistic(1.5957691216057308 * (x + 0.044715 * x * x * x))
         q = p * (1.0 - p)
         # Where q is 0 the product is 0, though its other factor may overflow.
         return x * p, p + tl.where(q == 0.0, 0.0, x * q * 1.5957691216057308 * (1.0 + 0.134145 * x * x))
@@ -47,20 +69,44 @@ def _of_rank(ptr, outer, stride, keep, r, R: tl.constexpr):
 
 
 @triton.jit
+def _in_eight_bits(q_ptr, scale_ptr, part, b_x, row, start, in_rows, BLOCKS: tl.constexpr):
+    """Write the tile b_x [rows, 64] that begins at column `start` in 8 bits; `part` is 0 for gate and 1 for up."""
+    place = (row * BLOCKS + start // EIGHT_BITS) * 2 + part  # of the block
+    b_largest = tl.max(tl.abs(b_x), 1)
+    b_inverse = tl.where(b_largest > SMALLEST, LARGEST / b_largest, 0.0)
+    b_q = (b_x * b_inverse[:, None] + ROUNDING).to(tl.int32, bitcast=True).to(tl.uint8)
+    local = tl.arange(0, EIGHT_BITS)
+    tl.store(q_ptr + place[:, None] * EIGHT_BITS + local[None, :], b_q, mask=in_rows[:, None])
+    tl.store(scale_ptr + place, b_largest * (1.0 / LARGEST), mask=in_rows)
+
+
+@triton.jit
+def _of_eight_bits(q_ptr, scale_ptr, part, row, start, BLOCKS: tl.constexpr):
+    """Load the tile [rows, 64] that begins at column `start`, in fp32."""
+    place = (row * BLOCKS + start // EIGHT_BITS) * 2 + part
+    b_q = tl.load(q_ptr + place[:, None] * EIGHT_BITS + tl.arange(0, EIGHT_BITS)[None, :])
+    b_whole = (b_q.to(tl.int32) | WHOLE).to(tl.float32, bitcast=True) - AS_FLOAT
+    return b_whole * tl.load(scale_ptr + place)[:, None]
+
+
+@triton.jit
 def lora_glu_fwd_kernel(
-    gate_ptr, up_ptr, xa_ptr, b_gate_ptr, b_up_ptr, a_down_ptr, h_ptr, ha_ptr,
+    gate_ptr, up_ptr, xa_ptr, b_gate_ptr, b_up_ptr, a_down_ptr, h_ptr, ha_ptr, q_ptr, scale_ptr,
     count, gate_stride, up_stride, xa_stride, scale_gate, scale_up,
     ACTIVATION: tl.constexpr, WIDTH: tl.constexpr, R_GATE: tl.constexpr, R_UP: tl.constexpr, R_DOWN: tl.constexpr,
     P_GATE: tl.constexpr, P_UP: tl.constexpr, P_DOWN: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr, EVEN: tl.constexpr,
+    EIGHT: tl.constexpr,
 ):  # fmt: skip
     """h = activation(gate) * up with gate = gate0 + scale_gate xa_gate B_gate^T, and this program's share of h A^T.
 
     gate_ptr, up_ptr: [count, WIDTH] with row strides. xa_ptr: [count, R_GATE + R_UP], row stride xa_stride.
     b_gate_ptr: [WIDTH, R_GATE]; b_up_ptr: [WIDTH, R_UP]; a_down_ptr: [WIDTH, R_DOWN]. h_ptr: [count, WIDTH].
     ha_ptr: [SPLITS, count, R_DOWN] fp32. P_*: the ranks rounded up to a power of two of at least 16.
-    EVEN: WIDTH is a multiple of COLUMNS.
+    EVEN: WIDTH is a multiple of COLUMNS. EIGHT: gate0 and up0 also go to q_ptr and scale_ptr in 8 bits, a tile of 64
+    COLUMNS a block (`eight_bits.compress`).
     """
+    tl.static_assert(COLUMNS == EIGHT_BITS or not EIGHT)
     split = tl.program_id(1)
     given = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     in_rows = given < count
@@ -77,6 +123,9 @@ def lora_glu_fwd_kernel(
         b_bg = _of_rank(b_gate_ptr, col, R_GATE, in_cols, r_gate, R_GATE)
         b_bu = _of_rank(b_up_ptr, col, R_UP, in_cols, r_up, R_UP)
         b_ad = _of_rank(a_down_ptr, col, R_DOWN, in_cols, r_down, R_DOWN)
+        if EIGHT:
+            _in_eight_bits(q_ptr, scale_ptr, 0, b_gate, row, start, in_rows, tl.cdiv(WIDTH, EIGHT_BITS))
+            _in_eight_bits(q_ptr, scale_ptr, 1, b_up, row, start, in_rows, tl.cdiv(WIDTH, EIGHT_BITS))
         b_gate += scale_gate * tl.dot(b_xa_gate, tl.trans(b_bg))
         b_up += scale_up * tl.dot(b_xa_up, tl.trans(b_bu))
         activated, _ = _activate(b_gate, ACTIVATION)
@@ -95,14 +144,16 @@ def lora_glu_bwd_kernel(
     ACTIVATION: tl.constexpr, WIDTH: tl.constexpr, R_GATE: tl.constexpr, R_UP: tl.constexpr, R_DOWN: tl.constexpr,
     P_GATE: tl.constexpr, P_UP: tl.constexpr, P_DOWN: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr, EVEN: tl.constexpr,
+    EIGHT: tl.constexpr,
 ):  # fmt: skip
     """Gradients over gate0 and up0, and those of the adapters, from dh0 = dy W_down and g = scale_down dy B_down.
 
     gate, up and h are computed anew. dh = dh0 + g A_down. dgate_ptr may be dh_ptr: a tile is read before it is written.
     dxa_ptr: [SPLITS, count, R_GATE + R_UP] fp32, this program's share. db_gate_ptr [R_GATE, WIDTH], db_up_ptr
     [R_UP, WIDTH], da_down_ptr [R_DOWN, WIDTH], fp32, zero before: sums over rows are added to them; those of B are
-    still without their scale. The rest as in the forward kernel.
+    still without their scale. EIGHT: gate_ptr and up_ptr are q and scale of the forward kernel. The rest as there.
     """
+    tl.static_assert(COLUMNS == EIGHT_BITS or not EIGHT)
     split = tl.program_id(1)
     given = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     in_rows = given < count
@@ -117,8 +168,12 @@ def lora_glu_bwd_kernel(
     for start in tl.range(split * COLUMNS, WIDTH, SPLITS * COLUMNS, num_stages=STAGES):
         col = start + tl.arange(0, COLUMNS)
         in_cols = col < WIDTH
-        b_gate = _columns(gate_ptr, row, gate_stride, col, in_cols, EVEN).to(tl.float32)
-        b_up = _columns(up_ptr, row, up_stride, col, in_cols, EVEN).to(tl.float32)
+        if EIGHT:
+            b_gate = _of_eight_bits(gate_ptr, up_ptr, 0, row, start, tl.cdiv(WIDTH, EIGHT_BITS))
+            b_up = _of_eight_bits(gate_ptr, up_ptr, 1, row, start, tl.cdiv(WIDTH, EIGHT_BITS))
+        else:
+            b_gate = _columns(gate_ptr, row, gate_stride, col, in_cols, EVEN).to(tl.float32)
+            b_up = _columns(up_ptr, row, up_stride, col, in_cols, EVEN).to(tl.float32)
         b_dh = _columns(dh_ptr, row, WIDTH, col, in_cols, EVEN).to(tl.float32)
         b_bg = _of_rank(b_gate_ptr, col, R_GATE, in_cols, r_gate, R_GATE)
         b_bu = _of_rank(b_up_ptr, col, R_UP, in_cols, r_up, R_UP)
@@ -150,62 +205,74 @@ def _add_to_rows(ptr, b_sum, r, col, in_cols, R: tl.constexpr, WIDTH: tl.constex
     tl.atomic_add(ptr + r[:, None] * WIDTH + col[None, :], b_sum, mask=mask, sem="relaxed")
 
 
-def _constants(width: int, ranks: tuple[int, int, int], activation: str, cfg: Launch) -> dict[str, object]:
+def _constants(
+    width: int, ranks: tuple[int, int, int], activation: str, cfg: Launch, eight_bits: bool
+) -> dict[str, object]:
     padded = [max(16, next_power_of_2(rank)) for rank in ranks]
     return {
         "ACTIVATION": activation, "WIDTH": width, "R_GATE": ranks[0], "R_UP": ranks[1], "R_DOWN": ranks[2],
         "P_GATE": padded[0], "P_UP": padded[1], "P_DOWN": padded[2],
         "ROWS": cfg.rows, "COLUMNS": cfg.columns, "SPLITS": cfg.splits, "STAGES": cfg.stages,
-        "EVEN": width % cfg.columns == 0, "num_warps": cfg.warps,
+        "EVEN": width % cfg.columns == 0, "EIGHT": eight_bits, "num_warps": cfg.warps,
     }  # fmt: skip
 
 
 def forward(
     gate0: Tensor, up0: Tensor, xa: Tensor, b_gate: Tensor, b_up: Tensor, a_down: Tensor,
-    scales: tuple[float, float], activation: str, cfg: Launch | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Return (h [M, N], h A_down^T [M, r]) in gate0's 16-bit dtype.
+    scales: tuple[float, float], activation: str, eight_bits: bool = False, cfg: Launch | None = None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Return (h [M, N], h A_down^T [M, r]) in gate0's 16-bit dtype; with eight_bits also q and scale of gate0 and up0.
 
-    gate0, up0: [M, N], last stride 1. xa: [M, r + r]. b_gate, b_up: [N, r]. a_down: [r, N]. M at least 1.
+    gate0, up0: [M, N], last stride 1. xa: [M, r + r]. b_gate, b_up: [N, r], in gate0's dtype. a_down: [r, N], in any.
+    M at least 1.
     """
     (count, width), r_down = gate0.shape, a_down.shape[0]
-    cfg = cfg or launch(count, width, processors(gate0.device))
     dtype, ranks = gate0.dtype, (b_gate.shape[1], b_up.shape[1], r_down)
+    cfg = cfg or launch(count, width, processors(gate0.device), max(ranks))
     h = torch.empty(count, width, dtype=dtype, device=gate0.device)
     shares = torch.empty(cfg.splits, count, r_down, dtype=torch.float32, device=gate0.device)
+    kept = ()
+    if eight_bits:
+        of_q, of_scale = shapes(count, width)
+        kept = torch.empty(of_q, dtype=torch.uint8, device=h.device), torch.empty(of_scale, device=h.device)
     with launch_on(gate0):
         lora_glu_fwd_kernel[(ceil_div(count, cfg.rows), cfg.splits)](
-            gate0, up0, xa, _in(b_gate, dtype), _in(b_up, dtype), _in(a_down.t(), dtype), h, shares,
-            count, gate0.stride(0), up0.stride(0), xa.stride(0), *scales,
-            **_constants(width, ranks, activation, cfg),
+            gate0, up0, xa, b_gate.contiguous(), b_up.contiguous(), transposed(a_down, dtype), h, shares,
+            *(kept or (h, h)), count, gate0.stride(0), up0.stride(0), xa.stride(0), *scales,
+            **_constants(width, ranks, activation, cfg, eight_bits),
         )  # fmt: skip
-    return h, shares.sum(0).to(dtype)
+    return h, shares.sum(0).to(dtype), *kept
 
 
 def backward(
     dh: Tensor, gate0: Tensor, up0: Tensor, xa: Tensor, g: Tensor, b_gate: Tensor, b_up: Tensor, a_down: Tensor,
-    scales: tuple[float, float], activation: str, cfg: Launch | None = None,
+    scales: tuple[float, float], activation: str,
+    own_dtypes: Sequence[torch.dtype] = (torch.float32,) * 3, cfg: Launch | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Return (dgate0, dup0 [M, N], dxa [M, r + r], dB_gate, dB_up [N, r], dA_down [r, N]); dgate0 takes dh's memory.
 
-    dh, g: [M, N] and [M, r], contiguous. dxa has gate0's dtype; the gradients of the adapters are fp32.
+    dh, g: [M, N] and [M, r], contiguous. gate0, up0: as `forward` takes them, or q and scale that it made. The rest as
+    there. dxa has dh's dtype; the gradients of the adapters, contiguous, have `own_dtypes`.
     """
-    (count, width), r_down = gate0.shape, a_down.shape[0]
-    cfg = cfg or launch(count, width, processors(gate0.device))
-    dtype, ranks = gate0.dtype, (b_gate.shape[1], b_up.shape[1], r_down)
-    dup = torch.empty(count, width, dtype=dtype, device=gate0.device)
-    shares = torch.empty(cfg.splits, count, ranks[0] + ranks[1], dtype=torch.float32, device=gate0.device)
-    sums = torch.zeros(sum(ranks), width, dtype=torch.float32, device=gate0.device)
+    (count, width), r_down = dh.shape, a_down.shape[0]
+    dtype, ranks = dh.dtype, (b_gate.shape[1], b_up.shape[1], r_down)
+    cfg = cfg or launch(count, width, processors(dh.device), max(ranks), backward=True)
+    dup = torch.empty(count, width, dtype=dtype, device=dh.device)
+    shares = torch.empty(cfg.splits, count, ranks[0] + ranks[1], dtype=torch.float32, device=dh.device)
+    sums = torch.zeros(sum(ranks), width, dtype=torch.float32, device=dh.device)
     db_gate, db_up, da_down = sums.split(ranks)
-    with launch_on(gate0):
+    with launch_on(dh):
         lora_glu_bwd_kernel[(ceil_div(count, cfg.rows), cfg.splits)](
-            dh, gate0, up0, xa, g, _in(b_gate, dtype), _in(b_up, dtype), _in(a_down.t(), dtype),
+            dh, gate0, up0, xa, g, b_gate.contiguous(), b_up.contiguous(), transposed(a_down, dtype),
             dh, dup, shares, db_gate, db_up, da_down,
             count, gate0.stride(0), up0.stride(0), xa.stride(0), *scales,
-            **_constants(width, ranks, activation, cfg),
+            **_constants(width, ranks, activation, cfg, gate0.dtype == torch.uint8),
         )  # fmt: skip
-    return dh, dup, shares.sum(0).to(dtype), scales[0] * db_gate.t(), scales[1] * db_up.t(), da_down
+    dbs = [_turned(*given) for given in zip((db_gate, db_up), scales, own_dtypes)]
+    return dh, dup, shares.sum(0).to(dtype), *dbs, da_down.to(own_dtypes[2])
 
 
-def _in(matrix: Tensor, dtype: torch.dtype) -> Tensor:
-    return matrix.to(dtype).contiguous()
+def _turned(sums: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """Return scale times the transpose of `sums`, contiguous and rounded once, in one launch."""
+    out = torch.empty(sums.shape[1], sums.shape[0], dtype=dtype, device=sums.device)
+    return torch.mul(sums.t(), scale, out=out)

@@ -31,11 +31,17 @@ def nf4_dequantize(
     """
     numel = out_features * in_features
     blocks = -(-numel // BLOCK)
-    scale = absmax.reshape(-1)
-    if code2 is not None:
-        scale = code2[scale.int()] * absmax2.reshape(-1).repeat_interleave(BLOCK2)[:blocks] + offset
+    scale = block_scales(absmax, code2, absmax2, offset)
     data = packed.view(torch.uint8).reshape(-1)
     index = torch.stack((data >> 4, data & 15), -1).reshape(-1)[:numel]  # the high nibble comes first
     value = packed.new_tensor(LEVELS, dtype=torch.float32)[index.int()]
     value = F.pad(value, (0, blocks * BLOCK - numel)).view(blocks, BLOCK) * scale[:, None]
     return value.reshape(-1)[:numel].view(out_features, in_features).to(dtype)
+
+
+def block_scales(absmax: Tensor, code2: Tensor | None, absmax2: Tensor | None, offset: Tensor | None) -> Tensor:
+    """Return the scale of every block of 64 weights, fp32."""
+    scale = absmax.reshape(-1)
+    if code2 is None:
+        return scale
+    return code2[scale.int()] * absmax2.reshape(-1).repeat_interleave(BLOCK2)[: scale.numel()] + offset

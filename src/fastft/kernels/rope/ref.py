@@ -31,6 +31,10 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, layout: str) -> tuple[T
     q [B, H, T, D], k [B, Hk, T, D], cos and sin [B or 1, T, R/2]. Pairs are features (i, i + R/2) for layout "half",
     (2i, 2i + 1) for "interleaved"; features from R on pass unchanged. Products and sums are rounded to the promoted
     dtype of x and cos, the result to x's: hand over fp32 tables where a model rotates in fp32.
+
+    The results lie in memory as [B, T, H, D] do, as what a projection gives does. Attention kernels write their outputs
+    and gradients as their inputs lie: so nothing is copied between the projections and them.
     """
-    cos, sin = torch.unsqueeze(cos, 1), torch.unsqueeze(sin, 1)
-    return _rotate(q, cos, sin, layout), _rotate(k, cos, sin, layout)
+    cos, sin = torch.unsqueeze(cos, 2), torch.unsqueeze(sin, 2)
+    q, k = (_rotate(torch.transpose(x, 1, 2), cos, sin, layout) for x in (q, k))
+    return torch.transpose(q, 1, 2), torch.transpose(k, 1, 2)

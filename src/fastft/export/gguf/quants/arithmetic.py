@@ -11,6 +11,7 @@ from torch import Tensor
 # Below this largest magnitude a group counts as all zero.
 TINY = 1e-15
 _BELOW_HALF = 0.5 - 2**-25
+_NAN_BITS = 0xFE00 - 2**16
 
 
 def ordered_sum(terms: Tensor, fused: bool = False) -> Tensor:
@@ -99,7 +100,10 @@ def square_root(value: Tensor) -> Tensor:
 
 def half_bytes(value: Tensor) -> Tensor:
     """Return the two bytes of `value` [blocks] in fp16, little end first, as uint8 [2, blocks]."""
-    return value.to(torch.float16).view(torch.uint8).view(*value.shape, 2).movedim(-1, 0)
+    bits = value.to(torch.float16).view(torch.int16)
+    if value.is_cuda:  # the NaN that an overflow makes has other bits there than on x86
+        bits = torch.where(value.isnan(), _NAN_BITS, bits)
+    return bits.view(torch.uint8).view(*value.shape, 2).movedim(-1, 0)
 
 
 def half(data: Tensor) -> Tensor:

@@ -1,0 +1,41 @@
+"""Calls that were to be compiled and could not be: they run as they are, with a warning, and are counted."""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+# (what was called, why it ran uncompiled) -> how often
+Counts = dict[tuple[str, str], int]
+
+
+def run_uncompiled(
+    counts: Counts, module: nn.Module, what: str, why: str, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Any:
+    """Call `module` as it is, count that in `counts` and warn the first time. `what`: the module in words."""
+    if (what, why) not in counts:
+        warnings.warn(f"{what} runs uncompiled: {why}", stacklevel=4)
+    counts[what, why] = counts.get((what, why), 0) + 1
+    return module._call_impl(*args, **kwargs)
+
+
+def notes(counts: Counts) -> list[str]:
+    """Return what the report says of them."""
+    return [f"{count} training calls of {what} ran uncompiled: {why}" for (what, why), count in counts.items()]
+
+
+def reason(error: Exception) -> str:
+    """Return why Dynamo gave a call up, in one line."""
+    if isinstance(error, torch._dynamo.exc.FailOnRecompileLimitHit):
+        return "its inputs changed in more ways than Dynamo's recompile_limit allows"
+    return f"Dynamo cannot trace it: {cause(error)}"
+
+
+def cause(error: Exception) -> str:
+    """Return what Dynamo stumbled on, in one line: its explanation, and the innermost line of the user's code."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    told = next((line for line in lines if line.startswith("Explanation:")), lines[0])
+    files = [line for line in lines if line.startswith("File ")]
+    return f"{told.removeprefix('Explanation:').strip()} ({files[-1]})" if files else told

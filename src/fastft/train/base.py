@@ -1,0 +1,283 @@
+"""What every trainer of fastft does beside its loss: compile, record, save, resume, and tell how a run failed.
+
+One contract. A trainer is `class XTrainer(Trained, trl.XTrainer)` in a file of its own. Its constructor
+
+1. takes `recompute = take_recompute(args, compile)`, which changes its copy of the user's `args`,
+2. calls TRL's constructor within `built(model)`,
+3. calls `self.equip(...)` once its `train_dataset` stands,
+
+and its loss adds every micro-batch to `self.tally`. `args` are a `fastft.train.settings.Settings`. What a trainer may
+override besides is `largest_batch` and `head_use` (what the memory plan is made for), `save_extra` (files of its own
+in a checkpoint) and `resume_problems` (what of them it cannot go on with).
+"""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import EarlyStoppingCallback
+
+from fastft.errors import EngineError, Problem, RewardError, SaveError, UsageError
+from fastft.graph.compile import release_weights
+from fastft.noise import quiet
+from fastft.state import base_model, get_state
+from fastft.train import card, checkpoint, flops, hygiene, lineage, memory, optimizers, recomputing
+from fastft.train import resume as resuming
+from fastft.train.compiling import CompileCallback
+from fastft.train.record import RecordCallback, Tally
+
+
+@contextlib.contextmanager
+def built(model: Any) -> Iterator[None]:
+    """Hold a model while TRL's constructor runs: what that changes on it (its forward, its dtypes) is put back."""
+    with quiet(), hygiene.own_dtypes(model), hygiene.unpatched(model), hygiene.head_out_of_sight(model):
+        yield
+
+
+def take_recompute(args: Any, compile: bool) -> bool:
+    """Return whether layers are to be recomputed; with `compile` the plan does it, and `args` ask for it no more.
+
+    Raises `UsageError` for a `compute` that only compiled layers have.
+    """
+    if args.compute not in (None, "exact") and not compile:
+        remedy = "Leave compile=False out, or compute."
+        raise UsageError(Problem("compute", args.compute, "'exact' with compile=False", remedy))
+    asked = recomputing.settle(args)
+    recomputing.ask(args, asked and not compile)
+    return asked
+
+
+def load_named(trainer: str, name: str, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Load a model given by name, with its tokenizer unless another is given. Raises `UsageError`."""
+    if kwargs.get("quantization_config") is not None or getattr(args, "model_init_kwargs", None):
+        raise UsageError(
+            f"{trainer}: load the model with fastft.load(...) to choose its quantisation and dtype, and pass it"
+        )
+    from fastft.model.load import load
+
+    model, tokenizer = load(name)
+    return model, {**kwargs, "processing_class": kwargs.get("processing_class") or tokenizer}
+
+
+class Trained:
+    """The shared half of a trainer; stands before TRL's class among the bases (see the file's contract)."""
+
+    _own: tuple[Path, ...] = ()  # checkpoints of this run, the newest last: the folder may hold another's
+    _staging: Path | None = None
+    _to_push: str | None = None
+
+    def equip(
+        self,
+        model: Any,
+        method: str,
+        *,
+        compile: bool,
+        recompute: bool,
+        **recording: Any,
+    ) -> None:
+        """Compile the layers and hang up the callbacks.
+
+        `model` is what the user gave, `method` the record's name, `recording` are arguments of `RecordCallback`.
+        """
+        if self.model is not model:  # TRL has wrapped it with the `peft_config` it was given
+            base_model(self.model).__dict__.pop("forward", None)
+        if compile:
+            self._compile(recompute)
+        self.tally = Tally(windows={window for window in flops.work_of(self.model).windows if window is not None})
+        self.recorder = RecordCallback(
+            self.args.output_dir,
+            self.tally,
+            method=method,
+            dataset=self.train_dataset,
+            reduce=self._sum_processes,
+            **recording,
+        )
+        self.compiling = CompileCallback(self.recorder.extra)
+        self.add_callback(self.compiling)  # before the recorder, which writes what this one adds
+        self.add_callback(self.recorder)
+        if self.args.early_stopping_patience is not None:
+            patience, threshold = self.args.early_stopping_patience, self.args.early_stopping_threshold
+            self.add_callback(EarlyStoppingCallback(patience, threshold))
+
+    def _sum_processes(self, counts: torch.Tensor) -> torch.Tensor:
+        return self.accelerator.reduce(counts, "sum") if self.args.world_size > 1 else counts
+
+    # ---- compiling
+
+    def largest_batch(self) -> tuple[int, int] | None:
+        """Return (rows, length) of the largest micro-batch, None where that is not known before the run."""
+        return None
+
+    def head_use(self) -> tuple[str, int | None]:
+        """Return what the loss asks of the model's head (of `fastft.memory.estimate.HEADS`), and the most tokens of a
+        micro-batch that it asks it of, None for all.
+        """
+        return "loss", None
+
+    def _compile(self, recompute: bool) -> None:
+        """Compile the layers; with `recompute` so that least is kept, by transformers where nothing is compiled."""
+        from fastft.graph.compile import compile as compile_layers
+
+        state, batch = get_state(self.model), None
+        if state.compiled is None:
+            with quiet():
+                plan = "min" if recompute else "auto"
+                compile_layers(self.model, plan=plan, compute=self.args.compute or "exact")
+            state, batch = get_state(self.model), self.largest_batch()
+        if state.compiled.planned is not None:
+            where = next(state.compiled.layers[0].parameters()).device
+            state.compiled.planned.expect(*self.head_use(), batch, where)
+        have = state.compiled.base_report.compute
+        if self.args.compute not in (None, have) and state.compiled.layers:
+            remedy = f"It was compiled before with compute={have!r}; say it there, fastft.compile(model, compute=...)."
+            raise UsageError(Problem("compute", self.args.compute, repr(have), remedy))
+        if self.args.compute is None and have != "exact":
+            print(f"fastft: the model was compiled before with compute={have!r}, which is not exact, and stays so.")
+        self.args.compute = self.args.compute or have
+        if not recompute:
+            return
+        if not state.compiled.layers:
+            recomputing.ask(self.args, True)
+            how = "transformers recomputes the layers, since none is compiled"
+        elif state.compiled.settings.plan == "min":
+            how = "the layers are compiled with the memory plan 'min'"
+        else:
+            plan = state.compiled.settings.plan
+            how = f"no effect, since the model was compiled before with the plan {plan!r}; fastft.compile(model, 'min')"
+        print(f"fastft: gradient_checkpointing=True: {how}.")
+
+    # ---- training
+
+    def create_optimizer(self, *args: Any) -> Any:
+        """Make the optimizer; embeddings and LoRA's B matrices get rates of their own where the config asks."""
+        config = self.args
+        if self.optimizer is None and (config.embedding_learning_rate, config.loraplus_ratio) != (None, None):
+            model = args[0] if args else self.model
+            made = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(config, model)
+            self.optimizer_cls_and_kwargs = optimizers.with_groups(
+                made, model, config, self.get_decay_parameter_names(model)
+            )
+        return super().create_optimizer(*args)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train; the record says how the run ended, and the model has its own forward back."""
+        kwargs |= dict(zip(("resume_from_checkpoint", "trial", "ignore_keys_for_eval"), args, strict=False))
+        resume = kwargs.get("resume_from_checkpoint")
+        begun = resuming.check(resume, self.args, self.model, self.recorder.method, self.resume_problems)
+        self._own, self.recorder.begun = () if begun is None else (begun,), begun
+        kwargs["resume_from_checkpoint"] = None if begun is None else str(begun)
+        try:
+            with quiet(), hygiene.unpatched(self.model):
+                return super().train(**kwargs)
+        except torch.OutOfMemoryError as error:
+            memory.let_go(error, self.model)
+            told = memory.out_of_memory(error, self.model, self._rescue())
+            self._record_failure(told)
+            raise told from error
+        except (EngineError, RewardError) as error:  # what a trainer depends on failed, not the trainer
+            told = type(error)(*error.problems, self._rescue())
+            self._record_failure(told)
+            raise told from error
+        except BaseException as error:
+            self._record_failure(error)
+            raise
+        finally:
+            self.compiling.stop()
+            release_weights(self.model)
+
+    def _record_failure(self, error: BaseException) -> None:
+        if self.recorder.record and self.is_world_process_zero():
+            with contextlib.suppress(SaveError):
+                self.recorder.write_record("failed", f"{type(error).__name__}: {error}")
+
+    def _rescue(self) -> str:
+        """Save what was trained up to the last whole step, unless it is saved already, and say where it is."""
+        done = self.state.global_step
+        if not done or self.args.world_size > 1:
+            return f"The last checkpoint is {self._own[-1]}." if self._own else "No step had been completed."
+        target = Path(self.args.output_dir) / f"checkpoint-{done}"
+        try:
+            if target not in self._own:  # one of that name may be of an earlier run
+                with quiet():
+                    self._save_checkpoint(self.model, None)
+        except (SaveError, RuntimeError) as problem:
+            return f"Step {done} could not be saved: {problem}"
+        return f"Step {done}, the last whole one, is saved in {target}; resume={str(target)!r} goes on from it."
+
+    # ---- saving
+
+    def resume_problems(self, folder: Path) -> list[Problem | str]:
+        """Return what of a checkpoint's own files this trainer cannot go on with."""
+        return []
+
+    def save_extra(self, folder: Path) -> None:
+        """Write into a checkpoint what this trainer needs besides to go on with the same curve."""
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Write a checkpoint beside its place and rename it when it is whole. Raises `SaveError`."""
+        folder = Path(super()._get_output_dir(trial))
+        target = folder / f"checkpoint-{self.state.global_step}"
+        last = [path for path in self._own if path != target]
+        untouched = f"The last whole checkpoint is {last[-1]}." if last else "There is no earlier checkpoint."
+        main, self._staging = self.is_world_process_zero(), checkpoint.staging_folder(target)
+        try:
+            with checkpoint.staged(target, untouched) if main else contextlib.nullcontext():
+                self.accelerator.wait_for_everyone()
+                super()._save_checkpoint(model, None)
+                self.save_extra(self._staging / target.name)
+                if main:
+                    checkpoint.write_json(self._staging / target.name / lineage.RECORD, self.recorder.record)
+                self.accelerator.wait_for_everyone()
+                if main:
+                    self._publish(target)
+        finally:
+            self._staging = None
+        self.accelerator.wait_for_everyone()
+        if main:
+            checkpoint.rotate(folder, self.args.save_total_limit, self.state.best_model_checkpoint)
+        self._own = (*(path for path in self._own if path != target), target)
+        if self._to_push is not None:
+            self._to_push = None
+            super()._push_from_checkpoint(str(target))
+
+    def _publish(self, target: Path) -> None:
+        whole = self._staging / target.name
+        best = self.state.best_model_checkpoint
+        if best is not None and Path(best).parent == self._staging:
+            self.state.best_model_checkpoint = str(target)
+            self.state.save_to_json(str(whole / "trainer_state.json"))
+        checkpoint.put_in_place(whole, target)
+        self._staging.rmdir()
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self._staging is None:
+            super()._push_from_checkpoint(checkpoint_folder)
+        else:
+            self._to_push = checkpoint_folder
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model and tokenizer; files in `output_dir` are replaced only when all are written."""
+        if _internal_call or self.args.world_size > 1:
+            super().save_model(output_dir, _internal_call=_internal_call)
+            return
+        target = Path(output_dir or self.args.output_dir)
+        with checkpoint.staged(target / "model", f"What stood in {target} is untouched.") as folder:
+            super().save_model(str(folder), _internal_call=True)
+            (folder / "README.md").unlink(missing_ok=True)
+            checkpoint.move_files(folder, target)
+        if self.args.push_to_hub:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write the model card from the run record."""
+        if self.is_world_process_zero():
+            text = card.model_card(checkpoint.plain(self.recorder.record))
+            checkpoint.write_text(Path(self.args.output_dir) / "README.md", text)
+
+    def _send_telemetry(self) -> None:
+        """Send nothing."""

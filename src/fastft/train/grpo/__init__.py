@@ -1,0 +1,1 @@
+"""Reinforcement learning with rewards (GRPO): configuration, prompts, trainer, and the function `grpo`."""

@@ -1,0 +1,110 @@
+"""Prompts for reinforcement learning: rows with a `prompt` and the columns that rewards look at."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from glob import glob
+from os.path import expanduser
+from pathlib import Path
+from typing import Any
+
+from fastft.data import check
+from fastft.data.files import told_of
+from fastft.data.sources import SUFFIXES, open_named
+from fastft.errors import DataError, Problem, did_you_mean, short
+
+SHOWN = 4  # of several rows that are wrong in the same way
+
+
+def prompt_dataset(prompts: Any, tokenizer: Any, chat: bool = True, name: str = "prompts") -> Any:
+    """Return prompts as a `datasets.Dataset` with a column `prompt`; every other column stays as it is.
+
+    `prompts` are texts, or rows as `fastft.load_rows` takes them. A `prompt` is a text or a list of messages that ends
+    with what is to be answered. With `chat`, and a tokenizer that has a chat template, a text is what the user says;
+    otherwise it is continued as it stands. Raises `DataError` with all rows that cannot be used.
+    """
+    _refuse_other_than_prompts(prompts, name)
+    texts = not isinstance(prompts, str | Path) and isinstance(prompts, Sequence) and bool(prompts)
+    if texts and all(isinstance(prompt, str) for prompt in prompts):
+        rows: Any = [{"prompt": prompt} for prompt in prompts]
+    elif texts and all(isinstance(prompt, Sequence) and not isinstance(prompt, str) for prompt in prompts):
+        rows = [{"prompt": list(prompt)} for prompt in prompts]
+    else:
+        rows = open_named(prompts, name).listed()
+    rows = as_dataset(rows, name)
+    turns = chat and getattr(tokenizer, "chat_template", None) is not None
+    if turns and isinstance(next(iter(rows))["prompt"], str):
+        rows = rows.map(_as_turn)
+    return rows
+
+
+def _refuse_other_than_prompts(prompts: Any, name: str) -> None:
+    """Raise `DataError` for one text that is no path or name, and for a list of what is neither a text nor a row."""
+    spaced = isinstance(prompts, str) and any(map(str.isspace, prompts))
+    if spaced and Path(prompts).suffix.lower() not in SUFFIXES and not glob(expanduser(prompts)):
+        remedy = f"Put a single prompt into a list: {name}=[{short(prompts)!r}]."
+        raise DataError(Problem(name, short(prompts), "a list of texts or rows, or the path of a file", remedy))
+    if isinstance(prompts, list | tuple):
+        kinds = str | Path | Mapping | Sequence
+        wrong = [(number, prompt) for number, prompt in enumerate(prompts) if not isinstance(prompt, kinds)]
+        problems = [
+            Problem(f"{name}[{number}]", short(prompt), "a text, messages, or a row with a 'prompt'")
+            for number, prompt in wrong[:SHOWN]
+        ]
+        more = [f"and {len(wrong) - SHOWN:,} more of {len(prompts):,} rows"] if len(wrong) > SHOWN else []
+        check.refuse([*problems, *more])
+
+
+def as_dataset(rows: Any, name: str) -> Any:
+    """Return rows with a `prompt` as a data set; a stream stays one and is not read. Raises `DataError`."""
+    from datasets import Dataset
+
+    source = open_named(rows, name).listed()
+    rows = source.rows
+    listed = None if hasattr(rows, "column_names") else list(rows)
+    if listed is not None:
+        check.refuse_empty(listed, name)
+    columns = rows.column_names if listed is None else list(dict.fromkeys(key for row in listed for key in row))
+    if columns is not None and "prompt" not in columns:
+        near = did_you_mean("prompt", columns)
+        remedy = f"{near} " if near else ""
+        remedy += "dataset.rename_column('question', 'prompt') renames one; the other columns go to the rewards."
+        raise DataError(Problem(f"{name} columns", columns, "a column 'prompt'", remedy))
+    if listed is None and not hasattr(rows, "__len__"):
+        return rows
+    check.refuse_empty(rows, name)
+    given = rows["prompt"] if listed is None else [row.get("prompt") for row in listed]
+    with told_of(name, source.files):
+        check.refuse(list(_row_problems(given, name)))
+    return rows if listed is None else Dataset.from_list(listed)
+
+
+def _row_problems(given: Sequence[Any], name: str) -> Iterator[Problem | str]:
+    """Yield the mistakes of the first rows that have any, and how many more there are."""
+    wrong, kinds = 0, set()
+    for number, prompt in enumerate(given):
+        where = f"row {number}, prompt"
+        kinds.add(isinstance(prompt, str))
+        problem = check.text_problem(where, prompt) if isinstance(prompt, str) else _turns_problem(where, prompt)
+        if problem is None:
+            continue
+        wrong += 1
+        if wrong <= SHOWN:
+            yield problem
+    if wrong > SHOWN:
+        yield f"and {wrong - SHOWN:,} more of {len(given):,} rows"
+    if len(kinds) == 2:
+        yield Problem(f"{name} prompt", "texts and conversations", "one of the two in all rows")
+
+
+def _turns_problem(where: str, messages: Any) -> Problem | None:
+    problems = check.message_problems(where, messages)
+    if problems:
+        return problems[0]
+    if messages[-1].get("role") == "assistant":
+        return Problem(
+            where, "a conversation that ends with the assistant", "one that ends with what is to be answered"
+        )
+    return None
+
+
+def _as_turn(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {"prompt": [{"role": "user", "content": row["prompt"]}]}

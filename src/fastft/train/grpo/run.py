@@ -1,0 +1,93 @@
+"""The function `grpo`: train on rewards, and leave everything in a folder."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from attrs import field, frozen
+
+from fastft.rollout.base import Engine
+from fastft.train import arguments
+from fastft.train.grpo import prompts as prompt_data
+from fastft.train.grpo.config import GRPOConfig, make_config
+from fastft.train.grpo.trainer import GRPOTrainer
+from fastft.train.record import curve, ends
+from fastft.train.resume import to_resume
+
+
+@frozen
+class GrpoResult:
+    """The outcome of `grpo`: `rewards`, `losses`, `kl` and `lengths` are (step, value) pairs as logged.
+
+    `kl` is empty without a `beta`, `lengths` are means in tokens; `record` is the content of run.json.
+    """
+
+    rewards: tuple[tuple[int, float], ...] = field(repr=ends)
+    losses: tuple[tuple[int, float], ...] = field(repr=ends)
+    kl: tuple[tuple[int, float], ...] = field(repr=ends)
+    lengths: tuple[tuple[int, float], ...] = field(repr=ends)
+    metrics: dict[str, float] = field(repr=False)
+    output_dir: str
+    record: dict[str, Any] = field(repr=False)
+
+
+def grpo(
+    model: Any,
+    tokenizer: Any,
+    prompts: Any,
+    rewards: Sequence[Any],
+    output_dir: str | Path = "run",
+    eval: Any = None,
+    *,
+    engine: str | Engine = "auto",
+    engine_options: Mapping[str, Any] | None = None,
+    config: GRPOConfig | None = None,
+    chat: bool = True,
+    resume: bool | str = False,
+    compile: bool = True,
+    callbacks: Sequence[Any] = (),
+    **options: Any,
+) -> GrpoResult:
+    """Train `model` to earn `rewards` with its own answers to `prompts` (GRPO and its kin).
+
+    `prompts` (and `eval`): texts, or rows with a `prompt` (a text or messages) and columns for the rewards, as
+    `fastft.load_rows` takes them. With `chat` a text is what the user says, else it is continued as it stands.
+    `rewards`: functions `f(prompts, completions, **columns)` that return a number or None for each completion, such as
+    those of `fastft.rewards`; a list, or one alone. `engine`: "transformers", "vllm", "auto" or an `Engine`, with
+    `engine_options`.
+    `options`: generations (completions of a prompt), max_new_tokens, temperature, loss, kl (`beta`), epochs, steps,
+    batch_size (completions of a forward pass), accumulate, learning_rate, schedule, optimizer, seed, log_every,
+    save_every, report_to, or any field of `GRPOConfig`; or a whole `config`. `resume` is True (the last checkpoint)
+    or a checkpoint's folder. Leaves model, checkpoints, record, curves and sample completions in `output_dir`.
+    Raises `UsageError`, `DataError`, `EngineError`, `RewardError`, `SaveError`.
+    """
+    arguments.refuse_pair(model, tokenizer)
+    args = make_config(config, options, str(output_dir), model, evaluated=eval is not None)
+    if engine_options is not None:
+        args.engine_options = {**(args.engine_options or {}), **engine_options}
+    resume_from = to_resume(resume, args)
+    trainer = GRPOTrainer(
+        model,
+        rewards,
+        args,
+        train_dataset=_prompts_of(prompts, tokenizer, chat, "prompts"),
+        eval_dataset=None if eval is None else _prompts_of(eval, tokenizer, chat, "eval"),
+        processing_class=tokenizer,
+        callbacks=list(callbacks),
+        engine=engine,
+        compile=compile,
+    )
+    try:
+        output = trainer.train(resume_from_checkpoint=resume_from)
+    finally:
+        if not isinstance(engine, Engine):
+            trainer.engine.close()
+    trainer.save_model()
+    trainer.create_model_card()
+    names = ("reward", "loss", "kl", "completions/mean_length")
+    curves = [curve(trainer.state.log_history, name) for name in names]
+    return GrpoResult(*curves, dict(output.metrics), args.output_dir, trainer.recorder.record)
+
+
+def _prompts_of(rows: Any, tokenizer: Any, chat: bool, name: str) -> Any:
+    return prompt_data.prompt_dataset(rows, tokenizer, chat, name)

@@ -1,0 +1,77 @@
+"""What the configurations of preference training share, and the older names of their fields."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from fastft.errors import Problem, UsageError
+from fastft.train import arguments, settings
+
+# What older scripts pass to the trainers themselves -> the field of the config it has become.
+LEGACY = {
+    **{name: name for name in ("beta", "max_length", "max_prompt_length", "max_completion_length", "loss_type")},
+    **{name: name for name in ("label_smoothing", "dataset_num_proc", "disable_dropout", "precompute_ref_log_probs")},
+    "max_seq_length": "max_length",
+}
+# Plain names of `preference` -> fields of the configs.
+PLAIN = {name: field for name, field in arguments.PLAIN.items() if name != "label_smoothing"}
+
+
+@dataclasses.dataclass
+class PreferenceSettings(settings.Settings):
+    """What the configs of preference training have beside TRL's fields and `Settings`.
+
+    `max_length` left out is the length that `fastft.load` has set. `max_prompt_length`: rows with a longer prompt are
+    left out, and one line says how many. `token_metrics`: log the entropy, mean logits and accuracy of tokens in
+    training steps, as TRL does; that costs the head's forward pass once more. Evaluation always logs them.
+    """
+
+    max_length: int | None = dataclasses.field(
+        default=arguments.DEFAULT_LENGTH, metadata={"help": "Longest row in tokens; what is longer is cut off."}
+    )
+    max_prompt_length: int | None = dataclasses.field(default=None, metadata={"help": "Longer prompts are left out."})
+    token_metrics: bool = dataclasses.field(default=True, metadata={"help": "Entropy, logits, accuracy of tokens."})
+
+
+def has_no_effect(config: Any, name: str, default: Any, why: str) -> None:
+    """Say that a field that was set has no effect, and why; set it back."""
+    if getattr(config, name) != default:
+        print(f"fastft: {type(config).__name__}({name}=...) has no effect: {why}.")
+        setattr(config, name, default)
+
+
+def legacy_of(config: type) -> dict[str, str]:
+    """Return the older arguments that are fields of `config`."""
+    known = arguments.field_names(config)
+    return {older: field for older, field in LEGACY.items() if field in known}
+
+
+def make_config(
+    kind: type,
+    config: Any,
+    options: Mapping[str, Any],
+    output_dir: str,
+    model: Any,
+    eval: Any,
+    own: Mapping[str, Any],
+) -> Any:
+    """Return the config of `preference`: the one given, or a `kind` of the loss's `own` fields and the options.
+
+    Raises `UsageError` for both a config and options, and for a config of another kind.
+    """
+    settings.refuse_both("preference", config, options)
+    if config is not None:
+        if not isinstance(config, kind):
+            raise UsageError(Problem("preference config", type(config).__name__, f"a fastft.{kind.__name__}"))
+        return config
+    fields = arguments.config_fields("preference", options, arguments.field_names(kind), PLAIN)
+    defaults: dict[str, Any] = {
+        **settings.model_defaults(model, output_dir, fields),
+        "learning_rate": 2e-5 if hasattr(model, "peft_config") else 1e-6,
+        "per_device_train_batch_size": 4,
+        "num_train_epochs": 1,
+        **own,
+    }
+    if eval is not None:
+        defaults |= arguments.evaluation_defaults(fields)
+    return kind(**defaults | fields)

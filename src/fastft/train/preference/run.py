@@ -1,0 +1,118 @@
+"""Training on preferences in one call: DPO, KTO, ORPO or SimPO."""
+
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from attrs import field, frozen
+
+from fastft.errors import Problem, UsageError
+from fastft.train import arguments
+from fastft.train.preference import data as preference_data
+from fastft.train.preference.config import make_config
+from fastft.train.record import curve, ends
+from fastft.train.resume import to_resume
+
+
+@frozen
+class _Loss:
+    """Where the trainer of a loss is, what it is called there, and the fields of its config that make the loss."""
+
+    module: str
+    trainer: str
+    config: str
+    fixed: Mapping[str, Any]
+
+
+LOSSES = {
+    "dpo": _Loss("fastft.train.preference.referenced", "DPOTrainer", "DPOConfig", {}),
+    "kto": _Loss("fastft.train.preference.referenced", "KTOTrainer", "KTOConfig", {}),
+    "orpo": _Loss("fastft.train.preference.reference_free", "ORPOTrainer", "ORPOConfig", {}),
+    "cpo": _Loss("fastft.train.preference.reference_free", "CPOTrainer", "CPOConfig", {}),
+    "simpo": _Loss(
+        "fastft.train.preference.reference_free",
+        "CPOTrainer",
+        "CPOConfig",
+        {"loss_type": "simpo", "cpo_alpha": 0.0, "beta": 2.0, "simpo_gamma": 1.0},
+    ),
+}
+
+
+@frozen
+class PreferenceResult:
+    """The outcome of `preference`: (step, value) pairs as logged, and the content of run.json as `record`.
+
+    `accuracies`: the share of pairs whose chosen answer has the higher reward (empty for KTO, which has no pairs).
+    `margins`: mean reward of chosen answers over that of rejected ones.
+    """
+
+    losses: tuple[tuple[int, float], ...] = field(repr=ends)
+    accuracies: tuple[tuple[int, float], ...] = field(repr=ends)
+    margins: tuple[tuple[int, float], ...] = field(repr=ends)
+    metrics: dict[str, float] = field(repr=False)
+    output_dir: str
+    record: dict[str, Any] = field(repr=False)
+
+
+def preference(
+    model: Any,
+    tokenizer: Any,
+    rows: Any,
+    output_dir: str | Path = "run",
+    eval: Any = None,
+    *,
+    loss: str = "dpo",
+    ref_model: Any = None,
+    config: Any = None,
+    resume: bool | str = False,
+    compile: bool = True,
+    callbacks: Sequence[Any] = (),
+    **options: Any,
+) -> PreferenceResult:
+    """Train `model` on preferences and leave model, checkpoints and run record in `output_dir`.
+
+    `rows` and `eval`: pairs with `chosen` and `rejected` (texts with a `prompt`, or conversations), as
+    `fastft.load_rows` takes them; for KTO also answers with a verdict (`prompt`, `completion`, `label`). With a
+    tokenizer that has a chat template texts are turns.
+
+    `loss`: "dpo", "kto", "orpo", "cpo" or "simpo" (CPO's trainer with beta 2 and gamma 1 and no further loss). DPO and
+    KTO measure against a reference: `ref_model`, or the model as it is now, without a second model. For KTO the rows
+    are put in a random order, which its trainer leaves as it is.
+
+    `options`: beta, max_length, max_prompt_length, epochs, steps, batch_size, learning_rate, accumulate, schedule,
+    optimizer, seed, log_every, save_every, eval_every, report_to, or any field of the loss's config; or a whole
+    `config`. `resume` is True (the run's last checkpoint) or a checkpoint's folder. Raises `UsageError`, `DataError`,
+    `SaveError`.
+    """
+    if loss not in LOSSES:
+        near = arguments.did_you_mean(str(loss), LOSSES)
+        raise UsageError(Problem("preference loss", loss, f"one of {', '.join(LOSSES)}", near))
+    if ref_model is not None and loss not in ("dpo", "kto"):
+        raise UsageError(Problem("preference ref_model", "a model", f"none: {loss!r} has no reference"))
+    arguments.refuse_pair(model, tokenizer)
+    chosen = LOSSES[loss]
+    module = import_module(chosen.module)
+    trainer_class, config_class = getattr(module, chosen.trainer), getattr(module, chosen.config)
+    args = make_config(config_class, config, options, str(output_dir), model, eval, chosen.fixed)
+    resume_from = to_resume(resume, args)
+    data = {"train_dataset": rows} | ({} if eval is None else {"eval_dataset": eval})
+    given = {
+        name: preference_data.preference_dataset(part, tokenizer, trainer_class.KINDS, name.removesuffix("_dataset"))
+        for name, part in data.items()
+    }
+    if loss == "kto":
+        given = {name: preference_data.mixed_verdicts(part, args.seed) for name, part in given.items()}
+    if ref_model is not None:
+        given["ref_model"] = ref_model
+    trainer = trainer_class(
+        model, args=args, processing_class=tokenizer, callbacks=list(callbacks), compile=compile, **given
+    )
+    output = trainer.train(resume_from_checkpoint=resume_from)
+    trainer.save_model()
+    trainer.create_model_card()
+    history = trainer.state.log_history
+    curves = [curve(history, name) for name in ("loss", "rewards/accuracies", "rewards/margins")]
+    evaluated = next((row for row in reversed(history) if "eval_loss" in row), {})
+    metrics = {**output.metrics, **{name: value for name, value in evaluated.items() if name.startswith("eval_")}}
+    return PreferenceResult(*curves, metrics, args.output_dir, trainer.recorder.record)

@@ -1,0 +1,1 @@
+"""Supervised fine-tuning: configuration, data, trainer, and the function `sft`."""

@@ -1,0 +1,63 @@
+"""What a trainer asks of its data once they are token ids: something to learn in every row, and an end to learn."""
+
+import copy
+from typing import Any
+
+import numpy as np
+
+from fastft.data import check, columns
+from fastft.data.rendering import templates_of
+from fastft.data.responses import refuse_untrained_stop
+from fastft.data.training_collator import PROBED, CountingCollator, refuse_other_labels
+
+
+def without_needless_cut(args: Any, rows: Any) -> Any:
+    """Return `args` for TRL's preparation of `rows`, without a length where no row is longer.
+
+    TRL would go over all rows twice, with two bars, to cut none and to drop none: what has nothing to learn is told
+    and left out by `without_unlearnable`.
+    """
+    if args.max_length is None or not hasattr(rows, "__len__") or "input_ids" not in (rows.column_names or ()):
+        return args
+    if int(columns.lengths(rows).max(initial=0)) > args.max_length:
+        return args
+    args = copy.copy(args)
+    args.max_length = None
+    return args
+
+
+def without_unlearnable(given: Any, made: Any, limit: int | None, allowed: float, name: str) -> Any:
+    """Return prepared rows that have something to learn; say in one line each what was cut and what is left out.
+
+    `given` are the rows before they were tokenised and cut to `limit` tokens, `made` those after it. Raises
+    `DataError` if more than a share `allowed` of them has nothing to learn.
+    """
+    total, bearing = len(given), columns.loss_bearing(made)
+    lost = total - int((bearing > 0).sum())
+    check.refuse_unlearnable(lost, total, limit, allowed, f"{name} ")
+    if lost:
+        print(f"fastft: {lost} of {total} rows have nothing to learn within max_length={limit}: left out.")
+        made = made if (bearing > 0).all() else made.select(np.flatnonzero(bearing))
+        check.refuse_empty(made, name)
+    known = given if "input_ids" in given.column_names else made
+    full = limit if limit is None or known is made else limit + 1
+    cut = 0 if full is None else int((columns.lengths(known) >= full).sum())
+    if cut:
+        told = "are longer than" if known is given else "fill"
+        print(f"fastft: {cut} of {total} rows {told} max_length={limit}; what is longer is cut off.")
+    return made
+
+
+def check_labels(data: Any, collator: Any, processing_class: Any, refuse_without_stop: bool) -> None:
+    """Refuse a collator that makes other labels than the data have, and data that never teach to stop.
+
+    A stream is not read. Raises `DataError`.
+    """
+    if not hasattr(data, "__len__") or not {"input_ids", "labels"} <= set(data.column_names):
+        return
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    stops = templates_of(tokenizer, "all")[1].stops
+    if type(collator) is not CountingCollator:
+        refuse_other_labels(collator, [data[row] for row in range(min(PROBED, len(data)))], stops)
+    if refuse_without_stop:
+        refuse_untrained_stop(data, stops, tokenizer, "the training data")

@@ -1,0 +1,101 @@
+"""The function `sft`: fine-tune on data, and leave everything in a folder."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from attrs import field, frozen
+
+from fastft.data import check
+from fastft.data.chat import tokenised
+from fastft.data.files import told_of
+from fastft.data.sources import Source, open_named
+from fastft.errors import UsageError
+from fastft.train import arguments
+from fastft.train.record import curve, ends
+from fastft.train.resume import to_resume
+from fastft.train.sft.config import SFTConfig, make_config
+from fastft.train.sft.trainer import SFTTrainer
+
+
+@frozen
+class SftResult:
+    """The outcome of `sft`: `losses` are (step, loss) pairs as logged; `record` is the content of run.json."""
+
+    losses: tuple[tuple[int, float], ...] = field(repr=ends)
+    final_loss: float | None
+    metrics: dict[str, float] = field(repr=False)
+    output_dir: str
+    record: dict[str, Any] = field(repr=False)
+
+
+def sft(
+    model: Any,
+    tokenizer: Any,
+    train: Any,
+    output_dir: str | Path = "run",
+    eval: Any = None,
+    *,
+    config: SFTConfig | None = None,
+    train_on: str = "assistant",
+    alternate: bool = True,
+    overlong: Literal["refuse", "truncate"] | None = None,
+    resume: bool | str = False,
+    compile: bool = True,
+    callbacks: Sequence[Any] = (),
+    compute_metrics: Any = None,
+    **options: Any,
+) -> SftResult:
+    """Fine-tune `model` on `train` and leave model, checkpoints and run record in `output_dir`.
+
+    `train` and `eval` are token ids (`chat_dataset`'s result) or what `chat_dataset` takes, which renders it with
+    `train_on` and `alternate`.
+    `overlong`: what becomes of rows of more than `max_length` tokens. "refuse" names them, by file and line where they
+    are out of files; "truncate" cuts them at their end, and says how many, and of the rows that are left without
+    anything to learn a share of `max_unlearnable` is left out. Left out it means "refuse", and with a `config`
+    "truncate", as trainers do. Rows of a stream are cut.
+    `options`: epochs, steps, batch_size, eval_batch_size, learning_rate, accumulate, packing, max_length, schedule,
+    warmup_steps, optimizer, weight_decay, seed, log_every, save_every, eval_every, keep_checkpoints, report_to,
+    embedding_learning_rate, loraplus_ratio, early_stopping_patience, label_smoothing, or any field of `SFTConfig`; or
+    a whole `config`. `resume` is True (the run's last checkpoint) or a checkpoint's folder.
+    Raises `UsageError`, `DataError`, `SaveError`.
+    """
+    arguments.refuse_pair(model, tokenizer)
+    if wrong := check.overlong_problems(overlong or "refuse"):
+        raise UsageError(*wrong)
+    given = {"train": train} | ({} if eval is None else {"eval": eval})
+    sources = {name: open_named(data, name) for name, data in given.items()}
+    made = {name: tokenised(source, tokenizer, train_on, name, alternate) for name, source in sources.items()}
+    args = make_config(config, options, str(output_dir), model, made["train"], made.get("eval"))
+    if (overlong or ("refuse" if config is None else "truncate")) == "refuse":
+        _refuse_overlong(made, sources, args.max_length)
+    resume_from = to_resume(resume, args)
+    trainer = SFTTrainer(
+        model,
+        args,
+        train_dataset=made["train"],
+        eval_dataset=made.get("eval"),
+        processing_class=tokenizer,
+        callbacks=list(callbacks),
+        compute_metrics=compute_metrics,
+        compile=compile,
+    )
+    output = trainer.train(resume_from_checkpoint=resume_from)
+    trainer.save_model()
+    trainer.create_model_card()
+    losses = curve(trainer.state.log_history, "loss")
+    metrics = {**output.metrics, **_last_evaluation(trainer.state.log_history)}
+    final = losses[-1][1] if losses else None
+    return SftResult(losses, final, metrics, args.output_dir, trainer.recorder.record)
+
+
+def _refuse_overlong(made: Mapping[str, Any], sources: Mapping[str, Source], limit: int | None) -> None:
+    for name, rows in made.items():
+        if limit is not None and hasattr(rows, "__len__"):
+            with told_of(name, sources[name].files):
+                check.refuse_overlong(rows, limit)
+
+
+def _last_evaluation(history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    rows = [row for row in history if "eval_loss" in row]
+    return {key: value for key, value in rows[-1].items() if key.startswith("eval_")} if rows else {}

@@ -1,0 +1,157 @@
+"""Checkpoints of GRPO runs: going on from them, and what is left after a failure."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from grpo_runs import GivenRollouts, as_second, trained
+
+from fastft.errors import EngineError, RewardError, UsageError
+from fastft.train import checkpoint
+
+
+@pytest.mark.parametrize(
+    ("at", "settings"),
+    [
+        (3, {"steps_per_generation": 2}),
+        (1, {"steps_per_generation": 4, "gradient_accumulation_steps": 2}),
+        (2, {}),
+        (3, {"num_iterations": 2}),
+        (4, {"gradient_accumulation_steps": 2}),
+    ],
+    ids=["within a generation", "within one put together", "between", "within iterations", "between epochs"],
+)
+def test_resumed_is_as_if_never_interrupted(trainer, config, at, settings, tmp_path):
+    """Rollouts of the transformers engine, whose random state comes with the checkpoint: the same steps, to the bit."""
+    settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": at, **settings}
+    whole = trainer("transformers", **settings)
+    whole.train()
+    again = trainer("transformers", **settings)
+    torch.manual_seed(99)
+    again.train(resume_from_checkpoint=str(Path(config["output_dir"]) / f"checkpoint-{at}"))
+    names = ("loss", "grad_norm", "reward", "entropy", "completions/mean_length")
+    wanted = [[row.get(name) for name in names] for row in whole.state.log_history if "loss" in row]
+    got = [[row.get(name) for name in names] for row in again.state.log_history if "loss" in row]
+    assert len(wanted) == 6 and got == wanted
+    end = trained(again.model)
+    assert all(torch.equal(value, end[name]) for name, value in trained(whole.model).items())
+
+
+def test_killed_engine_leaves_a_checkpoint_to_go_on_from(trainer, config):
+    """The third generation fails: two steps are saved, and go on to the weights of a run that never failed."""
+    with pytest.raises(EngineError, match=r"killed\n.*checkpoint-2; resume='.*checkpoint-2' goes on") as caught:
+        trainer(GivenRollouts(fail_at=3), max_steps=4).train()
+    assert isinstance(caught.value, EngineError)
+    folder = Path(config["output_dir"])
+    assert json.loads((folder / "run.json").read_text())["status"] == "failed"
+    assert [path.name for path in checkpoint.checkpoints(folder)] == ["checkpoint-2"]
+    again = trainer(GivenRollouts(), max_steps=4)
+    again.train(resume_from_checkpoint=True)
+    whole = trainer(GivenRollouts(), max_steps=4)
+    whole.train()
+    end = trained(again.model)
+    assert all(torch.equal(value, end[name]) for name, value in trained(whole.model).items())
+
+
+def test_hung_reward_leaves_a_checkpoint(trainer, config):
+    def hung(prompts, completions, trainer_state, **columns):
+        if trainer_state.global_step == 1:
+            time.sleep(60)
+        return [float(len(text)) for text in completions]
+
+    began = time.monotonic()
+    with pytest.raises(RewardError, match=r"'hung'.*(?s:.*)checkpoint-1"):
+        trainer(GivenRollouts(), rewards=[hung], reward_time_limit=0.5).train()
+    assert time.monotonic() - began < 30
+    assert [path.name for path in checkpoint.checkpoints(config["output_dir"])] == ["checkpoint-1"]
+
+
+@pytest.mark.parametrize("changes", [{"num_generations": 2}, {"gradient_accumulation_steps": 2}], ids=str)
+def test_other_batches_are_told_between_generations(trainer, config, capsys, changes):
+    trainer(GivenRollouts(), save_strategy="steps", save_steps=3, max_steps=3).train()
+    engine = GivenRollouts()
+    again = trainer(engine, max_steps=5, **changes)
+    again.train(resume_from_checkpoint=True)
+    ((name, value),) = changes.items()
+    told = [line for line in capsys.readouterr().out.splitlines() if "other batches than in" in line]
+    assert len(told) == 1 and f"checkpoint-3: {name} is {value} (there " in told[0]
+    assert engine.calls == 2  # each of the two steps learns from one generation, all of it
+    same = trainer(GivenRollouts(), max_steps=5)
+    same.train(resume_from_checkpoint=str(Path(config["output_dir"]) / "checkpoint-3"))
+    assert "other batches" not in capsys.readouterr().out
+
+
+def test_damaged_rollouts_are_named_with_what_to_do(trainer, second, config):
+    """Cut off, the file is no archive; with other bytes in its midst it is one that cannot be read."""
+    trainer(GivenRollouts(), save_strategy="steps", save_steps=1, max_steps=2).train()
+    folder = Path(config["output_dir"]) / "checkpoint-2"
+    whole = (folder / "rollouts-0.pt").read_bytes()
+    (folder / "rollouts-0.pt").write_bytes(whole[:100])
+    with pytest.raises(UsageError, match=r"rollouts-0.pt is damaged \(100 bytes(?s:.*)resume='.*checkpoint-1' goes on"):
+        trainer(GivenRollouts(), max_steps=3).train(resume_from_checkpoint=True)
+    place = whole.index(b"orders")
+    (folder / "rollouts-0.pt").write_bytes(whole[: place - 20] + b"\xff" * 60 + whole[place + 40 :])
+    with pytest.raises(UsageError, match=r"rollouts-0.pt: expected .*a damaged file of .*Resume from another"):
+        trainer(GivenRollouts(), max_steps=3).train(resume_from_checkpoint=True)
+    (problem,) = second(max_steps=3).resume_problems(folder)  # of several processes none stops alone
+    assert problem.where == str(folder / "rollouts-0.pt")
+
+
+def test_completions_that_wait_are_not_learnt_from_in_other_batches(trainer, config):
+    settings = {"steps_per_generation": 2}
+    trainer(GivenRollouts(), save_strategy="steps", save_steps=3, max_steps=3, **settings).train()
+    again = trainer(GivenRollouts(), max_steps=5, **settings, num_generations=2, num_iterations=2)
+    before = trained(again.model)
+    with pytest.raises(UsageError, match=r"Completions wait in .*checkpoint-3") as caught:
+        again.train(resume_from_checkpoint=True)
+    told = [(problem.where, problem.value) for problem in caught.value.problems]
+    assert told == [("GRPOConfig num_generations", 2), ("GRPOConfig num_iterations", 2)]
+    assert all(torch.equal(value, before[name]) for name, value in trained(again.model).items())
+
+
+@pytest.fixture
+def second(trainer, monkeypatch):
+    """Make a trainer that takes itself for the second of two processes."""
+
+    def make(**changes):
+        made = as_second(trainer(GivenRollouts(), **changes))
+        monkeypatch.setattr(made, "is_world_process_zero", lambda: False)
+        return made
+
+    return make
+
+
+@pytest.mark.parametrize("waiting", [True, False])
+def test_another_number_of_processes_is_another_batch(trainer, second, config, waiting, capsys):
+    """The second process has no file of its own, and decides as the first does."""
+    settings = {"steps_per_generation": 2, "save_strategy": "steps", "save_steps": 3 if waiting else 2}
+    trainer(GivenRollouts(), max_steps=3, **settings).train()
+    made = second(max_steps=5, **settings)
+    if waiting:
+        with pytest.raises(UsageError, match=r"Completions wait in .*checkpoint-3") as caught:
+            made.train(resume_from_checkpoint=True)
+        assert [(p.where, p.value) for p in caught.value.problems] == [("Second world_size", 2)]
+        return
+    folder = Path(config["output_dir"]) / "checkpoint-2"
+    assert made.resume_problems(folder) == [] and "other batches" not in capsys.readouterr().out
+    made.is_world_process_zero = lambda: True
+    assert made.resume_problems(folder) == []
+    assert "checkpoint-2: world_size is 2 (there 1); the place" in capsys.readouterr().out
+
+
+def test_a_process_without_its_completions_stops_all(second, trainer, config):
+    settings = {"steps_per_generation": 2, "save_strategy": "steps", "save_steps": 3}
+    trainer(GivenRollouts(), max_steps=3, **settings).train()
+    folder, made = Path(config["output_dir"]) / "checkpoint-3", second(max_steps=5, **settings)
+    kept = torch.load(folder / "rollouts-0.pt", weights_only=True)
+    kept["batching"]["world_size"] = 2
+    torch.save(kept, folder / "rollouts-0.pt")
+    (problem,) = made.resume_problems(folder)
+    assert problem.where == str(folder / "rollouts-1.pt") and "Completions wait in" in problem.remedy
+    torch.save(kept, folder / "rollouts-1.pt")
+    assert made.resume_problems(folder) == []
+    (folder / "rollouts-0.pt").unlink()
+    (problem,) = made.resume_problems(folder)
+    assert problem.where == str(folder / "rollouts-0.pt")

@@ -1,0 +1,112 @@
+"""What GRPO refuses, and how it is told."""
+
+import re
+import time
+
+import pytest
+from grpo_runs import PROMPTS, GivenRollouts, even
+
+import fastft
+from fastft.errors import DataError, UsageError
+from fastft.rewards import combine, length, number
+from fastft.train.grpo.config import GRPOConfig
+from fastft.train.grpo.prompts import prompt_dataset
+from fastft.train.grpo.trainer import GRPOTrainer
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"per_device_train_batch_size": 4, "num_generations": 8}, "gradient_accumulation_steps=2"),
+        ({"per_device_train_batch_size": 4, "num_generations": 8}, "per_device_train_batch_size=8"),
+        ({"per_device_train_batch_size": 4, "num_generations": 8}, "num_generations=4"),
+        ({"per_device_train_batch_size": 6, "steps_per_generation": 3, "num_generations": 4}, "steps_per_generation=4"),
+        ({"generation_batch_size": 20, "num_generations": 8}, "generation_batch_size=24"),
+    ],
+)
+def test_what_does_not_divide_is_told_with_numbers_that_do(config, fields, told):
+    with pytest.raises(UsageError, match=re.escape(told)):
+        GRPOConfig(**{**config, **fields})
+    name, value = told.split("=")
+    GRPOConfig(**{**config, **fields, name: int(value)})
+
+
+def test_mistakes_are_told_together(config):
+    with pytest.raises(UsageError) as caught:
+        GRPOConfig(**{**config, "num_generations": 3, "loss_type": "grop", "temperature": 0, "use_liger_kernel": True})
+    text = str(caught.value)
+    assert len(caught.value.problems) == 4
+    for part in ("num_generations=3", "did you mean 'grpo'", "temperature", "use_liger_kernel"):
+        assert part in text
+
+
+def test_trainer_tells_what_is_missing_together(config, build_model):
+    with pytest.raises(UsageError) as caught:
+        GRPOTrainer(build_model(), [], GRPOConfig(**config, reward_weights=[1.0]))
+    told = str(caught.value)
+    for part in ("reward_funcs", "reward_weights", "train_dataset", "processing_class"):
+        assert part in told
+
+
+def test_rewards_that_are_none_are_told_before_anything_is_sampled(trainer, config, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    began = time.monotonic()
+    with pytest.raises(UsageError) as caught:
+        trainer(rewards=["right", 7, even], reward_weights=[1.0])
+    assert time.monotonic() - began < 10
+    assert [problem.where for problem in caught.value.problems] == [
+        "rewards[1]",
+        "rewards[0]",
+        "GRPOConfig reward_weights",
+    ]
+    assert "Pass the function itself, not its name" in str(caught.value)
+    with pytest.raises(UsageError, match=r"number: column: expected one of the data's columns \('answers'\)") as caught:
+        rows = [{"prompt": prompt, "answers": 1} for prompt in PROMPTS]
+        trainer(prompts=rows, rewards=[number("answer"), combine({number("answer"): 1.0}), length(limit=3)])
+    assert len(caught.value.problems) == 2 and "did you mean 'answers'?" in str(caught.value)
+
+
+def test_one_reward_alone(build_model, tokenizer, config):
+    options = {"engine": GivenRollouts(), "compile": False, "generations": 4, "max_new_tokens": 4, "steps": 1}
+    result = fastft.grpo(build_model(), tokenizer, PROMPTS, even, config["output_dir"], disable_tqdm=True, **options)
+    assert result.record["rewards"] == ["even"] and len(result.rewards) == 1
+    with pytest.raises(DataError, match=r"into a list: prompts=\['What is 1 \+ 1\?'\]"):
+        fastft.grpo(build_model(), tokenizer, "What is 1 + 1?", even, config["output_dir"], **options)
+    with pytest.raises(DataError) as caught:
+        fastft.grpo(build_model(), tokenizer, [1, 2, "w1"], even, config["output_dir"], **options)
+    assert [problem.where for problem in caught.value.problems] == ["prompts[0]", "prompts[1]"]
+    with pytest.raises(UsageError) as caught:
+        fastft.grpo(
+            build_model(), tokenizer, PROMPTS, even, config["output_dir"], generations="4", batch_size=2.0, accumulate=2
+        )
+    wrong = ["GRPOConfig num_generations", "GRPOConfig per_device_train_batch_size"]
+    assert [problem.where for problem in caught.value.problems] == wrong
+
+
+def test_prompts_that_cannot_be_used(trainer, build_model):
+    with pytest.raises(DataError, match=r"at least the 2 of one generation"):
+        trainer(prompts=PROMPTS[:1], gradient_accumulation_steps=2)
+    with pytest.raises(DataError, match=r"3 \+ 126 tokens"):
+        trainer(max_completion_length=126)
+    with pytest.raises(DataError, match=r"a column 'prompt'.*rename_column"):
+        trainer(prompts=[{"question": "w1"}])
+    with pytest.raises(DataError, match=r"train row 1, prompt.*(?s:.*)train row 2"):
+        trainer(prompts=[{"prompt": "w1"}, {"prompt": ""}, {"prompt": 3}])
+
+
+def test_prompts_of_a_file_are_named_by_file_and_line(tokenizer, tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "w1"}\n\n{"prompt": " "}\n')
+    with pytest.raises(DataError, match=r"prompts.jsonl, line 3, prompt: expected a text that is not empty"):
+        prompt_dataset(path, tokenizer)
+
+
+def test_unknown_names_are_told(config, build_model, tokenizer):
+    with pytest.raises(UsageError, match=r"num_generation'; did you mean 'num_generations'"):
+        GRPOConfig(**config, num_generation=4)
+    with pytest.raises(UsageError, match=r"reward_fn"):
+        GRPOTrainer(build_model(), [even], GRPOConfig(**config), reward_fn=even)
+    with pytest.raises(UsageError, match=r"engine.*'transformer'"):
+        fastft.grpo(
+            build_model(), tokenizer, PROMPTS, [even], config["output_dir"], engine="transformer", max_new_tokens=8
+        )

@@ -1,0 +1,172 @@
+"""What a newcomer gets wrong is told before the work begins."""
+
+import logging
+import subprocess
+import sys
+
+import pytest
+import torch
+import trl
+from datasets import Dataset, DatasetDict
+
+from fastft.errors import DataError, SaveError, UsageError
+from fastft.state import update_state
+from fastft.train.sft.config import SFTConfig
+from fastft.train.sft.run import sft
+from fastft.train.sft.trainer import SFTTrainer
+
+
+def row(answer="w1"):
+    return {"messages": [{"role": "user", "content": "w2"}, {"role": "assistant", "content": answer}]}
+
+
+OPTIONS = {"disable_tqdm": True, "compile": False, "steps": 1, "save_strategy": "no", "max_length": 64}
+
+
+def test_nothing_is_trainable(build_model, tokenizer, tmp_path):
+    model = build_model(lora=False).requires_grad_(False)
+    with pytest.raises(UsageError, match="add_lora"):
+        sft(model, tokenizer, [row()], output_dir=tmp_path, **OPTIONS)
+
+
+def test_model_and_tokenizer_in_the_wrong_places(build_model, tokenizer, tmp_path):
+    model = build_model()
+    with pytest.raises(UsageError) as caught:
+        sft(tokenizer, model, [row()], output_dir=tmp_path)
+    assert len(caught.value.problems) == 2
+    with pytest.raises(UsageError, match="tuple"):
+        sft((model, tokenizer), tokenizer, [row()], output_dir=tmp_path)
+
+
+@pytest.mark.parametrize(
+    "data, told",
+    [
+        (None, "got None"),
+        ("data.jsonl", "a file or folder that exists"),
+        (DatasetDict(one=Dataset.from_list([row()]), two=Dataset.from_list([row()])), "Choose one: split='one'"),
+        (row(), "into a list"),
+        ([{"prompt": "w1", "chosen": "w2", "rejected": "w3"}], "preferences"),
+        ([{"prompt": "w1"}], "'prompt' and 'completion'"),
+        ([{"mesages": []}], "did you mean 'messages'"),
+        ([{"text": "w1"}, {"input_ids": [1, 2]}], "row 1, fields: expected 'text'"),
+    ],
+)
+def test_data_of_a_wrong_kind(data, told, build_model, tokenizer, tmp_path):
+    with pytest.raises(DataError, match=told):
+        sft(build_model(), tokenizer, data, output_dir=tmp_path, train_on="all")
+
+
+def test_errors_name_the_data(build_model, tokenizer, tmp_path):
+    for eval, told in (([row(""), row()], "^eval row 0, messages"), ([], "^eval data")):
+        with pytest.raises(DataError, match=told):
+            sft(build_model(), tokenizer, [row()], eval=eval, output_dir=tmp_path)
+    tokenizer.chat_template = None
+    with pytest.raises(DataError) as caught:
+        sft(build_model(), tokenizer, [row()] * 3, output_dir=tmp_path)
+    assert len(caught.value.problems) == 1
+
+
+def test_a_list_of_token_ids(build_model, build_rows, tokenizer, tmp_path):
+    runs = []
+    for data in (build_rows(), Dataset.from_list(build_rows())):
+        runs.append(sft(build_model(), tokenizer, data, output_dir=tmp_path, **OPTIONS).losses)
+    assert runs[0] == runs[1]
+
+
+def test_values_that_cannot_be_meant(tmp_path):
+    wrong = {
+        "max_steps": 0, "learning_rate": "1e-4", "num_train_epochs": -3, "optim": "adamw_8bits",
+        "lr_scheduler_type": "cosin", "eval_strategy": "step", "report_to": ["wand"],
+        "per_device_train_batch_size": 0,
+    }  # fmt: skip
+    with pytest.raises(UsageError) as caught:
+        SFTConfig(output_dir=str(tmp_path), **wrong)
+    assert {problem.where for problem in caught.value.problems} == {f"SFTConfig {name}" for name in wrong}
+    for near in ("'adamw_8bit'", "'cosine'", "'steps'", "'wandb'", "without quotes"):
+        assert near in str(caught.value)
+
+
+def test_the_length_is_that_of_the_loaded_model(build_model, tokenizer, dataset, settings, capsys):
+    del settings["max_length"]
+    more = {"train_dataset": dataset, "processing_class": tokenizer, "compile": False}
+    lengths = []
+    for loaded, given in ((77, {}), (77, {"max_length": 1024}), (77, {"max_length": None}), (None, {})):
+        model = build_model()
+        update_state(model, max_length=loaded)
+        args = SFTConfig(**settings, **given)
+        lengths.append(SFTTrainer(model, args, **more).args.max_length)
+        assert args.max_length == given.get("max_length", 1024)  # the user's own config stays
+        assert ("max_length=77, as the model was loaded" in capsys.readouterr().out) is (loaded == 77 and not given)
+    assert lengths == [77, 1024, None, 1024]
+    stock = trl.SFTConfig(**settings, gradient_checkpointing=False)
+    assert SFTTrainer(model, stock, **more).args.max_length == 1024
+
+
+def test_lines_of_bitsandbytes_are_kept_back_only_meanwhile(caplog):
+    from fastft.noise import quiet
+
+    loggers = [logging.getLogger(f"bitsandbytes.{name}") for name in ("backends.cpu.ops", "autograd._functions")]
+    lines = ["Failed to load CPU gemm_4bit_forward from kernels-community: %s", "MatMul8bitLt: inputs will be cast %s"]
+
+    def say():
+        for logger, line in zip(loggers, lines, strict=True):
+            logger.warning(line, "x")
+            logger.warning("another line")
+        told = [record.getMessage() for record in caplog.records]
+        caplog.clear()
+        return told
+
+    before = [list(logger.filters) for logger in loggers]
+    assert len(say()) == 4
+    with quiet():
+        assert say() == ["another line"] * 2
+    assert len(say()) == 4 and [list(logger.filters) for logger in loggers] == before
+
+
+def test_nothing_is_said_of_a_cpu_kernel_when_a_name_is_looked_up():
+    """TRL and PEFT import bitsandbytes, which warns where its CPU could do more."""
+    program = (
+        "import logging, sys\n"
+        "class Said(logging.Handler):\n"
+        "    def emit(self, record): print('said', record.msg)\n"
+        "logging.getLogger('bitsandbytes').addHandler(Said())\n"
+        "import fastft\nfastft.SFTTrainer\nassert 'bitsandbytes.backends.cpu.ops' in sys.modules\n"
+        "assert not logging.getLogger('bitsandbytes.backends.cpu.ops').filters\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert "gemm_4bit_forward" not in done.stdout + done.stderr
+
+
+def test_the_trainer_refuses_the_same(build_model, tokenizer, settings):
+    def made(model, rows):
+        more = {"train_dataset": rows, "processing_class": tokenizer, "compile": False}
+        return SFTTrainer(model, SFTConfig(**settings), **more)
+
+    good = Dataset.from_list([{"text": "w1 w2"}])
+    for wrong in (None, tokenizer, (build_model(), tokenizer)):
+        with pytest.raises(UsageError, match="expected a model"):
+            made(wrong, good)
+    with pytest.raises(DataError, match="into a list"):
+        made(build_model(), row())
+    with pytest.raises(DataError) as caught:
+        made(build_model(), Dataset.from_list([{"text": "w1 w2"}, {"text": None}, {"text": " "}]))
+    assert [problem.where for problem in caught.value.problems] == [f"train row {i}, text" for i in (1, 2)]
+    with pytest.raises(DataError, match="row 1, messages"):
+        made(build_model(), Dataset.from_list([row(), {"messages": []}]))
+
+
+def test_an_output_folder_that_cannot_be_made(build_model, tokenizer, dataset, settings, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for place in ("file", "file/below"):
+        args = SFTConfig(**{**settings, "output_dir": str(tmp_path / place)})
+        with pytest.raises(SaveError, match="output_dir"):
+            SFTTrainer(build_model(), args, train_dataset=dataset, processing_class=tokenizer, compile=False)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_an_older_warm_up_and_bf16_without_a_gpu_are_taken(tmp_path):
+    config = SFTConfig(output_dir=str(tmp_path), warmup_ratio=0.25, bf16=True)
+    assert config.warmup_steps == 0.25 and config.get_warmup_steps(40) == 10
+    assert config.bf16 and config.use_cpu is not torch.accelerator.is_available()
+    with pytest.raises(UsageError, match=r"warmup_ratio.*a share of all steps"):
+        SFTConfig(output_dir=str(tmp_path), warmup_ratio=3)
