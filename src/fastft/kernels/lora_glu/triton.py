@@ -69,24 +69,26 @@ def _of_rank(ptr, outer, stride, keep, r, R: tl.constexpr):
 
 
 @triton.jit
-def _in_eight_bits(q_ptr, scale_ptr, part, b_x, row, start, in_rows, BLOCKS: tl.constexpr):
+def _in_eight_bits(q_ptr, scale_ptr, part, b_x, row, count, start, in_rows, BLOCKS: tl.constexpr):
     """Write the tile b_x [rows, 64] that begins at column `start` in 8 bits; `part` is 0 for gate and 1 for up."""
-    place = (row * BLOCKS + start // EIGHT_BITS) * 2 + part  # of the block
+    block = start // EIGHT_BITS
     b_largest = tl.max(tl.abs(b_x), 1)
     b_inverse = tl.where(b_largest > SMALLEST, LARGEST / b_largest, 0.0)
     b_q = (b_x * b_inverse[:, None] + ROUNDING).to(tl.int32, bitcast=True).to(tl.uint8)
     local = tl.arange(0, EIGHT_BITS)
-    tl.store(q_ptr + place[:, None] * EIGHT_BITS + local[None, :], b_q, mask=in_rows[:, None])
-    tl.store(scale_ptr + place, b_largest * (1.0 / LARGEST), mask=in_rows)
+    place = ((row * BLOCKS + block) * 2 + part) * EIGHT_BITS
+    tl.store(q_ptr + place[:, None] + local[None, :], b_q, mask=in_rows[:, None])
+    tl.store(scale_ptr + (block * 2 + part).to(tl.int64) * count + row, b_largest * (1.0 / LARGEST), mask=in_rows)
 
 
 @triton.jit
-def _of_eight_bits(q_ptr, scale_ptr, part, row, start, BLOCKS: tl.constexpr):
+def _of_eight_bits(q_ptr, scale_ptr, part, row, count, start, BLOCKS: tl.constexpr):
     """Load the tile [rows, 64] that begins at column `start`, in fp32."""
-    place = (row * BLOCKS + start // EIGHT_BITS) * 2 + part
-    b_q = tl.load(q_ptr + place[:, None] * EIGHT_BITS + tl.arange(0, EIGHT_BITS)[None, :])
+    block = start // EIGHT_BITS
+    place = ((row * BLOCKS + block) * 2 + part) * EIGHT_BITS
+    b_q = tl.load(q_ptr + place[:, None] + tl.arange(0, EIGHT_BITS)[None, :])
     b_whole = (b_q.to(tl.int32) | WHOLE).to(tl.float32, bitcast=True) - AS_FLOAT
-    return b_whole * tl.load(scale_ptr + place)[:, None]
+    return b_whole * tl.load(scale_ptr + (block * 2 + part).to(tl.int64) * count + row)[:, None]
 
 
 @triton.jit
@@ -124,8 +126,8 @@ def lora_glu_fwd_kernel(
         b_bu = _of_rank(b_up_ptr, col, R_UP, in_cols, r_up, R_UP)
         b_ad = _of_rank(a_down_ptr, col, R_DOWN, in_cols, r_down, R_DOWN)
         if EIGHT:
-            _in_eight_bits(q_ptr, scale_ptr, 0, b_gate, row, start, in_rows, tl.cdiv(WIDTH, EIGHT_BITS))
-            _in_eight_bits(q_ptr, scale_ptr, 1, b_up, row, start, in_rows, tl.cdiv(WIDTH, EIGHT_BITS))
+            _in_eight_bits(q_ptr, scale_ptr, 0, b_gate, row, count, start, in_rows, tl.cdiv(WIDTH, EIGHT_BITS))
+            _in_eight_bits(q_ptr, scale_ptr, 1, b_up, row, count, start, in_rows, tl.cdiv(WIDTH, EIGHT_BITS))
         b_gate += scale_gate * tl.dot(b_xa_gate, tl.trans(b_bg))
         b_up += scale_up * tl.dot(b_xa_up, tl.trans(b_bu))
         activated, _ = _activate(b_gate, ACTIVATION)
@@ -169,8 +171,8 @@ def lora_glu_bwd_kernel(
         col = start + tl.arange(0, COLUMNS)
         in_cols = col < WIDTH
         if EIGHT:
-            b_gate = _of_eight_bits(gate_ptr, up_ptr, 0, row, start, tl.cdiv(WIDTH, EIGHT_BITS))
-            b_up = _of_eight_bits(gate_ptr, up_ptr, 1, row, start, tl.cdiv(WIDTH, EIGHT_BITS))
+            b_gate = _of_eight_bits(gate_ptr, up_ptr, 0, row, count, start, tl.cdiv(WIDTH, EIGHT_BITS))
+            b_up = _of_eight_bits(gate_ptr, up_ptr, 1, row, count, start, tl.cdiv(WIDTH, EIGHT_BITS))
         else:
             b_gate = _columns(gate_ptr, row, gate_stride, col, in_cols, EVEN).to(tl.float32)
             b_up = _columns(up_ptr, row, up_stride, col, in_cols, EVEN).to(tl.float32)
