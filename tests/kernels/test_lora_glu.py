@@ -221,21 +221,15 @@ def test_no_rows(compressed):
     assert y.shape == dx.shape == (0, 40, 64) and not any(grad.any() for grad in grads)
 
 
-def at_what_is_kept(args, x, weights, a, b, scales, *_):
+def at_what_is_kept(q, scale, x, weights, a, b, scales, *_):
     """Compute `plain`, but for gradients that are taken where 8 bits put gate and up."""
-    gate0, up0, _ = op.linears(args[0], args[1][:2], args[2][:2], args[5][:2], [b[0].shape[0]] * 2)
-    rows = [t.detach().reshape(-1, t.shape[-1]) for t in (gate0, up0)]
-    stand_ins = eight_bits.expand(*eight_bits.compress(*rows), rows[0].shape[1], torch.float64)
 
     def linear(value, i):
-        return value @ weights[i].t() + scales[i] * ((value @ a[i].t()) @ b[i].t())
+        return value @ weights[i].t() + scales[i] * ((value @ a[i].to(value.dtype).t()) @ b[i].to(value.dtype).t())
 
-    def product(i, stand_in):
-        exact = x @ weights[i].t()
-        low = (x @ a[i].t()) @ b[i].t()
-        return exact + (stand_in.view(exact.shape) - exact).detach() + scales[i] * low
-
-    gate, up = (product(i, stand_in) for i, stand_in in enumerate(stand_ins))
+    exact = [linear(x, i) for i in range(2)]
+    stand_ins = eight_bits.expand(q, scale, exact[0].shape[-1], x.dtype)
+    gate, up = (t + (kept.view(t.shape) - t).detach() for t, kept in zip(exact, stand_ins))
     return linear(torch.nn.functional.silu(gate) * up, 2)
 
 
@@ -244,12 +238,17 @@ def at_what_is_kept(args, x, weights, a, b, scales, *_):
 def test_gate_and_up_kept_in_eight_bits(case, dtype, adapter_dtype, poisoned_empty):
     """The same result to the bit; gradients at most a hundredth off, and as exact as they can be from what is kept."""
     args, dy = make(case, "nested" if case == "usual" else "dense", dtype, adapter_dtype)
-    wide = dense(args, torch.float64)
-    truth, eager = run(plain, wide, dy.double()), run(plain, eager_args(args, dtype, adapter_dtype), dy)
-    kept = run(lambda *given: at_what_is_kept(args, *given), wide, dy.double())
+    wide, same = dense(args, torch.float64), eager_args(args, dtype, adapter_dtype)
+    truth = run(plain, wide, dy.double())
+    exact, saved = run(lora_glu.feed_forward, args, dy), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        got = run(lambda *given: lora_glu.feed_forward(*given, eight_bits=True), args, dy)
+    (at,) = [i for i, t in enumerate(saved) if t.dim() == 4 and t.dtype == torch.uint8]
+    kept, eager = (
+        run(lambda *given: at_what_is_kept(saved[at], saved[at + 1], *given), given, dy.to(given[0].dtype))
+        for given in (wide, same)
+    )
     kept[7] = truth[7]  # dB of down reads what the forward made of the exact ones
-    exact = run(lora_glu.feed_forward, args, dy)
-    got = run(lambda *given: lora_glu.feed_forward(*given, eight_bits=True), args, dy)
     assert torch.equal(got[0], exact[0]) and [t.dtype for t in got] == [t.dtype for t in exact]
     for index, value in enumerate(got[1:], 1):
         budget = 1.25 * judge.rms_ratio(eager[index], truth[index])

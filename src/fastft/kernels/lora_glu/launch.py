@@ -2,7 +2,7 @@
 
 from attrs import frozen
 
-from fastft.kernels.rows import ceil_div
+from fastft.kernels.rows import ceil_div, next_power_of_2
 
 MAX_RANK = 32
 """Largest rank whose products the kernels make in passing: beyond it a tile's sums do not fit the registers."""
@@ -23,12 +23,13 @@ class Launch:
 
 
 def launch(count: int, width: int, processors: int, rank: int = 16, backward: bool = False) -> Launch:
-    """Settings for `count` rows of `width` on a device with so many multiprocessors: about eight programs for each.
+    """Settings for `count` rows of `width` on a device with so many multiprocessors: at least eight programs for each.
 
+    The programs of one row of tiles run side by side: a power of two of them reads and writes whole pages of memory.
     rank: the largest of the adapters'. Above 16 the backward loads one tile less ahead: with three, its tiles and the
     adapters' take so much shared memory (143 of 227 KB on sm_90) that a multiprocessor holds one program, not two.
     """
     default = Launch()
     wanted = ceil_div(8 * processors, max(1, ceil_div(count, default.rows)))
-    splits = max(1, min(wanted, ceil_div(width, 4 * default.columns)))
+    splits = max(1, min(next_power_of_2(wanted), ceil_div(width, 4 * default.columns)))
     return Launch(splits=splits, stages=default.stages - (backward and rank > 16))

@@ -14,7 +14,7 @@ and in the backward of the second, with g = s_d dy B_d:
 
 gate0, up0, xa and ha are kept between them, h is not: it is computed anew in the kernel that needs it. That one reads
 dh, gate0 and up0 once and writes dgate and dup once, and makes all low-rank products on the way. With `eight_bits` the
-forward is the same, and what is kept of gate0 and up0 has 8 bits a number (`eight_bits.compress`).
+forward gives the same, and gate and up are kept in their place, in 8 bits a number (`eight_bits.compress`).
 """
 
 import math
@@ -118,7 +118,7 @@ def _fused(gate0: Tensor, *ranks: int) -> bool:
 
 
 def _gate_up(
-    gate0: Tensor, up0: Tensor, xa: Tensor, b_gate: Tensor, b_up: Tensor, scales: list[float]
+    gate0: Tensor, up0: Tensor, xa: Tensor, b_gate: Tensor, b_up: Tensor, scales: tuple[float, float]
 ) -> tuple[Tensor, Tensor]:
     rank = b_gate.shape[1]
     gate = torch.addmm(gate0, xa[:, :rank], b_gate.t(), alpha=scales[0])
@@ -143,8 +143,8 @@ def _lora_glu_down(
 ) -> list[Tensor]:
     """Return [y [..., K], ha [..., r_down]], the second for the backward.
 
-    With eight_bits also, for the backward, gate0 and up0 in 8 bits and their scales, as `eight_bits.compress` gives
-    them for matrices.
+    With eight_bits also, for the backward, gate and up in 8 bits and their scales, as `eight_bits.compress` gives them
+    for matrices.
     """
     with torch.autocast(gate0.device.type, enabled=False):
         lead, dtype = gate0.shape[:-1], gate0.dtype
@@ -156,9 +156,10 @@ def _lora_glu_down(
 
             h, ha, *kept = kernels.forward(gate0, up0, xa, b_gate, b_up, a_down, pair, activation, eight_bits)
         else:
-            h = glu_ref.glu(*_gate_up(gate0, up0, xa, b_gate, b_up, scales), activation)
+            gate, up = _gate_up(gate0, up0, xa, b_gate, b_up, pair)
+            h = glu_ref.glu(gate, up, activation)
             ha = F.linear(h, a_down.to(dtype))
-            kept = compress(gate0, up0) if eight_bits else ()
+            kept = compress(gate, up) if eight_bits else ()
         (y,) = lora_products(h, [weight], [quant], [None], [ha], [b_down], [scales[2]], fp8)
         return [y.view(*lead, y.shape[1]), ha.view(*lead, ha.shape[1]), *kept]
 
@@ -191,7 +192,7 @@ def _lora_glu_down_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return (dgate0, dup0, dxa, dB_gate, dB_up, dA_down, dB_down), the adapters' in their own dtypes.
 
-    kept: [gate0, up0], or [q, scale] that the forward made of them in 8 bits.
+    kept: [gate0, up0], or [q, scale] that the forward made of gate and up in 8 bits.
     """
     with torch.autocast(dy.device.type, enabled=False):
         lead, wide, dtype = dy.shape[:-1], b_gate.shape[0], dy.dtype
@@ -212,19 +213,21 @@ def _lora_glu_down_backward(
 
             made = kernels.backward(dh, first, second, xa, g, b_gate, b_up, a_down, pair, activation, own_dtypes[:3])
         else:
-            gate0, up0 = expand(first, second, wide, dtype) if first.dtype == torch.uint8 else (first, second)
-            made = _torch_backward(dh, gate0, up0, xa, g, b_gate, b_up, a_down, pair, activation, own_dtypes[:3])
+            if first.dtype == torch.uint8:
+                gate, up = expand(first, second, wide, dtype)
+            else:
+                gate, up = _gate_up(first, second, xa, b_gate, b_up, pair)
+            made = _torch_backward(dh, gate, up, xa, g, b_gate, b_up, a_down, pair, activation, own_dtypes[:3])
         dgate, dup, dxa, *adapters = made
         return dgate.view(*lead, wide), dup.view(*lead, wide), dxa.view(*lead, dxa.shape[1]), *adapters, db_down
 
 
 def _torch_backward(
-    dh: Tensor, gate0: Tensor, up0: Tensor, xa: Tensor, g: Tensor, b_gate: Tensor, b_up: Tensor, a_down: Tensor,
+    dh: Tensor, gate: Tensor, up: Tensor, xa: Tensor, g: Tensor, b_gate: Tensor, b_up: Tensor, a_down: Tensor,
     scales: tuple[float, float], activation: str, own_dtypes: list[torch.dtype],
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """Do what `triton.backward` does in plain torch."""
-    dtype, rank = gate0.dtype, b_gate.shape[1]
-    gate, up = _gate_up(gate0, up0, xa, b_gate, b_up, list(scales))
+    """Do what `triton.backward` does in plain torch, from gate and up."""
+    dtype, rank = gate.dtype, b_gate.shape[1]
     dh = dh.addmm_(g, a_down.to(dtype))
     dgate, dup = glu_ref.glu_backward(dh, gate, up, activation)
     dxa = torch.cat([scales[0] * (dgate @ b_gate), scales[1] * (dup @ b_up)], 1)

@@ -105,12 +105,12 @@ def lora_glu_fwd_kernel(
     gate_ptr, up_ptr: [count, WIDTH] with row strides. xa_ptr: [count, R_GATE + R_UP], row stride xa_stride.
     b_gate_ptr: [WIDTH, R_GATE]; b_up_ptr: [WIDTH, R_UP]; a_down_ptr: [WIDTH, R_DOWN]. h_ptr: [count, WIDTH].
     ha_ptr: [SPLITS, count, R_DOWN] fp32. P_*: the ranks rounded up to a power of two of at least 16.
-    EVEN: WIDTH is a multiple of COLUMNS. EIGHT: gate0 and up0 also go to q_ptr and scale_ptr in 8 bits, a tile of 64
+    EVEN: WIDTH is a multiple of COLUMNS. EIGHT: gate and up also go to q_ptr and scale_ptr in 8 bits, a tile of 64
     COLUMNS a block (`eight_bits.compress`).
     """
     tl.static_assert(COLUMNS == EIGHT_BITS or not EIGHT)
-    split = tl.program_id(1)
-    given = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    split = tl.program_id(0)
+    given = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     in_rows = given < count
     row = tl.minimum(given, count - 1)  # rows beyond the last read the last, and write nothing
     r_gate, r_up, r_down = tl.arange(0, P_GATE), tl.arange(0, P_UP), tl.arange(0, P_DOWN)
@@ -125,14 +125,14 @@ def lora_glu_fwd_kernel(
         b_bg = _of_rank(b_gate_ptr, col, R_GATE, in_cols, r_gate, R_GATE)
         b_bu = _of_rank(b_up_ptr, col, R_UP, in_cols, r_up, R_UP)
         b_ad = _of_rank(a_down_ptr, col, R_DOWN, in_cols, r_down, R_DOWN)
-        if EIGHT:
-            _in_eight_bits(q_ptr, scale_ptr, 0, b_gate, row, count, start, in_rows, tl.cdiv(WIDTH, EIGHT_BITS))
-            _in_eight_bits(q_ptr, scale_ptr, 1, b_up, row, count, start, in_rows, tl.cdiv(WIDTH, EIGHT_BITS))
         b_gate += scale_gate * tl.dot(b_xa_gate, tl.trans(b_bg))
         b_up += scale_up * tl.dot(b_xa_up, tl.trans(b_bu))
         activated, _ = _activate(b_gate, ACTIVATION)
         b_h = (activated * b_up).to(h_ptr.dtype.element_ty)
         tl.store(h_ptr + row[:, None] * WIDTH + col[None, :], b_h, mask=in_rows[:, None] & in_cols[None, :])
+        if EIGHT:
+            _in_eight_bits(q_ptr, scale_ptr, 0, b_gate, row, count, start, in_rows, tl.cdiv(WIDTH, EIGHT_BITS))
+            _in_eight_bits(q_ptr, scale_ptr, 1, b_up, row, count, start, in_rows, tl.cdiv(WIDTH, EIGHT_BITS))
         b_ha += tl.dot(b_h, b_ad)
     ha_row = ha_ptr + (split.to(tl.int64) * count + row)[:, None] * R_DOWN
     tl.store(ha_row + r_down[None, :], b_ha, mask=in_rows[:, None] & (r_down < R_DOWN)[None, :])
@@ -150,14 +150,15 @@ def lora_glu_bwd_kernel(
 ):  # fmt: skip
     """Gradients over gate0 and up0, and those of the adapters, from dh0 = dy W_down and g = scale_down dy B_down.
 
-    gate, up and h are computed anew. dh = dh0 + g A_down. dgate_ptr may be dh_ptr: a tile is read before it is written.
-    dxa_ptr: [SPLITS, count, R_GATE + R_UP] fp32, this program's share. db_gate_ptr [R_GATE, WIDTH], db_up_ptr
-    [R_UP, WIDTH], da_down_ptr [R_DOWN, WIDTH], fp32, zero before: sums over rows are added to them; those of B are
-    still without their scale. EIGHT: gate_ptr and up_ptr are q and scale of the forward kernel. The rest as there.
+    gate, up and h are computed anew, of what is in 8 bits h alone. dh = dh0 + g A_down. dgate_ptr may be dh_ptr: a tile
+    is read before it is written. dxa_ptr: [SPLITS, count, R_GATE + R_UP] fp32, this program's share. db_gate_ptr
+    [R_GATE, WIDTH], db_up_ptr [R_UP, WIDTH], da_down_ptr [R_DOWN, WIDTH], fp32, zero before: sums over rows are added to
+    them; those of B are still without their scale. EIGHT: gate_ptr and up_ptr are q and scale of the forward kernel. The
+    rest as there.
     """
     tl.static_assert(COLUMNS == EIGHT_BITS or not EIGHT)
-    split = tl.program_id(1)
-    given = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    split = tl.program_id(0)
+    given = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     in_rows = given < count
     row = tl.minimum(given, count - 1)  # rows beyond the last read the last, have zeros in xa and g, and write nothing
     r_gate, r_up, r_down = tl.arange(0, P_GATE), tl.arange(0, P_UP), tl.arange(0, P_DOWN)
@@ -180,9 +181,12 @@ def lora_glu_bwd_kernel(
         b_bg = _of_rank(b_gate_ptr, col, R_GATE, in_cols, r_gate, R_GATE)
         b_bu = _of_rank(b_up_ptr, col, R_UP, in_cols, r_up, R_UP)
         b_ad = _of_rank(a_down_ptr, col, R_DOWN, in_cols, r_down, R_DOWN)
-        b_gate += scale_gate * tl.dot(b_xa_gate, tl.trans(b_bg))
-        b_up += scale_up * tl.dot(b_xa_up, tl.trans(b_bu))
+        if not EIGHT:
+            b_gate += scale_gate * tl.dot(b_xa_gate, tl.trans(b_bg))
+            b_up += scale_up * tl.dot(b_xa_up, tl.trans(b_bu))
         b_dh += tl.dot(b_g, tl.trans(b_ad))
+        if EIGHT:  # Adds nothing, but has the three in one layout: without, each goes through shared memory.
+            b_gate, b_up = b_gate + 0.0 * b_dh, b_up + 0.0 * b_dh
         activated, slope = _activate(b_gate, ACTIVATION)
         b_h = (activated * b_up).to(dtype)
         b_dgate = (b_dh * b_up * slope).to(dtype)
@@ -223,7 +227,7 @@ def forward(
     gate0: Tensor, up0: Tensor, xa: Tensor, b_gate: Tensor, b_up: Tensor, a_down: Tensor,
     scales: tuple[float, float], activation: str, eight_bits: bool = False, cfg: Launch | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """Return (h [M, N], h A_down^T [M, r]) in gate0's 16-bit dtype; with eight_bits also q and scale of gate0 and up0.
+    """Return (h [M, N], h A_down^T [M, r]) in gate0's 16-bit dtype; with eight_bits also q and scale of gate and up.
 
     gate0, up0: [M, N], last stride 1. xa: [M, r + r]. b_gate, b_up: [N, r], in gate0's dtype. a_down: [r, N], in any.
     M at least 1.
@@ -238,7 +242,7 @@ def forward(
         of_q, of_scale = shapes(count, width)
         kept = torch.empty(of_q, dtype=torch.uint8, device=h.device), torch.empty(of_scale, device=h.device)
     with launch_on(gate0):
-        lora_glu_fwd_kernel[(ceil_div(count, cfg.rows), cfg.splits)](
+        lora_glu_fwd_kernel[(cfg.splits, ceil_div(count, cfg.rows))](
             gate0, up0, xa, b_gate.contiguous(), b_up.contiguous(), transposed(a_down, dtype), h, shares,
             *(kept or (h, h)), count, gate0.stride(0), up0.stride(0), xa.stride(0), *scales,
             **_constants(width, ranks, activation, cfg, eight_bits),
@@ -253,8 +257,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Return (dgate0, dup0 [M, N], dxa [M, r + r], dB_gate, dB_up [N, r], dA_down [r, N]); dgate0 takes dh's memory.
 
-    dh, g: [M, N] and [M, r], contiguous. gate0, up0: as `forward` takes them, or q and scale that it made. The rest as
-    there. dxa has dh's dtype; the gradients of the adapters, contiguous, have `own_dtypes`.
+    dh, g: [M, N] and [M, r], contiguous. gate0, up0: as `forward` takes them, or the q and scale that it made. The rest
+    as there. dxa has dh's dtype; the gradients of the adapters, contiguous, have `own_dtypes`.
     """
     (count, width), r_down = dh.shape, a_down.shape[0]
     dtype, ranks = dh.dtype, (b_gate.shape[1], b_up.shape[1], r_down)
@@ -264,7 +268,7 @@ def backward(
     sums = torch.zeros(sum(ranks), width, dtype=torch.float32, device=dh.device)
     db_gate, db_up, da_down = sums.split(ranks)
     with launch_on(dh):
-        lora_glu_bwd_kernel[(ceil_div(count, cfg.rows), cfg.splits)](
+        lora_glu_bwd_kernel[(cfg.splits, ceil_div(count, cfg.rows))](
             dh, gate0, up0, xa, g, b_gate.contiguous(), b_up.contiguous(), transposed(a_down, dtype),
             dh, dup, shares, db_gate, db_up, da_down,
             count, gate0.stride(0), up0.stride(0), xa.stride(0), *scales,
