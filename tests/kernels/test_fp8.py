@@ -200,6 +200,25 @@ def test_product(m, dtype):
         assert judge.rms_ratio(got, truth) <= budget
 
 
+def test_a_cpu_needs_no_fp8_product_of_torchs_own(monkeypatch):
+    """Some versions of torch have one there for a single scale alone, some for rows on processors that support it."""
+
+    def refuses(*_, **__):
+        raise RuntimeError("Now _scaled_mm only supports per-tensor scaling for CPU backend.")
+
+    monkeypatch.setattr(torch, "_scaled_mm", refuses)
+    x, weight = ref.quantize_rows([normal(5, 96).cpu()]), ref.weight_rows(normal(48, 96, seed=1).cpu(), [], 48, 96)
+    for dtype in (torch.float32, torch.bfloat16):
+        out = torch.full((5, 48), float("nan"), dtype=dtype)
+        assert fp8.product(*x, *weight, dtype, out=out) is out
+        assert torch.equal(out, fp8.product(*x, *weight, dtype))
+        assert judge.rms_ratio(out, ref.product(*x, *weight, torch.float64)) < 2 * EPS[dtype]
+    plain = fp8.product(*x, weight[0], None, torch.float32)
+    assert torch.allclose(plain * weight[1], fp8.product(*x, *weight, torch.float32), rtol=1e-5)
+    one = fp8.product(*x, weight[0], torch.full((1,), 0.5), torch.float32)
+    assert torch.equal(one, 0.5 * plain)
+
+
 # ---- the operations
 
 

@@ -32,7 +32,7 @@ def device_obstacle(device: torch.device) -> str:
 def obstacle(device: torch.device, dtype: torch.dtype, n: int, k: int, nf4: bool) -> str:
     """Return why a product with a weight [n, k] cannot be computed in fp8, "" if it can.
 
-    dtype: of its result. nf4: the weight is in NF4. A CPU computes it in torch's own fp8 product.
+    dtype: of its result. nf4: the weight is in NF4. A CPU computes it in fp32 from fp8 factors.
     """
     why = device_obstacle(device)
     if why:
@@ -160,6 +160,9 @@ def product(
     columns = weight_scale.reshape(1, -1).expand(1, weight.shape[0]).contiguous()
     if q.shape[0] == 0:
         return torch.empty(0, weight.shape[0], dtype=dtype, device=q.device)
+    if q.device.type == "cpu":  # torch's own takes several scales there in some versions, on some processors
+        made = ref.product(q, scale, weight, columns, dtype)
+        return made if out is None else out.copy_(made)
     into = {} if out is None else {"out": out}
     return torch._scaled_mm(q, weight.t(), scale_a=scale, scale_b=columns, out_dtype=dtype, use_fast_accum=fast, **into)
 
