@@ -1,5 +1,6 @@
 """Saved tensors that wait in CPU memory: the gradients are the same, buffers are reused, and what stays stays."""
 
+import contextlib
 import copy
 
 import pytest
@@ -114,6 +115,125 @@ def test_what_views_only_a_part_of_its_memory_stays():
     out.backward()
     assert offloader.moved_bytes == 0
     torch.testing.assert_close(whole.grad[:, :8], 8 * whole.detach()[:, :8])
+
+
+class Recorded:
+    """Stands for a recording of a CUDA graph."""
+
+    over = False
+
+
+class Stream:
+    """Stands for a CUDA stream and keeps the rules of recordings: what one begins, another may not wait for."""
+
+    def __init__(self):
+        self.recording, self.work, self.joined = None, 0, {}
+
+    def record_event(self):
+        return self, self.recording, self.work
+
+    def wait_event(self, event):
+        stream, recording, work = event
+        if recording is None and self.recording is not None:
+            raise RuntimeError("dependency created on uncaptured work in another stream")
+        if recording is not None and (recording.over or self.recording not in (None, recording)):
+            raise RuntimeError("operation not permitted on an event last recorded in a capturing stream")
+        self.recording = recording
+        self.joined[stream] = max(work, self.joined.get(stream, 0))
+
+    def wait_stream(self, stream):
+        self.wait_event(stream.record_event())
+
+
+class Streamed(Offloader):
+    """Copies on the CPU, on a stream that keeps the rules."""
+
+    def __init__(self, least_bytes):
+        super().__init__(CPU, least_bytes)
+        self.stream = Stream()
+
+    def _beside(self):
+        self.stream.work += 1
+        return super()._beside()
+
+
+@pytest.fixture
+def streams(monkeypatch):
+    """Return the stream that computes, and a context that records a graph on it as `torch.cuda.graph` does."""
+    main = Stream()
+    current = [main]
+
+    @contextlib.contextmanager
+    def on(stream):
+        current.append(stream)
+        yield
+        current.pop()
+
+    @contextlib.contextmanager
+    def recording(side):
+        main.recording = Recorded()
+        yield
+        if side.recording is main.recording and main.joined[side] < side.work:
+            raise RuntimeError("capturing stream has unjoined work")
+        main.recording.over, main.recording, side.recording = True, None, None
+
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: current[-1])
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: current[-1].recording is not None)
+    return main, recording
+
+
+@pytest.mark.parametrize("which", [range(4), range(3), (1,)])
+@pytest.mark.parametrize("least_bytes", [1024, 8 * 32 * 128 * 8, 1 << 30], ids=["all", "some", "none"])
+def test_a_recording_waits_for_nothing_that_was_begun_outside_it(problem, streams, least_bytes, which):
+    layers, x, table = problem
+    _, recording = streams
+    chain(layers, x, table).square().sum().backward()
+    offloader = Streamed(least_bytes)
+    chain(layers, x, table, offloader, which).sum().backward()  # the pool has what a step takes
+    held = chain(layers, x, table, offloader, which).sum()  # and this one has not gone backward yet
+    with offloader.recorded() as buffers:
+        with recording(offloader.stream):
+            loss = chain(layers, x, table, offloader, which).square().sum()
+            offloader.join()
+        with recording(offloader.stream):
+            got = torch.autograd.grad(loss, [x, *layers.parameters()])
+            offloader.join()
+    held.backward()
+    x.grad, _ = None, layers.zero_grad()
+    chain(layers, x, table).square().sum().backward()
+    for wanted, gradient in zip(gradients(layers, x), got, strict=True):
+        assert torch.equal(wanted, gradient)
+    assert (len(buffers) > 0) == (least_bytes < 1 << 30)
+
+
+def test_buffers_of_a_recording_are_its_own_until_they_are_given_back(problem):
+    layers, x, table = problem
+    offloader = Offloader(CPU, least_bytes=1024)
+    with offloader.recorded() as buffers:
+        chain(layers, x, table, offloader, range(4)).sum().backward()
+    mine = {buffer.data_ptr() for buffer in buffers}
+    size = sum(buffer.numel() for buffer in buffers)
+    assert len(mine) == len(buffers) > 0 and size == offloader.moved_bytes and offloader.pool.free == {}
+    chain(layers, x, table, offloader, range(4)).sum().backward()
+    assert mine.isdisjoint(buffer.data_ptr() for free in offloader.pool.free.values() for buffer in free)
+    for buffer in buffers:
+        offloader.pool.give(buffer)
+    with pytest.raises(RuntimeError, match="broke"), offloader.recorded():
+        loss = chain(layers, x, table, offloader, range(4)).sum()
+        raise RuntimeError("broke")
+    del loss
+    assert offloader.pool.allocated_bytes == 2 * size and offloader._groups == []
+    assert sum(buffer.numel() for free in offloader.pool.free.values() for buffer in free) == 2 * size
+    chain(layers, x, table, offloader, range(4)).sum().backward()
+    assert offloader.pool.allocated_bytes == 2 * size
+
+
+def test_a_device_without_an_index_is_the_current_one(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: device)
+    offloader = Offloader(torch.device("cuda"))
+    assert offloader.device == offloader.stream == torch.device("cuda", 3)  # as tensors on it say
 
 
 @pytest.mark.gpu

@@ -160,6 +160,23 @@ def test_what_is_in_the_way_of_a_shape_is_looked_for_once(standing):
     assert len(asked) == 3
 
 
+def test_a_recording_that_fails_is_told_with_what_came_first(standing, monkeypatch):
+    def record(*_):
+        try:
+            raise RuntimeError("CUDA error: dependency created on uncaptured work\nCompile with more")
+        finally:
+            raise RuntimeError("CUDA error: operation failed due to a previous error\nCompile with more")
+
+    replayer, take, _ = standing
+    replayer.mode = "always"
+    monkeypatch.setattr(cuda_graphs, "obstacle", lambda model: "")
+    monkeypatch.setattr(cuda_graphs.Replayer, "_record", record)
+    told = "operation failed due to a previous error, after: CUDA error: dependency created on uncaptured work$"
+    with pytest.warns(UserWarning, match=told):
+        take(6, 8, 1e-9)
+    assert replayer.mode == "never" and replayer.recording is None
+
+
 def test_one_slow_measurement_is_no_verdict(standing):
     replayer, take, asked = standing
     take(cuda_graphs.SETTLED + 1, 8, 100.0)

@@ -68,10 +68,13 @@ class Offloader:
     """Parks what the layers of one model save; `least_bytes` is the smallest tensor that is moved."""
 
     def __init__(self, device: torch.device, least_bytes: int = LEAST_BYTES) -> None:
+        if device.type == "cuda" and device.index is None:  # no tensor says that it is on such a device
+            device = torch.device("cuda", torch.cuda.current_device())
         self.device, self.least_bytes = device, least_bytes
         self.pool = Pool(pinned=device.type == "cuda")
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._groups: list[Group] = []
+        self._recorded: list[Tensor] | None = None
         self.moved_bytes = 0
 
     @contextmanager
@@ -112,6 +115,27 @@ class Offloader:
         if recorded or not recording:  # a recording may not wait for a stream outside it, on which it has begun nothing
             torch.cuda.current_stream(self.device).wait_stream(self.stream)
 
+    @contextmanager
+    def recorded(self) -> Iterator[list[Tensor]]:
+        """Give the buffers that are taken within, where forward and backward of a step are recorded as CUDA graphs.
+
+        They are the graphs', which write and read them in every replay: whoever holds the graphs gives them back to
+        `pool` once those are gone. What earlier steps have begun is let go of first, since a recording can neither wait
+        for it nor fetch what it parked. A recording that fails leaves nothing behind.
+        """
+        self.join()
+        self._groups.clear()
+        self._recorded = taken = []
+        try:
+            yield taken
+        except BaseException:
+            self._groups.clear()
+            for buffer in taken:
+                self.pool.give(buffer)
+            raise
+        finally:
+            self._recorded = None
+
     def _movable(self, tensor: Tensor) -> bool:
         whole = tensor.numel() * tensor.element_size() == tensor.untyped_storage().nbytes()
         large = tensor.untyped_storage().nbytes() >= self.least_bytes
@@ -125,7 +149,10 @@ class Offloader:
         size = tensor.untyped_storage().nbytes()
         host = self.pool.take(size)
         parked = Parked(group, host, tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device)
-        weakref.finalize(parked, self.pool.give, host).atexit = False
+        if self._recorded is not None:
+            self._recorded.append(host)
+        else:
+            weakref.finalize(parked, self.pool.give, host).atexit = False
         if self.stream is not None:
             self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with self._beside():
@@ -136,8 +163,11 @@ class Offloader:
         return parked
 
     def _settle(self, group: Group) -> None:
-        """Note that the group's copies are queued, and let go of the tensors of the group before it."""
-        if self.stream is not None:
+        """Note that the group's copies are queued, and let go of the tensors of the group before it.
+
+        Without copies there is nothing to wait for; and a recording may not wait for a stream that it has not reached.
+        """
+        if self.stream is not None and group.leaving:
             group.left = self.stream.record_event()
         last = self._groups[-1] if self._groups else None
         if last is not None:

@@ -15,6 +15,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -137,7 +138,7 @@ class Replayer:
         try:
             return self._record(batch, shape)
         except RuntimeError as error:
-            self.mode, self.why_not = "never", f"recording failed: {str(error).splitlines()[0]}"
+            self.mode, self.why_not = "never", f"recording failed: {chain_of(error)}"
             warnings.warn(f"fastft: steps are not replayed as CUDA graphs: {self.why_not}", stacklevel=4)
             return None
 
@@ -190,18 +191,38 @@ class Replayer:
         torch.cuda.synchronize()
         torch.cuda.empty_cache()  # a graph's memory is its own: what earlier steps left cannot serve it
         forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        # Other threads (a data loader's) may use CUDA meanwhile: what they do is none of the recording's.
-        with torch.cuda.graph(forward, capture_error_mode="thread_local"):
-            loss = self._plain({**batch, **inputs})
-            _join_copies(self.model)
-        upstream = torch.ones_like(loss)
-        with torch.cuda.graph(backward, pool=forward.pool(), capture_error_mode="thread_local"):
-            gradients = torch.autograd.grad(loss, parameters, upstream, allow_unused=True)
-            places, parts = places_of(gradients)
-            flat = tuple(torch.cat([part.flatten() for part in group]) for group in parts)
-            _join_copies(self.model)
-            del gradients, parts
-        return Recording(shape, inputs, forward, backward, loss, upstream, parameters, flat, places)
+        offloader, now = _offloader(self.model), torch.cuda.stream(torch.cuda.current_stream())
+        # `now`: where a recording fails, `torch.cuda.graph` leaves its own stream the current one.
+        with offloader.recorded() if offloader else nullcontext([]) as buffers, now:
+            # Other threads (a data loader's) may use CUDA meanwhile: what they do is none of the recording's.
+            with torch.cuda.graph(forward, capture_error_mode="thread_local"):
+                loss = self._plain({**batch, **inputs})
+                if offloader:
+                    offloader.join()
+            upstream = torch.ones_like(loss)
+            with torch.cuda.graph(backward, pool=forward.pool(), capture_error_mode="thread_local"):
+                gradients = torch.autograd.grad(loss, parameters, upstream, allow_unused=True)
+                places, parts = places_of(gradients)
+                flat = tuple(torch.cat([part.flatten() for part in group]) for group in parts)
+                if offloader:
+                    offloader.join()
+                del gradients, parts
+        made = Recording(shape, inputs, forward, backward, loss, upstream, parameters, flat, places)
+        for buffer in buffers:
+            weakref.finalize(made, offloader.pool.give, buffer).atexit = False
+        return made
+
+
+def chain_of(error: BaseException) -> str:
+    """Return the first line of an error, and those of the errors that it came after.
+
+    The end of a recording that failed raises an error of its own, which says no more than that there was one before.
+    """
+    lines, one = [], error
+    while one is not None:
+        lines.append((str(one).splitlines() or [type(one).__name__])[0])
+        one = one.__context__
+    return ", after: ".join(lines)
 
 
 def places_of(
@@ -250,10 +271,10 @@ def moves_activations(model: Any) -> bool:
     return planned is not None and any(mode.offload for mode in planned.modes)
 
 
-def _join_copies(model: Any) -> None:
+def _offloader(model: Any) -> Any:
+    """Return what moves the activations of a compiled model, None before it has moved any."""
     planned = get_state(model).compiled.planned
-    if planned is not None and planned.offloader is not None:
-        planned.offloader.join()
+    return None if planned is None else planned.offloader
 
 
 def _random(model: Any) -> str:
