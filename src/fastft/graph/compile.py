@@ -133,34 +133,54 @@ def compile(
     It registers the attention "fastft" with transformers and sets `torch._dynamo.config.specialize_float`, without
     which constants such as epsilon become inputs of a graph with dynamic lengths. Raises UsageError.
     """
+    base = base_model(model)
+    settings = _settings(model, base, plan, backend, disable, implementations, compute)
+    spec = get_state(model).spec or find(base.config)
+    layers = decoder_layers(base, spec) if spec else ()
+    uncompile(model)
+    if layers:
+        compiled = _install(model, base, spec, settings, layers, dynamic, batch, compute)
+        _install_norms(compiled, base, implementations or {}, dynamic)
+    else:
+        _leave(model, base, spec, settings, compute)
+    return model
+
+
+def _settings(
+    model: nn.Module,
+    base: nn.Module,
+    plan: str | int,
+    backend: str,
+    disable: Sequence[str],
+    implementations: Mapping[str, str] | None,
+    compute: str,
+) -> Settings:
+    """Return how graphs are rewritten and lowered, with the plan that the model's state makes of `plan`.
+
+    Raises UsageError for arguments that are wrong, by themselves or with this model.
+    """
     chosen = {**default_implementations(), **(implementations or {})}
     _check_arguments(plan, backend, disable, chosen, compute)
-    base = base_model(model)
     _check_device(base, compute)
     plan = _of_state(plan, get_state(model).plan)
     problem = plan_problem(plan)
     if problem is not None:
         raise UsageError(problem)
-    spec = get_state(model).spec or find(base.config)
-    settings = Settings(backend, plan, disable=tuple(disable), implementations=chosen, compute=compute.split("+")[0])
-    layers = decoder_layers(base, spec) if spec else ()
-    uncompile(model)
-    if spec is None or not layers:
-        why = (
-            f"architecture {base.config.model_type!r} has no spec"
-            if spec is None
-            else "the spec's layer classes are not in the model"
-        )
-        note = f"{why}: it runs unrewritten through transformers and PEFT"
-        note += f", exact though compute={compute!r} was asked for" if compute != "exact" else ""
-        report_ = RewriteReport(
-            None, "none", str(plan), base.config._attn_implementation, "transformers", 0, notes=(note,)
-        )
-        update_state(model, compiled=Compiled(spec, settings, (), None, report_))
-        return model
-    compiled = _install(model, base, spec, settings, layers, dynamic, batch, compute)
-    _install_norms(compiled, base, implementations or {}, dynamic)
-    return model
+    return Settings(backend, plan, disable=tuple(disable), implementations=chosen, compute=compute.split("+")[0])
+
+
+def _leave(model: nn.Module, base: nn.Module, spec: ModelSpec | None, settings: Settings, compute: str) -> None:
+    """Note that no layers of the model are known: it stays as it is, and the report says why."""
+    why = (
+        f"architecture {base.config.model_type!r} has no spec"
+        if spec is None
+        else "the spec's layer classes are not in the model"
+    )
+    note = f"{why}: it runs unrewritten through transformers and PEFT"
+    note += f", exact though compute={compute!r} was asked for" if compute != "exact" else ""
+    attention_ = base.config._attn_implementation
+    report_ = RewriteReport(None, "none", str(settings.plan), attention_, "transformers", 0, notes=(note,))
+    update_state(model, compiled=Compiled(spec, settings, (), None, report_))
 
 
 def _of_state(plan: str | int, of_state: str | int) -> str | int:

@@ -75,58 +75,74 @@ def add_lora(
     adapter, and torch's global random state is left as it was. Raises `UsageError` with all mistakes at once.
     """
     given = {
-        "r": r, "alpha": alpha, "dropout": dropout, "bias": bias, "init": init, "dora": dora,
+        "r": r, "alpha": alpha, "dropout": dropout, "bias": bias, "init": init, "rslora": rslora, "dora": dora,
         "modules_to_save": modules_to_save, "layers": layers, "layers_pattern": layers_pattern,
-        "targets": targets, "train_tokens": train_tokens,
-        "seed": seed,
+        "targets": targets, "train_tokens": train_tokens, "seed": seed,
     }  # fmt: skip
     problems = problems_of(model, given, options)
     if problems:
         raise UsageError(*problems)
     base, state = base_model(model), get_state(model)
-    chosen = _choose_targets(base, state, targets)
-    tied = _tied(base)
-    whole = _keep_tied(list(modules_to_save or ()), tied)
-    tokens = _token_rows(base, state, train_tokens, whole, tied)
-    notes = list(state.notes)
-    from peft import LoraConfig, get_peft_model
+    config = _config(base, state, given, options)
+    tokens = _token_notes(config.trainable_token_indices)
+    adapted, notes = _adapt(base, state, config, seed, init == "loftq")
+    adapted.train(model.training)
+    if notes or tokens:
+        update_state(adapted, notes=(*state.notes, *notes, *tokens))
+    return adapted
 
-    config = LoraConfig(
-        r=r,
-        lora_alpha=alpha,
-        lora_dropout=dropout,
+
+def _config(base: Any, state: ModelState, given: Mapping[str, Any], options: Mapping[str, Any]) -> Any:
+    """Return PEFT's LoraConfig for the arguments `given` to `add_lora` and its further `options`."""
+    from peft import LoraConfig
+
+    chosen, tied = _choose_targets(base, state, given["targets"]), _tied(base)
+    whole = _keep_tied(list(given["modules_to_save"] or ()), tied)
+    tokens = _token_rows(base, state, given["train_tokens"], whole, tied)
+    layers = given["layers"]
+    return LoraConfig(
+        r=given["r"],
+        lora_alpha=given["alpha"],
+        lora_dropout=given["dropout"],
         target_modules=chosen,
-        bias=bias,
-        use_rslora=rslora,
-        use_dora=dora,
-        init_lora_weights=True if init == "loftq" else init,
+        bias=given["bias"],
+        use_rslora=given["rslora"],
+        use_dora=given["dora"],
+        init_lora_weights=True if given["init"] == "loftq" else given["init"],
         modules_to_save=whole or None,
         layers_to_transform=layers if layers is None or isinstance(layers, int) else list(layers),
-        layers_pattern=layers_pattern,
+        layers_pattern=given["layers_pattern"],
         trainable_token_indices=tokens or None,
         ensure_weight_tying=bool(tied) and (bool(whole and set(whole) & set(tied)) or bool(_names_any(chosen, tied))),
         task_type="CAUSAL_LM",
         revision=state.revision,
         **options,
     )
+
+
+def _adapt(base: Any, state: ModelState, config: Any, seed: int, loftq: bool) -> tuple[Any, list[str]]:
+    """Return the PEFT model, drawn with `seed`, and what is to be noted; with `loftq` it starts at NF4's error."""
+    from peft import get_peft_model
+
     with torch.random.fork_rng(devices=cuda_devices(base)), quiet():
         torch.manual_seed(seed)
         adapted = get_peft_model(base, config)
-        if init == "loftq":
-            try:
-                count = start_from_residual(base, state.source, state.revision)
-            except UsageError:
-                adapted.unload()  # the model is as it was
-                raise
-            update_state(adapted, loftq=True)
-            notes.append(f"LoftQ: {count} layers start at what NF4 took away; load this adapter with quant='nf4'")
-    adapted.train(model.training)
-    if tokens:
-        rows = len(next(iter(tokens.values())))
-        notes.append(f"{rows} token rows of {' and '.join(tokens)} are trained with the adapter")
-    if notes != list(state.notes):
-        update_state(adapted, notes=tuple(notes))
-    return adapted
+        if not loftq:
+            return adapted, []
+        try:
+            count = start_from_residual(base, state.source, state.revision)
+        except UsageError:
+            adapted.unload()  # the model is as it was
+            raise
+    update_state(adapted, loftq=True)
+    return adapted, [f"LoftQ: {count} layers start at what NF4 took away; load this adapter with quant='nf4'"]
+
+
+def _token_notes(tokens: Mapping[str, Sequence[int]] | None) -> list[str]:
+    if not tokens:
+        return []
+    rows = len(next(iter(tokens.values())))
+    return [f"{rows} token rows of {' and '.join(tokens)} are trained with the adapter"]
 
 
 def cuda_devices(model: nn.Module) -> list[int]:
