@@ -7,10 +7,12 @@ from peft import LoraConfig, get_peft_model
 from tiny import batch, flat, make, relative, run
 
 import fastft
+from fastft.graph import planned as planning
 from fastft.graph.compile import uncompile, uncompiled
 from fastft.graph.twin import tiny_model
 from fastft.memory.estimate import norm_bytes
 from fastft.registry.resolve import find
+from fastft.registry.spec import NormPoint
 from fastft.state import base_model, get_state, update_state
 
 FAMILIES = ("llama", "gemma3_text", "qwen3", "cohere")
@@ -115,6 +117,33 @@ def test_asked_for_as_torch_code_it_is_lowered_as_the_layers_are():
     expected, got = run(make("gemma3_text", torch.float32, True), batch(0)), run(model, batch(0))
     assert relative(flat(expected[2]), flat(got[2])) < 5e-6
     assert [r.implementation for r in norm_graphs(model)[0].rewrites] == ["torch"]
+
+
+@pytest.mark.parametrize("asked", [{}, {"norm": "op"}, {"norm": "torch"}], ids=str)
+def test_the_estimate_counts_it_in_the_form_that_runs(asked, monkeypatch):
+    """On a GPU the operation is fused; torch code is not, though Inductor compiles it."""
+    honest = planning.computed_norm
+    monkeypatch.setattr(planning, "computed_norm", lambda where, form: honest(torch.device("cuda"), form))
+    model = fastft.compile(make("llama", torch.float32, True), backend="eager", implementations=asked)
+    assert get_state(model).compiled.planned.setup.norm == ("reference" if "torch" in asked.values() else "fused")
+    assert honest(torch.device("cpu"), "op") == honest(torch.device("cpu"), "torch") == "reference"
+
+
+def test_one_without_a_weight_is_known_and_replaced():
+    """Nothing in its graph names it: no parameter, and no module within it."""
+    models = [make("llama", torch.float32, True, hidden_size=72) for _ in range(2)]
+    for model in models:
+        base = base_model(model)
+        base.model.norm = torch.nn.LayerNorm(72, elementwise_affine=False)
+        point = NormPoint(("LayerNorm",), kind="layer", eps="eps")
+        spec = find(base.config)
+        update_state(base, spec=evolve(spec, norms=(*spec.norms, point)))
+    model = fastft.compile(models[1], backend="eager")
+    expected, got = run(models[0], batch(0)), run(model, batch(0))
+    assert relative(expected[0], got[0]) < 2e-6 and relative(flat(expected[2]), flat(got[2])) < 5e-6
+    (done,) = norm_graphs(model)[0].rewrites
+    assert (done.module, done.applied) == ("model.norm", True)
+    assert get_state(model).compiled.planned.setup.norm == "reference"
 
 
 def test_it_runs_as_it_is_where_the_layers_do():

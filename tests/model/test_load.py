@@ -346,6 +346,27 @@ def test_the_network_is_asked_only_for_what_is_not_cached(tiny, online, monkeypa
     assert asked == [True, False, True]
 
 
+def test_a_lone_tokenizer_json_is_no_whole_copy_of_a_tokenizer(tiny, online, monkeypatch, tmp_path):
+    """It is what other libraries fetch by itself: special tokens and the chat template are in other files."""
+    import huggingface_hub
+
+    folder, asked = tiny(), []
+    shutil.copy(folder / "tokenizer.json", tmp_path)
+
+    def download(repo, local_files_only, **_):
+        asked.append(local_files_only)
+        return str(tmp_path if local_files_only else folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert files.locate("team/small", part="tokenizer") == folder and asked == [True, False]
+    shutil.copy(folder / "tokenizer_config.json", tmp_path)
+    assert files.locate("team/small", part="tokenizer") == tmp_path and asked == [True, False, True]
+    (tmp_path / "tokenizer_config.json").unlink()
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(LoadError, match=r"hub cache is incomplete \(no tokenizer_config.json\).*HF_HUB_OFFLINE"):
+        files.locate("team/small", part="tokenizer")
+
+
 @pytest.fixture
 def silent_hub(monkeypatch):
     """The hub takes a connection and never answers; at most a moment is waited for it."""

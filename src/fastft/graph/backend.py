@@ -31,6 +31,7 @@ class Settings:
 
     `compute` is "exact", or "fp8" where large products may have fp8 factors. `dequantised`: this version of a layer
     reads copies of its NF4 weights that are kept dequantised. `eight_bits`: gate and up are kept in 8 bits.
+    `norm_alone`: the form, of `implementations`, of a norm that is a graph of its own.
     """
 
     backend: str = "inductor"
@@ -41,6 +42,7 @@ class Settings:
     compute: str = "exact"
     dequantised: bool = False
     eight_bits: bool = False
+    norm_alone: str = "op"
 
 
 @define(eq=False, repr=False)

@@ -77,7 +77,11 @@ def copy_graph(graph_module: fx.GraphModule) -> fx.GraphModule:
 
 
 def find_unit(graph_module: fx.GraphModule, binding: Binding, units: Sequence[nn.Module]) -> nn.Module | None:
-    """Return the one of `units` that the graph was captured from: the module that its modules or parameters are in."""
+    """Return the one of `units` that the graph was captured from: the module that its modules or parameters are in.
+
+    Nothing in the graph names a module that has neither, such as a norm without a weight: it is the one without, if
+    there is but one.
+    """
     named = {binding.modules[id(unit)][0]: unit for unit in units if id(unit) in binding.modules}
     for node in graph_module.graph.nodes:
         inner = [binding.modules[ident][0] for ident in module_stack(node) if ident in binding.modules]
@@ -86,7 +90,8 @@ def find_unit(graph_module: fx.GraphModule, binding: Binding, units: Sequence[nn
             found = next((named[parent] for parent in parents if parent in named), None)
             if found is not None:
                 return found
-    return None
+    bare = [unit for unit in named.values() if not unit._modules and not [*unit.parameters(), *unit.buffers()]]
+    return bare[0] if len(bare) == 1 else None
 
 
 def place(graph_module: fx.GraphModule, binding: Binding, unit: nn.Module) -> None:

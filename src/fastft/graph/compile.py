@@ -17,6 +17,7 @@ from fastft.graph.capture import is_instance_of
 from fastft.graph.head import NOT_FP8_HEAD, head_check
 from fastft.graph.keepable import eight_bits_obstacle
 from fastft.graph.outer_norms import norm_dispatcher, norm_settings, outer_norms
+from fastft.graph.passes.norm import RULE as NORM
 from fastft.graph.pipeline import PASSES, default_implementations
 from fastft.graph.planned import PlannedLayers
 from fastft.graph.report import RewriteReport
@@ -140,7 +141,7 @@ def compile(
     uncompile(model)
     if layers:
         compiled = _install(model, base, spec, settings, layers, dynamic, batch, compute)
-        _install_norms(compiled, base, implementations or {}, dynamic)
+        _install_norms(compiled, base, dynamic)
     else:
         _leave(model, base, spec, settings, compute)
     return model
@@ -166,7 +167,10 @@ def _settings(
     problem = plan_problem(plan)
     if problem is not None:
         raise UsageError(problem)
-    return Settings(backend, plan, disable=tuple(disable), implementations=chosen, compute=compute.split("+")[0])
+    return Settings(
+        backend, plan, disable=tuple(disable), implementations=chosen, compute=compute.split("+")[0],
+        norm_alone=(implementations or {}).get(NORM, "op"),
+    )  # fmt: skip
 
 
 def _leave(model: nn.Module, base: nn.Module, spec: ModelSpec | None, settings: Settings, compute: str) -> None:
@@ -263,7 +267,9 @@ def _install(
     obstacle = eight_bits_obstacle(layers, spec, settings.disable, settings.implementations)
     settings = evolve(settings, eight_bits=named_part(settings.plan)[1] and not obstacle)
     eight_bits = None if obstacle else settings.eight_bits
-    planned = PlannedLayers.of(model, spec, settings.plan, layers, batch, compute, settings.disable, eight_bits)
+    planned = PlannedLayers.of(
+        model, spec, settings.plan, layers, batch, compute, settings.disable, eight_bits, settings.norm_alone
+    )
     not_so = (fast_is_keep(settings.plan, planned.modes, planned.why_not), not_in_eight_bits(settings.plan, obstacle))
     report_ = evolve(report_, notes=(*report_.notes, *filter(None, not_so)))
     rewriting = RewritingBackend(base, spec, settings, layers, graphs=planned.graphs, weights=planned.weights)
@@ -285,13 +291,11 @@ def _install(
     return compiled
 
 
-def _install_norms(
-    compiled: Compiled, base: nn.Module, implementations: Mapping[str, str], dynamic: bool | None
-) -> None:
+def _install_norms(compiled: Compiled, base: nn.Module, dynamic: bool | None) -> None:
     """Let the norms outside the layers run compiled where the layers do: one version with gradients, one without."""
     settings = compiled.settings
     compiled.norms = outer_norms(base, compiled.spec, compiled.layers, settings.disable)
-    rewriting = compiled.backend.for_units(compiled.norms, norm_settings(settings, implementations))
+    rewriting = compiled.backend.for_units(compiled.norms, norm_settings(settings))
 
     def backend(graph_module: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         lowered = rewriting(graph_module, example_inputs)

@@ -31,13 +31,13 @@ def outer_norms(
     return tuple(module for module in modules[behind:] if is_instance_of(module, classes))
 
 
-def norm_settings(settings: Settings, asked: Mapping[str, str]) -> Settings:
-    """Return how the graph of a norm alone is rewritten and lowered; `asked`: the implementations that a user named.
+def norm_settings(settings: Settings) -> Settings:
+    """Return how the graph of a norm alone is rewritten and lowered.
 
     Within a layer Inductor fuses a norm with its neighbours. Alone it is one fused operation, on which Inductor would
     have nothing to do but take seconds.
     """
-    form = asked.get(RULE, "op")
+    form = settings.norm_alone
     backend = "eager" if form == "op" else settings.backend
     return evolve(settings, backend=backend, implementations={**settings.implementations, RULE: form})
 

@@ -62,16 +62,17 @@ class PlannedLayers:
         compute: str = "exact",
         disable: Sequence[str] = (),
         eight_bits: bool | None = False,
+        norm_alone: str = "op",
     ) -> "PlannedLayers":
         """Return the plan of a model whose decoder layers are `layers`, solved at once if `batch` is known.
 
         `disable`: names of rewrites that are left out. `eight_bits`: whether gate and up are to be kept in 8 bits, None
-        where they cannot be. Raises UsageError for a budget on a model whose config does not tell its sizes.
+        where they cannot be. `norm_alone`: the form of a norm outside the layers. Raises UsageError for a budget on a
+        model whose config does not tell its sizes.
         """
         budget = budget_of(plan)
         where = next(layers[0].parameters()).device
-        replaced = "fused" if where.type == "cuda" else "reference"
-        norm = replaced if outer_norms(base_model(model), spec, layers, disable) else "eager"
+        norm = computed_norm(where, norm_alone) if outer_norms(base_model(model), spec, layers, disable) else "eager"
         try:
             setup = setup_of_model(model, spec)
             shape = evolve(setup.shape, layers=len(layers))
@@ -212,6 +213,11 @@ class PlannedLayers:
             return [*given, *own, *layer.buffers(), *states, *self.weights.of(own)]
 
         return self.offloader.layer(stays)
+
+
+def computed_norm(where: torch.device, form: str) -> str:
+    """Return the name that the estimate has for a norm replaced in this form, "op" or "torch", on such a device."""
+    return "fused" if where.type == "cuda" and form == "op" else "reference"
 
 
 def _own_context(memory: int) -> int:

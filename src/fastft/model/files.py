@@ -12,6 +12,7 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "spiece.model")
+TOKENIZER_CONFIG = "tokenizer_config.json"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9_][\w.-]*)?")
@@ -152,7 +153,10 @@ def problems_of(folder: Path) -> list[str]:
 
 
 def _tokenizer_problems(folder: Path) -> list[str]:
-    return [] if has_tokenizer(folder) else ["no tokenizer"]
+    """A lone tokenizer.json is what other libraries fetch; the special tokens and the chat template lie elsewhere."""
+    if not has_tokenizer(folder):
+        return ["no tokenizer"]
+    return [] if (folder / TOKENIZER_CONFIG).is_file() else [f"no {TOKENIZER_CONFIG}"]
 
 
 def _config_problems(folder: Path) -> list[str]:
