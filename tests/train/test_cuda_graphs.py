@@ -195,6 +195,39 @@ def test_gradients_lie_one_after_the_other_by_dtype():
             assert torch.equal(flat[place[0]].narrow(0, *place[1:]).view_as(gradient), gradient)
 
 
+class Graph:
+    """Stands for `torch.cuda.CUDAGraph`, whose recording is a launch here."""
+
+    def pool(self):
+        return None
+
+
+def test_a_recording_has_host_buffers_of_its_own_and_gives_them_back_at_its_end(build_model, build_rows, monkeypatch):
+    model, rows, items = build_model().train(), collate(build_rows(3)), torch.tensor(11)
+    fastft.compile(model, plan="offload", backend="aot_eager")
+    offloader = get_state(model).compiled.planned.offloader = Offloader(torch.device("cpu"), least_bytes=512)
+    for name in ("synchronize", "empty_cache", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
+    replayer = cuda_graphs.Replayer(model, lambda given, items: step.loss(model, given, items), "always")
+
+    def free():
+        return sum(buffer.numel() for buffers in offloader.pool.free.values() for buffer in buffers)
+
+    recording = replayer._record({**rows, "num_items": items}, ())
+    size = offloader.moved_bytes
+    assert size > 0 == free()
+    step.loss(model, rows, items).backward()  # a step that is launched takes others
+    assert free() == size and offloader.pool.allocated_bytes == 2 * size
+    for place, parameter in zip(recording.places, recording.parameters, strict=True):
+        made = recording.gradients[place[0]].narrow(0, *place[1:]).view_as(parameter)
+        torch.testing.assert_close(made, parameter.grad)
+    del recording
+    assert free() == 2 * size
+
+
 def gradients(model):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
