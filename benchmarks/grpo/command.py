@@ -49,7 +49,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--engine", default="vllm", choices=("vllm", "transformers"))
     parser.add_argument("--engine-options", default="{}", help="JSON, for the engine")
     parser.add_argument("--backend", default="inductor", help="torch.compile's, of fastft")
-    parser.add_argument("--timeout", type=int, default=540, help="seconds for one arm")
+    parser.add_argument("--seconds", type=float, default=0, help="of one arm, behind which it begins no more steps")
+    parser.add_argument("--timeout", type=int, default=540, help="seconds for one arm; one that takes longer is killed")
     parser.add_argument("--output", help="a file that the lines are added to as well")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     return parser
@@ -70,7 +71,8 @@ def _all(given: argparse.Namespace) -> int:
         if any(not name.startswith("fastft") for name in names):
             _run({**shared, "arm": FOLDER, "output": folder}, given.timeout)
         for name in names:
-            line = _run({**shared, "arm": name, "output": f"{folder}/{name}"}, given.timeout)
+            until = time.time() + given.seconds if given.seconds else 0.0
+            line = _run({**shared, "arm": name, "output": f"{folder}/{name}", "until": until}, given.timeout)
             failed |= "error" in line
             print(json.dumps(line), flush=True)
             if given.output:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import fastft
-from benchmarks.grpo.job import PHASES, Job, dataset_of, reward, tokenizer_of
+from benchmarks.grpo.job import PHASES, Deadline, Job, dataset_of, reward, tokenizer_of
 from benchmarks.shapes import shape_of
 from benchmarks.weights import build
 
@@ -18,7 +18,13 @@ def run(job: Job, device: str) -> dict[str, Any]:
     config = fastft.GRPOConfig(**job.settings(), engine=job.engine, engine_options=dict(job.engine_options))
     tokenizer = tokenizer_of(shape_of(job.shape).vocabulary)
     trainer = fastft.GRPOTrainer(
-        model, [reward], config, train_dataset=dataset_of(job), processing_class=tokenizer, compile=True
+        model,
+        [reward],
+        config,
+        train_dataset=dataset_of(job),
+        processing_class=tokenizer,
+        callbacks=[Deadline(job.until)],
+        compile=True,
     )
     try:
         trainer.train()

@@ -24,7 +24,8 @@ PHASES = ("rollout", "hand_over", "logprobs", "rewards", "update")
 class Job:
     """One arm on one cell. Of each step `prompts` prompts get `generations` completions; `rows` are trained at once.
 
-    `prompt` and `completion` are tokens. `folder` holds the model and its tokenizer, for arms that load from one.
+    `prompt` and `completion` are tokens. `folder` holds the model and its tokenizer, for arms that load from one. The
+    step that ends after `until`, in seconds since 1970, is the last; 0 for none.
     """
 
     arm: str
@@ -43,6 +44,7 @@ class Job:
     backend: str = "inductor"
     folder: str = ""
     output: str = ""
+    until: float = 0.0
 
     @property
     def cell(self) -> Cell:
@@ -148,6 +150,17 @@ class StepClock(TrainerCallback):
         """Note the step."""
         seconds = now() - self.began
         self.steps.append({"seconds": seconds, **self.phases.take(seconds, "update")})
+
+
+class Deadline(TrainerCallback):
+    """Ends the training behind the first step that ends after `until`: a slow machine then tells of fewer steps."""
+
+    def __init__(self, until: float) -> None:
+        self.until = until
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Stop if it is time."""
+        control.should_training_stop |= bool(self.until) and time.time() >= self.until
 
 
 def now() -> float:

@@ -7,7 +7,7 @@ import transformers
 import trl
 from peft import LoraConfig, get_peft_model
 
-from benchmarks.grpo.job import Job, StepClock, Timed, dataset_of, reward
+from benchmarks.grpo.job import Deadline, Job, StepClock, Timed, dataset_of, reward
 from benchmarks.weights import fill_adapter
 from fastft.train.grpo.phases import Phases
 
@@ -53,7 +53,7 @@ def run(job: Job, device: str) -> dict[str, Any]:
         args,
         train_dataset=dataset_of(job),
         processing_class=transformers.AutoTokenizer.from_pretrained(job.folder),
-        callbacks=[clock],
+        callbacks=[clock, Deadline(job.until)],
     )
     trainer.train()
     history = [row for row in trainer.state.log_history if "reward" in row]

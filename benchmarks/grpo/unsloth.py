@@ -7,7 +7,7 @@ import torch
 import trl
 
 from benchmarks.arms.unsloth import TARGETS
-from benchmarks.grpo.job import Job, StepClock, Timed, dataset_of, reward
+from benchmarks.grpo.job import Deadline, Job, StepClock, Timed, dataset_of, reward
 from benchmarks.weights import fill_adapter
 from fastft.train.grpo.phases import Phases
 
@@ -52,7 +52,7 @@ def run(job: Job, device: str) -> dict[str, Any]:
         args=trl.GRPOConfig(**settings),
         train_dataset=dataset_of(job),
         processing_class=tokenizer,
-        callbacks=[clock],
+        callbacks=[clock, Deadline(job.until)],
     )
     trainer.train()
     history = [row for row in trainer.state.log_history if "reward" in row]

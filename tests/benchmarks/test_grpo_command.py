@@ -4,11 +4,13 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from benchmarks.grpo.job import PHASES, Job, dataset_of, summary, tokenizer_of
+from benchmarks.grpo.job import PHASES, Deadline, Job, dataset_of, summary, tokenizer_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -37,6 +39,23 @@ def test_both_arms_do_the_same_work(tmp_path):
             assert parts == pytest.approx(step["seconds"], abs=1e-3) and step["rollout"] > 0 and step["update"] > 0
         assert line["measured_steps"] == 1 and line["rollout_tokens_per_second"] > 0
     assert max(lines[0]["logprob_difference"]["mean"]) < 0.02
+
+
+def test_the_last_step_is_the_one_that_ends_behind_the_limit():
+    for until, stops in ((0.0, False), (time.time() + 60, False), (time.time() - 1, True)):
+        control = SimpleNamespace(should_training_stop=False)
+        Deadline(until).on_step_end(None, None, control)
+        assert control.should_training_stop is stops
+
+
+@pytest.mark.slow
+def test_a_limit_on_the_seconds_leaves_what_was_done():
+    run = bench(
+        "--arms", "fastft", "--shape", "tiny", "--steps", 9, "--prompts", 1, "--generations", 2, "--prompt", 8,
+        "--completion", 4, "--rows", 2, "--engine", "transformers", "--backend", "eager", "--seconds", 0.1,
+    )  # fmt: skip
+    (line,) = [json.loads(line) for line in run.stdout.splitlines()]
+    assert run.returncode == 0 and len(line["all_steps"]) == line["measured_steps"] == 1, run.stderr
 
 
 def test_an_arm_that_fails_is_a_line_with_the_error():
