@@ -1,14 +1,35 @@
-"""Settings for every test: few threads, no network, a light heap, and uninitialised memory that shows."""
+"""Settings for every test: few threads, no network, a light heap, the same random numbers in every run."""
 
 import gc
 import os
+import random
 import sys
+from contextlib import suppress
 from functools import partial
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
+
+with suppress(ImportError):  # the environment with vLLM has no hypothesis
+    from hypothesis import HealthCheck, settings
+
+    # The same examples everywhere, however slow the machine: what fails here fails on every machine.
+    settings.register_profile(
+        "same", derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
+    )
+    settings.load_profile("same")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup():
+    """Start every test from the same random numbers, whichever ran before it in this process."""
+    random.seed(0)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(0)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
 
 
 @pytest.fixture(autouse=True, scope="module")
