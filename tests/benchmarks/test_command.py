@@ -58,9 +58,9 @@ def test_metrics(done):
     _, _, data = done
     for line in data["cells"][:2]:
         assert line["status"] == "ok" and set(line) >= FIELDS
-        assert line["tokens_per_second"] == pytest.approx(96 / line["step_ms"] * 1e3, rel=1e-3)
+        assert line["tokens_per_second"] == pytest.approx(96 / line["step_ms"] * 1e3, rel=1e-3, abs=0.1)
         # the last 24 of 48 tokens bear loss; every one is the target of the token before it
-        assert line["loss_bearing_per_second"] == pytest.approx(line["tokens_per_second"] / 2, rel=1e-3)
+        assert line["loss_bearing_per_second"] == pytest.approx(line["tokens_per_second"] / 2, rel=1e-3, abs=0.1)
         assert line["non_padding_per_second"] == line["tokens_per_second"]
         assert line["step_p95_ms"] >= line["step_ms"]
         assert line["recompilations"] == 0
