@@ -158,9 +158,10 @@ def test_a_stopped_command_writes_what_it_has(tmp_path):
     assert first["arm"] == "peft" and first["status"] == "ok"
     (work,) = tmp_path.glob("bench-*")
     deadline = time.monotonic() + 600
-    while not (work / "pid").exists() and time.monotonic() < deadline:
+    pid = work / "pid"
+    while not (pid.exists() and pid.read_text()) and time.monotonic() < deadline:
         time.sleep(0.1)
-    child = int((work / "pid").read_text())
+    child = int(pid.read_text())
     run.send_signal(signal.SIGTERM)
     _, told = run.communicate(timeout=600)
     assert run.returncode == 143 and "Traceback" not in told
