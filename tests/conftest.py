@@ -36,8 +36,8 @@ def pytest_runtest_setup():
 def light_heap():
     """Leave no compiled graphs to the next module, and keep what stays (imported code) out of the collector's sight.
 
-    Trainers collect garbage often, and the collector looks at every object of the process each time. Between modules
-    it need not look for old garbage: it took a seventh of the time in which graphs are captured.
+    Trainers collect garbage often, and the collector looks at every object of the process each time. Within a module
+    it looks for old garbage hardly ever: that took a seventh of the time of capturing graphs.
     """
     gc.set_threshold(20_000, 20, 20)
     gc.freeze()
