@@ -107,7 +107,7 @@ print(json.dumps({"changed": changed, "faults": faults, "modules": len(names), "
 
 @pytest.fixture(scope="module")
 def look():
-    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.strip().splitlines()[-1])
 

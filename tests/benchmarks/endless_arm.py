@@ -7,4 +7,4 @@ from pathlib import Path
 
 def prepare(task, options, device):
     Path("pid").write_text(str(os.getpid()), encoding="utf-8")
-    time.sleep(600)
+    time.sleep(6000)

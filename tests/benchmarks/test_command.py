@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import command, page
-from benchmarks.arms import ARMS, DEFAULT_ARMS, find_arm
+from benchmarks.arms import ARMS, DEFAULT_ARMS, REFERENCE, find_arm
 from benchmarks.cells import Cell, Task
 
 ROOT = Path(__file__).parents[2]
@@ -58,9 +58,9 @@ def test_metrics(done):
     _, _, data = done
     for line in data["cells"][:2]:
         assert line["status"] == "ok" and set(line) >= FIELDS
-        assert line["tokens_per_second"] == pytest.approx(96 / line["step_ms"] * 1e3, rel=1e-3)
+        assert line["tokens_per_second"] == pytest.approx(96 / line["step_ms"] * 1e3, rel=1e-3, abs=0.1)
         # the last 24 of 48 tokens bear loss; every one is the target of the token before it
-        assert line["loss_bearing_per_second"] == pytest.approx(line["tokens_per_second"] / 2, rel=1e-3)
+        assert line["loss_bearing_per_second"] == pytest.approx(line["tokens_per_second"] / 2, rel=1e-3, abs=0.1)
         assert line["non_padding_per_second"] == line["tokens_per_second"]
         assert line["step_p95_ms"] >= line["step_ms"]
         assert line["recompilations"] == 0
@@ -157,12 +157,13 @@ def test_a_stopped_command_writes_what_it_has(tmp_path):
     first = json.loads(run.stdout.readline())
     assert first["arm"] == "peft" and first["status"] == "ok"
     (work,) = tmp_path.glob("bench-*")
-    deadline = time.monotonic() + 60
-    while not (work / "pid").exists() and time.monotonic() < deadline:
+    deadline = time.monotonic() + 600
+    pid = work / "pid"
+    while not (pid.exists() and pid.read_text()) and time.monotonic() < deadline:
         time.sleep(0.1)
-    child = int((work / "pid").read_text())
+    child = int(pid.read_text())
     run.send_signal(signal.SIGTERM)
-    _, told = run.communicate(timeout=60)
+    _, told = run.communicate(timeout=600)
     assert run.returncode == 143 and "Traceback" not in told
     assert "stopped by SIGTERM, 1 of 3 arms were done" in told
     (path,) = tmp_path.glob("*.json")
@@ -179,18 +180,18 @@ def test_a_stopped_command_writes_what_it_has(tmp_path):
 def test_stopped_before_anything_is_measured(tmp_path):
     """The file then tells what was wanted; there is no page without a number."""
     run = start("--arms", "module:endless_arm", "--shape", "tiny", "--out", tmp_path, "--work", tmp_path)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 600
     while not list(tmp_path.glob("bench-*/task.json")) and time.monotonic() < deadline:
         time.sleep(0.05)
     run.send_signal(signal.SIGINT)
-    shown, told = run.communicate(timeout=60)
+    shown, told = run.communicate(timeout=600)
     assert run.returncode == 130 and shown == "" and "Traceback" not in told and "0 of 1 arms were done" in told
     (path,) = tmp_path.iterdir()
     assert [line["status"] for line in json.loads(path.read_text("utf-8"))["cells"]] == ["stopped"]
 
 
 def run_of(tmp_path, **changes):
-    settings = dict(steps=1, warmup=1, limit=60.0, backend="aot_eager", work=tmp_path) | changes
+    settings = dict(steps=1, warmup=1, limit=600.0, backend="aot_eager", work=tmp_path) | changes
     return command.Run(**settings)
 
 
@@ -199,6 +200,8 @@ def test_an_arm_that_takes_too_long_or_dies_is_a_line_with_its_reason(tmp_path, 
     late = command.process(task, run_of(tmp_path, limit=0.2), "a")
     assert late == {"status": "timed out", "reason": "not done after 0.2 s"}
     unknown = Task("fastft:half", Cell("tiny", "bf16", 1, 8), 1, 1, "aot_eager")
+    real = command.process  # the reference has nothing to say about an arm without a result
+    monkeypatch.setattr(command, "process", lambda task, *how: real(task, *how) if task.arm != REFERENCE else {})
     (line,) = command.measure([unknown.cell], ["fastft:half"], run_of(tmp_path))
     assert line["status"] == "failed" and "half" in line["reason"] and "parity" not in line
     told = command.death(

@@ -58,8 +58,9 @@ def test_demo_teaches_the_model(tmp_path):
     assert "Ahoy" not in shown.answer_before and "75" not in shown.answer_before
     assert shown.answer_after == "Ahoy! 27 + 48 = 75. That be 75 apples, matey!"
     assert shown.losses[-1][1] < 0.1 < 1.0 < shown.losses[0][1]
-    assert shown.seconds < 180
     record = json.loads((tmp_path / "run.json").read_text())
+    # what the time goes to, besides compiling; seconds would tell of the machine
+    assert record["steps"] == 80 and record["tokens"]["all"] == 80 * run.BATCH * run.LENGTH and shown.seconds > 0
     assert record["model"]["quant"] == "nf4" and record["model"]["lora"]["default"]["r"] == 16
     assert (tmp_path / "loss.png").stat().st_size > 1000
     assert shown.answer_after in "".join(heard)

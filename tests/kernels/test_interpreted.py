@@ -53,7 +53,7 @@ def test_again_in_the_interpreter(group):
     command = [sys.executable, "-m", "pytest", *(str(HERE / file) for file in files), "-p", "no:cacheprovider", "-vv"]
     expression = " or ".join(f"({file} and {chosen})" for file, chosen in files.items())
     done = subprocess.run(
-        [*command, "-m", "not gpu", "-k", expression], env=env, capture_output=True, text=True, timeout=600
+        [*command, "-m", "not gpu", "-k", expression], env=env, capture_output=True, text=True, timeout=3600
     )
     assert done.returncode == 0, done.stdout + done.stderr
     for file in files:

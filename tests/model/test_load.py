@@ -389,7 +389,7 @@ def test_a_hub_that_does_not_answer_is_not_waited_for(silent_hub, tmp_path, monk
         began = time.monotonic()
         with pytest.raises(LoadError, match=r"did you mean 'runs/my-model'\?.*hub could not be reached"):
             ask("runs/my-modl")
-        assert time.monotonic() - began < 15
+        assert time.monotonic() - began < 60
 
 
 @pytest.mark.parametrize("name", ["./my-modl", "../{here}/my-modl", "{path}/my-modl", "my-model.gguf", "a/b/c"])

@@ -1,11 +1,11 @@
 """Code against tests: the share that passes; what cheats, hangs or breaks gets nothing."""
 
-import time
+import threading
 
 import pytest
 
 from fastft.errors import DataError, UsageError
-from fastft.rewards import Limits, code, sandbox
+from fastft.rewards import Limits, code, programs, sandbox
 
 TESTS = ["assert add(1, 2) == 3", "assert add(0, 0) == 1", "import math\nassert add(math.inf, 1) == math.inf"]
 RIGHT = "def add(a, b):\n    return a + b\n"
@@ -58,9 +58,12 @@ def test_cheats(text, isolation):
 
 
 def test_what_passed_before_the_time_limit_counts(isolation):
-    reward = code(limits=Limits(seconds=1.5), isolation=isolation)
     tests = ["assert add(1, 1) == 2", "while True: pass", "assert add(1, 1) == 2"]
-    assert score(reward, RIGHT, tests=tests) == [1 / 3]
+    for seconds in (1.5, 6, 24):  # on a busy machine a program may not get to its first test sooner
+        found = score(code(limits=Limits(seconds=seconds), isolation=isolation), RIGHT, tests=tests)
+        if found != [0.0]:
+            break
+    assert found == [1 / 3]
 
 
 def test_printing_without_end_costs_nothing_but_time(isolation):
@@ -68,11 +71,17 @@ def test_printing_without_end_costs_nothing_but_time(isolation):
     assert score(code(isolation=isolation), noisy) == [2 / 3]
 
 
-def test_rows_run_beside_each_other(isolation):
-    started = time.monotonic()
-    reward = code(limits=Limits(seconds=1), workers=8, isolation=isolation)
-    assert score(reward, *["import time\ntime.sleep(60)"] * 8) == [0.0] * 8
-    assert time.monotonic() - started < 20
+def test_rows_run_beside_each_other(isolation, monkeypatch):
+    """Each of eight waits for the other seven to be there."""
+    together, run = threading.Barrier(8, timeout=120), programs.run
+
+    def meeting(*arguments, **options):
+        together.wait()
+        return run(*arguments, **options)
+
+    monkeypatch.setattr(programs, "run", meeting)
+    reward = code(limits=Limits(seconds=60), workers=8, isolation=isolation)
+    assert score(reward, *[RIGHT] * 8) == [2 / 3] * 8
 
 
 def test_wrong_use(monkeypatch):

@@ -107,7 +107,7 @@ def backtracks(completions, **columns):
 
 def sleeps(completions, **columns):
     try:
-        time.sleep(60)
+        time.sleep(600)
     except Exception:
         return [0.0]
 
@@ -120,7 +120,7 @@ def test_a_hung_reward_is_an_error_in_time(function):
         RewardError, match=rf"'{function.__name__}'.*no result after 0.3 s for 4 rows.*reward_time_limit"
     ):
         of(function, time_limit=0.3)(**ROWS)
-    assert time.monotonic() - started < 20
+    assert time.monotonic() - started < 120
     assert signal.getsignal(signal.SIGALRM) is before and signal.getitimer(signal.ITIMER_REAL) == (0, 0)
 
 
@@ -129,7 +129,7 @@ def test_a_hung_reward_within_a_sum():
     started = time.monotonic()
     with pytest.raises(RewardError, match=r"'sleeps'.*no result after 0.3 s"):
         of(inner, time_limit=0.3)(**ROWS)
-    assert time.monotonic() - started < 20
+    assert time.monotonic() - started < 120
 
 
 def test_another_alarm_goes_on():
@@ -137,28 +137,31 @@ def test_another_alarm_goes_on():
     signal.signal(signal.SIGALRM, lambda number, frame: rung.append(time.monotonic()))
     try:
         started = time.monotonic()
-        signal.setitimer(signal.ITIMER_REAL, 0.4)
-        of(lambda completions, **columns: time.sleep(0.1) or [1.0] * 4)(**ROWS)
-        time.sleep(0.6)
-        assert 0.3 < rung[0] - started < 0.6
+        signal.setitimer(signal.ITIMER_REAL, 2.0)
+        of(lambda completions, **columns: time.sleep(0.5) or [1.0] * 4)(**ROWS)
+        assert rung or 0 < signal.getitimer(signal.ITIMER_REAL)[0] <= 1.5  # what is left of its time, not all of it
+        while not rung and time.monotonic() - started < 120:
+            time.sleep(0.01)
+        assert rung[0] - started >= 2.0
     finally:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
 
 
 def test_in_another_thread():
-    caught = []
+    caught, never = [], threading.Event()
 
     def work():
         assert of(inverse)(**ROWS) == [1.0, None, 0.25, None]
         try:
-            of(lambda completions, **columns: time.sleep(5), time_limit=0.2)(**ROWS)
+            of(lambda completions, **columns: never.wait(600), time_limit=0.2)(**ROWS)
         except RewardError as error:
             caught.append(error)
 
     thread = threading.Thread(target=work)
     thread.start()
-    thread.join(4)
+    thread.join(120)
     assert len(caught) == 1
+    never.set()
 
 
 async def slowly(prompts, completions, **columns):
@@ -176,7 +179,7 @@ def test_async_rewards():
     assert guarded.last.failures == 2
 
     async def hangs(completions, **columns):
-        await asyncio.sleep(60)
+        await asyncio.sleep(600)
 
     with pytest.raises(RewardError, match="hangs"):
         asyncio.run(of(hangs, time_limit=0.1)(**ROWS))

@@ -1,9 +1,11 @@
 """Programs that misbehave in every way that was thought of: each ends in time, and nothing of it is left."""
 
+import gc
 import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -63,8 +65,8 @@ def test_how_it_ended(run):
     "text",
     [
         "while True: pass",
-        "import time\ntime.sleep(60)",
-        "import signal, time\nsignal.pthread_sigmask(signal.SIG_BLOCK, range(1, 64))\ntime.sleep(60)",
+        "import time\ntime.sleep(600)",
+        "import signal, time\nsignal.pthread_sigmask(signal.SIG_BLOCK, range(1, 64))\ntime.sleep(600)",
         "9 ** 9 ** 9",  # one long call that never looks up
     ],
     ids=["loop", "sleep", "signals blocked", "one call"],
@@ -72,20 +74,20 @@ def test_how_it_ended(run):
 def test_time(text, run):
     started = time.monotonic()
     assert run(text, SHORT).ended == "time"
-    assert time.monotonic() - started < 20
+    assert time.monotonic() - started < 120
 
 
 def test_children_that_leave_the_session_die_too(run):
     mark = f"mark_{os.getpid()}_{time.monotonic_ns()}"
     text = (
         "import os, subprocess, sys\n"
-        f"subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)  # {mark}'], start_new_session=True)\n"
+        f"subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)  # {mark}'], start_new_session=True)\n"
         "open('started', 'w').close()\n"
     )
     before = time.monotonic()
     ended = run(text)
     assert ended.ok, ended.stderr
-    assert time.monotonic() - before < 20
+    assert time.monotonic() - before < 120
     assert processes_with(mark) == []
 
 
@@ -105,7 +107,7 @@ def test_output_is_bounded(run):
     for stream in ("stdout", "stderr"):
         ended = run(f"import sys\nwhile True: sys.{stream}.write('x' * 1000)", Limits(output=5000))
         assert ended.ended == "output" and getattr(ended, stream) == "x" * 5000
-    assert time.monotonic() - started < 20
+    assert time.monotonic() - started < 120
 
 
 def test_a_large_file(run):
@@ -121,14 +123,14 @@ def test_many_files_count_together():
 def test_a_fork_bomb():
     started = time.monotonic()
     counted = full()(
-        "import os, time\nn = 0\ntry:\n  while True:\n    if not os.fork(): time.sleep(60)\n    n += 1\n"
+        "import os, time\nn = 0\ntry:\n  while True:\n    if not os.fork(): time.sleep(600)\n    n += 1\n"
         "except OSError as error: print(n, error.errno)",
         Limits(processes=8),
     )
     assert counted.stdout == "7 11\n"  # EAGAIN; itself is the eighth
     bomb = full()("import os\nwhile True:\n  try: os.fork()\n  except OSError: pass", Limits(seconds=1, processes=8))
     assert bomb.ended == "time"
-    assert time.monotonic() - started < 20
+    assert time.monotonic() - started < 120
 
 
 def test_no_network():
@@ -165,11 +167,26 @@ def test_no_power_is_left_to_undo_it():
     assert ended.stdout == "-1 -1 65534\n0 -1\n-1\n"
 
 
-def test_nothing_is_left_behind(run):
-    before = set(Path("/tmp").glob("fastft-sandbox-*")), set(os.listdir("/proc/self/fd"))
+@pytest.fixture
+def temporary(monkeypatch):
+    """A folder for temporary files that no other process puts any into, and that every user may enter."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        monkeypatch.setattr(tempfile, "tempdir", folder)
+        yield Path(folder)
+
+
+def test_nothing_is_left_behind(run, temporary, monkeypatch):
+    made = []
+    monkeypatch.setattr(
+        sandbox.tempfile, "mkdtemp", lambda make=tempfile.mkdtemp, **how: made.append(make(**how)) or made[-1]
+    )
+    gc.collect()  # closes what earlier tests left open, which would change the count
+    before = len(os.listdir("/proc/self/fd"))
     run("open('x', 'w').write('y')")
     run("while True: pass", Limits(seconds=0.5))
-    assert (set(Path("/tmp").glob("fastft-sandbox-*")), set(os.listdir("/proc/self/fd"))) == before
+    assert len(made) == 2 and {Path(folder).parent for folder in made} == {temporary}
+    assert list(temporary.iterdir()) == [] and len(os.listdir("/proc/self/fd")) == before
 
 
 def test_texts_that_are_no_programs(run):

@@ -189,6 +189,9 @@ def test_a_slow_server_is_an_error_that_says_the_time(fake):
     fake.delay = 1.0
     with pytest.raises(EngineError, match=r"no answer to /v1/completions within 0\.2 s"):
         engine.generate(PROMPTS[:1], GREEDY)
+    began = time.monotonic()
+    while not fake.asked and time.monotonic() - began < 60:  # the server's thread may not have read it yet
+        time.sleep(0.01)
     assert len(fake.asked) == 1
 
 

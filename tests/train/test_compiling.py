@@ -31,7 +31,7 @@ def test_compiling_is_told_once_and_kept_in_the_record(build_model, tokenizer, d
     assert 0 < kept["first_step_seconds"] <= kept["seconds"]
     told = [re.search(r"compiled (\d+) graphs? in ([\d.]+) s", line) for line in lines]
     (found,) = filter(None, told)  # of the first step; other lengths may compile more graphs later
-    assert 0 < int(found[1]) <= kept["graphs"] and found[2] == f"{kept['first_step_seconds']:.1f}"
+    assert 0 < int(found[1]) <= kept["graphs"] and abs(float(found[2]) - kept["first_step_seconds"]) < 0.051
 
 
 def model_graphs(model):

@@ -30,7 +30,7 @@ class RunsOut(TrainerCallback):
 
 
 def trainer(build_model, tokenizer, dataset, settings, **changes):
-    model = compile_layers(build_model(), backend="aot_eager")
+    model = compile_layers(build_model(), backend="eager")
     args = SFTConfig(**{**settings, "max_steps": 4, **changes})
     return SFTTrainer(model, args, train_dataset=dataset, processing_class=tokenizer)
 

@@ -302,8 +302,9 @@ def estimate(setup: Setup, modes: Sequence[Mode], device: Device | None = None) 
 
 def _moments(setup: Setup, modes: Sequence[Mode]) -> Iterator[tuple[Part, ...]]:
     """Yield the shares of memory at every moment of training that can be its peak."""
-    saved = [0 if mode.offload else saved_bytes(setup, mode.level) for mode in modes]
-    moved = [saved_bytes(setup, mode.level) if mode.offload else 0 for mode in modes]
+    held = {mode.level: saved_bytes(setup, mode.level) for mode in set(modes)}
+    saved = [0 if mode.offload else held[mode.level] for mode in modes]
+    moved = [held[mode.level] if mode.offload else 0 for mode in modes]
     a_layer = setup.gradients // (len(modes) or 1)
     weights, dequantised = setup.kept_weights(modes), setup.dequantised_bytes(modes)
 
@@ -323,10 +324,11 @@ def _moments(setup: Setup, modes: Sequence[Mode]) -> Iterator[tuple[Part, ...]]:
     if setup.eight_bits:
         wide = int(EIGHT_BITS_MADE * setup.tokens * setup.element * setup.shape.intermediate)
         yield moment(sum(saved) + max(moved, default=0), wide, 0)
+    temporary = {pair: temporary_bytes(setup, *pair) for pair in set(zip(modes, weights))}
     for index in range(len(modes) - 1, -1, -1):
         waiting = sum(moved[max(0, index - IN_FLIGHT + 1) : index + 1])
         made = a_layer * (len(modes) - index)
-        yield moment(sum(saved[: index + 1]) + waiting, temporary_bytes(setup, modes[index], weights[index]), made)
+        yield moment(sum(saved[: index + 1]) + waiting, temporary[modes[index], weights[index]], made)
     yield moment(0, 0, setup.gradients)  # the optimizer's step
     tokens = setup.rows * min(setup.length, max(1, PROOF_TOKENS // setup.rows))
     proof = int(PROOF * tokens * setup.element * setup.shape.intermediate)
@@ -348,16 +350,22 @@ def step_seconds(setup: Setup, modes: Sequence[Mode], device: Device) -> float:
     plain = (linear + attention + backward) * (1 + share)
     plain -= 2 * linear * (1 - FP8_TIME) if setup.fp8 else 0
     total = 0.0
+    counted: dict[tuple[Mode, int], float] = {}  # most layers are alike
     for mode, kept in zip(modes, setup.kept_weights(modes), strict=True):
+        if (mode, kept) in counted:
+            total += counted[mode, kept]
+            continue
         again = sum(forward[role] for role in LEVELS[mode.level].again if role in forward and role != "down")
         if setup.shape.normed_outputs and "down" in LEVELS[mode.level].again:
             again += forward["down"]
         again *= (1 + AGAIN_SHARE) * (FP8_TIME if setup.fp8 else 1)
-        total += plain + again + dequantising_seconds(setup, mode, device, kept)
+        taken = plain + again + dequantising_seconds(setup, mode, device, kept)
         if mode.offload:
             copying = saved_bytes(setup, mode.level) / device.pcie
-            total += max(0.0, copying - (linear + attention) * (1 + share))
-            total += max(0.0, copying - backward - again)
+            taken += max(0.0, copying - (linear + attention) * (1 + share))
+            taken += max(0.0, copying - backward - again)
+        counted[mode, kept] = taken
+        total += taken
     head = 2 * setup.head_tokens * setup.shape.vocabulary * setup.shape.hidden / device.flops
     head *= FP8_HEAD_TIME if setup.fp8_head else 1
     products = 2 + setup.full * (2 if setup.head == "logprobs" else 1)

@@ -1,6 +1,7 @@
 """The sizes of a model that memory and time depend on, read from its config and spec. Needs no torch."""
 
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
 from attrs import frozen
@@ -35,7 +36,7 @@ class Shape:
     projection_norm: bool = False
     softcap: bool = False
 
-    @property
+    @cached_property
     def linears(self) -> tuple[tuple[str, int, int], ...]:
         """Return (role, in, out) of the linears of a layer, those of one input after each other."""
         attention = (
@@ -51,7 +52,7 @@ class Shape:
             ("down", self.intermediate, self.hidden),
         )
 
-    @property
+    @cached_property
     def layer_weights(self) -> int:
         """Return the weights of one layer's linears."""
         return sum(given * made for _, given, made in self.linears)

@@ -58,13 +58,13 @@ def test_killed_engine_leaves_a_checkpoint_to_go_on_from(trainer, config):
 def test_hung_reward_leaves_a_checkpoint(trainer, config):
     def hung(prompts, completions, trainer_state, **columns):
         if trainer_state.global_step == 1:
-            time.sleep(60)
+            time.sleep(600)
         return [float(len(text)) for text in completions]
 
     began = time.monotonic()
     with pytest.raises(RewardError, match=r"'hung'.*(?s:.*)checkpoint-1"):
-        trainer(GivenRollouts(), rewards=[hung], reward_time_limit=0.5).train()
-    assert time.monotonic() - began < 30
+        trainer(GivenRollouts(), rewards=[hung], reward_time_limit=2).train()
+    assert time.monotonic() - began < 300
     assert [path.name for path in checkpoint.checkpoints(config["output_dir"])] == ["checkpoint-1"]
 
 

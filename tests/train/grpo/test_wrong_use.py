@@ -1,10 +1,10 @@
 """What GRPO refuses, and how it is told."""
 
 import re
-import time
 
 import pytest
 from grpo_runs import PROMPTS, GivenRollouts, even
+from transformers import AutoModelForSequenceClassification
 
 import fastft
 from fastft.errors import DataError, UsageError
@@ -48,12 +48,10 @@ def test_trainer_tells_what_is_missing_together(config, build_model):
         assert part in told
 
 
-def test_rewards_that_are_none_are_told_before_anything_is_sampled(trainer, config, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    began = time.monotonic()
+def test_rewards_that_are_none_are_told_before_anything_is_sampled(trainer, monkeypatch):
+    monkeypatch.setattr(AutoModelForSequenceClassification, "from_pretrained", None)  # which TRL calls with a name
     with pytest.raises(UsageError) as caught:
         trainer(rewards=["right", 7, even], reward_weights=[1.0])
-    assert time.monotonic() - began < 10
     assert [problem.where for problem in caught.value.problems] == [
         "rewards[1]",
         "rewards[0]",
