@@ -9,7 +9,6 @@ import math
 import multiprocessing
 import os
 import re
-import resource
 import shutil
 import sys
 import tempfile
@@ -26,6 +25,7 @@ from attrs import asdict, define
 
 from benchmarks.machine import commit, device, versions
 from benchmarks.shapes import SHAPES, shape_of
+from fastft.memory.measure import host_peak
 
 ROOT = Path(__file__).parents[1]
 SHARD = 2 * 10**9  # bytes
@@ -185,7 +185,7 @@ def measure(work: Path, quant: str, place: str | None, cold: bool) -> dict[str, 
         "blocks_compared": compared,
         "blocks_differing": differing,
         "comparing_s": round(time.perf_counter() - judging, 2),
-        "process_peak_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 3),
+        "process_peak_gb": round(host_peak() / 1e9, 3),
         "reading_gb_s": reading,
     }
 

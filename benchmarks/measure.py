@@ -7,7 +7,6 @@ import importlib
 import json
 import math
 import os
-import resource
 import statistics
 import sys
 import time
@@ -21,6 +20,7 @@ from attrs import define, field
 from benchmarks.arms import FOLDER, REFERENCE, Trainee, find_arm
 from benchmarks.cells import Task, task_from
 from benchmarks.machine import Clocks, versions
+from fastft.memory.measure import host_peak
 
 BUCKETS = 4096
 PIECE = 2**24
@@ -66,7 +66,7 @@ def run(task: Task) -> dict[str, Any]:
         "base_gb": base,
         "peak_gb": gigabytes(torch.cuda.max_memory_allocated()) if device == "cuda" else None,
         "reserved_gb": gigabytes(torch.cuda.max_memory_reserved()) if device == "cuda" else None,
-        "host_peak_gb": gigabytes(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024),
+        "host_peak_gb": gigabytes(host_peak()),
         "allocator": next((os.environ[name] for name in ALLOCATOR if name in os.environ), ""),
     }
     facts = {"clocks": clocks, "build_s": round(built, 2), "versions": versions(), "facts": trainee.facts()}

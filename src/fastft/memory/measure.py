@@ -1,5 +1,6 @@
 """The bytes that a loaded model takes, as the estimate wants them, and the memory of the host."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,24 @@ def host_memory() -> int:
         return UNKNOWN_HOST
     sizes = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.endswith(" kB")}
     return sizes.get("MemAvailable", UNKNOWN_HOST)
+
+
+def host_peak() -> int:
+    """Return the most memory that this process has had resident so far, in bytes; 0 where the system does not tell.
+
+    Linux's `ru_maxrss` begins with that of the process that started this one, so /proc is read there.
+    """
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        pass
+    if sys.platform == "win32":
+        return 0
+    import resource
+
+    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return size if sys.platform == "darwin" else size * 1024
 
 
 def _bytes(tensors: Any) -> int:

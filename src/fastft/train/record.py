@@ -3,7 +3,6 @@
 import hashlib
 import json
 import platform
-import sys
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from transformers import TrainerCallback
 from fastft.environment import version_of
 from fastft.errors import SaveError
 from fastft.graph.head import find_spec
+from fastft.memory.measure import host_peak
 from fastft.state import get_state
 from fastft.train import card, checkpoint, flops, lineage, memory, plots, step
 
@@ -358,12 +358,7 @@ def peak_memory() -> int:
     """Return the most memory held so far in bytes: the GPU's allocated memory, or the process's on a CPU."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    if sys.platform == "win32":
-        return 0
-    import resource
-
-    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return size if sys.platform == "darwin" else size * 1024
+    return host_peak()
 
 
 def memory_kind() -> str:
