@@ -150,7 +150,7 @@ def test_weights_stay_dequantised_where_every_layer_keeps_its_results_and_bytes_
     counts, before = [], None
     for left in (-0.1, 0.1, 0.6, 1.1, 15, 100):
         budget = keep.peak + int(left * GB)
-        found = solve(made, budget, H200, dequantise=True)
+        found = solve(made, budget, H200, copies=budget)
         assert found.fits and found.estimate.peak <= budget
         assert before is None or found.estimate.seconds <= before
         counts.append(sum(mode.dequantised for mode in found.modes))
@@ -163,6 +163,21 @@ def test_weights_stay_dequantised_where_every_layer_keeps_its_results_and_bytes_
     assert told["weights dequantised"] == 32 * 2 * 218_103_808 and told["weights"] == made.weights
 
 
+@pytest.mark.parametrize("plan", ["auto", "auto+8bit"])
+def test_auto_leaves_a_quarter_where_it_keeps_weights_dequantised(plan):
+    made = evolve(setup(), eight_bits=plan != "auto")
+    keep = estimate(made, named_modes("keep", 32), H200).peak
+    whole = estimate(made, named_modes("fast", 32, True), H200).peak
+    for budget, least, most in (
+        (keep, 0, 0), (int(1.3 * keep), 0, 0), (int((keep + GB) / 0.75), 1, 3), (int(whole / 0.74), 32, 32)
+    ):  # fmt: skip
+        found = planned(made, plan, budget, H200)
+        count = sum(mode.dequantised for mode in found.modes)
+        assert {mode.level for mode in found.modes} == {"keep"} and least <= count <= most, (budget, count)
+        assert not count or found.estimate.peak <= 0.75 * budget
+        assert sum(mode.dequantised for mode in planned(made, budget, budget, H200).modes) >= count
+
+
 def test_layers_that_keep_different_numbers_of_weights():
     """A budget for the mean of the layers would not do for the last, which has three times as many as the others."""
     whole = setup().shape.layer_weights
@@ -171,7 +186,7 @@ def test_layers_that_keep_different_numbers_of_weights():
     keep = estimate(made, named_modes("keep", 32), H200)
     for left, layers in ((0.5, 0), (1.1, 1), (1.5, 2)):
         budget = keep.peak + int(left * 2 * whole)
-        found = solve(made, budget, H200, dequantise=True)
+        found = solve(made, budget, H200, copies=budget)
         assert found.modes == (Mode(),) * (32 - layers) + (Mode(dequantised=True),) * layers
         assert found.fits and found.estimate.peak <= budget
     told = {part.name: part.bytes for part in found.estimate.parts}
@@ -199,7 +214,7 @@ def test_the_plan_fast_and_who_does_not_keep_weights():
         return planned(setup(**changes), plan, 140 * GB, H200).modes
 
     assert modes("fast") == named_modes("fast", 32, True) == (Mode(dequantised=True),) * 32 == modes("130GB")
-    assert modes("auto") == modes("keep") == named_modes("fast", 32) == (Mode(),) * 32
+    assert modes("auto") == modes("fast") and modes("keep") == named_modes("fast", 32) == (Mode(),) * 32
     for changes in ({"quant": None}, {"quant": "int8"}, {"quant": "fp8"}, {"compute": "fp8"}):
         assert modes("fast", **changes) == modes("130GB", **changes) == (Mode(),) * 32
     first = remedies(setup(), modes("fast"), 140 * GB)[0]

@@ -113,9 +113,9 @@ def compile(
     too, dequantised, 2 bytes each in bf16, until `uncompile` or the end of a trainer's run. "min": the layers' inputs.
     "offload": attention's outputs too, in CPU memory. A number of bytes, or "24GB": as fast as a step of that peak can
     be, weights and optimizer included. "auto": what the model's state says, else what the GPU has free but for a
-    reserve of 1 GiB and 3 %, without dequantised weights; "keep" on a CPU. With "+8bit" behind it ("keep+8bit",
-    "24GB+8bit") gate and up of the feed-forwards, the most of what "keep" keeps, are kept in 8 bits a number (a scale
-    for 64). The forward stays exact, gradients do not: about 1 % off for evenly spread values.
+    reserve of 1 GiB and 3 %, and but for a quarter where weights are kept dequantised; "keep" on a CPU. With "+8bit"
+    behind it ("keep+8bit", "24GB+8bit") gate and up of the feed-forwards, the most of what "keep" keeps, are kept in 8
+    bits a number (a scale for 64). The forward stays exact, gradients do not: about 1 % off for evenly spread values.
     batch: (rows, length) of the largest batch to come, which a budget is solved for; None: the first one. A larger one
     later solves it again.
     backend: "inductor", or "aot_eager" and "eager" for debugging.

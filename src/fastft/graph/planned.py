@@ -19,7 +19,16 @@ from fastft.memory.devices import Device, find_device
 from fastft.memory.estimate import Estimate, Mode, Setup, estimate
 from fastft.memory.measure import host_memory, setup_of_model
 from fastft.memory.offload import Offloader
-from fastft.memory.plan import HOST_SHARE, budget_of, describe_modes, named_modes, named_part, solve, usable
+from fastft.memory.plan import (
+    HOST_SHARE,
+    budget_of,
+    budget_of_copies,
+    describe_modes,
+    named_modes,
+    named_part,
+    solve,
+    usable,
+)
 from fastft.registry.spec import ModelSpec
 from fastft.state import base_model
 
@@ -153,8 +162,8 @@ class PlannedLayers:
         self.sizes = evolve(self.sizes, rows=rows, length=length, element=element)
         budget = self.budget if self.budget is not None else self._free(where)
         if budget is not None:
-            host, dequantise = int(host_memory() * HOST_SHARE), named_part(self.plan)[0] != "auto"
-            made = solve(self.setup, budget, self.device, host, dequantise)
+            host = int(host_memory() * HOST_SHARE)
+            made = solve(self.setup, budget, self.device, host, budget_of_copies(self.plan, budget))
             before = [mode.dequantised for mode in self.modes]
             self.chosen, self.fits = made.modes, made.fits
             if [mode.dequantised for mode in self.modes] != before:

@@ -30,6 +30,8 @@ EIGHT_BITS = "+8bit"
 RESERVE = 1 << 30
 RESERVE_SHARE = 0.03
 HOST_SHARE = 0.5
+# Of what "auto" may take: up to this part of it weights are kept dequantised as well, the rest is left for what comes.
+COPIES_SHARE = 0.75
 # Why weights are not kept dequantised.
 NO_NF4 = "no layer has NF4 weights under an adapter"
 FP8_FACTORS = "NF4 weights become fp8 factors"
@@ -110,9 +112,12 @@ def not_in_eight_bits(plan: str | int, why: str) -> str:
     return f"gate and up are kept as they are, not in 8 bits: {why}" if named_part(plan)[1] and why else ""
 
 
-def solve(
-    setup: Setup, budget: int, device: Device | None = None, host: int | None = None, dequantise: bool = False
-) -> Plan:
+def budget_of_copies(plan: str | int, budget: int) -> int:
+    """Return the bytes up to which weights may be kept dequantised, where a plan is solved for `budget` bytes."""
+    return int(COPIES_SHARE * budget) if named_part(plan)[0] == "auto" else budget
+
+
+def solve(setup: Setup, budget: int, device: Device | None = None, host: int | None = None, copies: int = 0) -> Plan:
     """Return the fastest plan whose predicted peak is at most `budget` bytes; the smallest one if none fits.
 
     Two neighbouring modes on the hull of time over memory share the layers, and one layer may take a third that fills
@@ -134,14 +139,14 @@ def solve(
     if best is None:
         return least
     best = _topped_up(best, setup, device, host)
-    return _dequantised(best, setup, device) if dequantise else best
+    return _dequantised(best, setup, device, min(copies, budget))
 
 
-def _dequantised(plan: Plan, setup: Setup, device: Device | None) -> Plan:
-    """Return the plan with the weights of as many of the last layers dequantised as there is room for."""
+def _dequantised(plan: Plan, setup: Setup, device: Device | None, room: int) -> Plan:
+    """Return the plan with the weights of as many of the last layers dequantised as `room` bytes allow."""
     if not setup.keepable or set(plan.modes) != {Mode()}:
         return plan
-    modes = _most(setup, plan.budget, device, Mode(dequantised=True), Mode())
+    modes = _most(setup, room, device, Mode(dequantised=True), Mode())
     return Plan(modes, estimate(setup, modes, device), plan.budget, True)
 
 
@@ -170,7 +175,7 @@ def planned(setup: Setup, plan: str | int, budget: int, device: Device | None = 
     """Return the modes of a plan by name, or those solved for `budget` bytes where it is "auto" or an amount."""
     named, _ = named_part(plan)
     if named == "auto" or budget_of(plan) is not None:
-        return solve(setup, budget, device, dequantise=named != "auto")
+        return solve(setup, budget, device, copies=budget_of_copies(plan, budget))
     modes = named_modes(plan, setup.shape.layers, setup.keepable)
     made = estimate(setup, modes, device)
     return Plan(modes, made, budget, made.peak <= budget)
