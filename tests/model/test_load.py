@@ -363,8 +363,20 @@ def test_a_lone_tokenizer_json_is_no_whole_copy_of_a_tokenizer(tiny, online, mon
     assert files.locate("team/small", part="tokenizer") == tmp_path and asked == [True, False, True]
     (tmp_path / "tokenizer_config.json").unlink()
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(LoadError, match=r"hub cache is incomplete \(no tokenizer_config.json\).*HF_HUB_OFFLINE"):
+    with pytest.raises(LoadError, match=r"incomplete \(tokenizer.json alone, no tokenizer_config.json\).*HF_HUB_OFFLINE"):
         files.locate("team/small", part="tokenizer")
+
+
+@pytest.mark.parametrize("there", [["tekken.json"], ["tokenizer.model"], ["tokenizer.json", "vocab.json"]], ids=str)
+def test_a_repository_without_tokenizer_config_is_read_offline(there, online, monkeypatch, tmp_path):
+    """Some have none: what lies in the cache is all of it, and no hub has more."""
+    import huggingface_hub
+
+    for name in there:
+        (tmp_path / name).write_text("{}")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo, **_: str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert files.locate("team/small", part="tokenizer") == tmp_path
 
 
 @pytest.fixture
