@@ -158,8 +158,8 @@ def lora_glu_bwd_kernel(
 ):  # fmt: skip
     """Gradients over gate0 and up0, and those of the adapters, from dh0 = dy W_down and g = scale_down dy B_down.
 
-    gate, up and h are computed anew, of what is in 8 bits h alone. dh = dh0 + g A_down. dgate_ptr may be dh_ptr: a tile
-    is read before it is written. dxa_ptr: [SPLITS, count, R_GATE + R_UP] fp32, this program's share. db_gate_ptr
+    gate, up and h are computed anew, of what is in 8 bits h alone. dh = dh0 + g A_down. dgate_ptr may be dh_ptr: a
+    tile is read before it is written. dxa_ptr: [SPLITS, count, R_GATE + R_UP] fp32, this program's share. db_gate_ptr
     [R_GATE, WIDTH], db_up_ptr [R_UP, WIDTH], da_down_ptr [R_DOWN, WIDTH], fp32, zero before: sums over rows are added
     to them; those of B are still without their scale. EIGHT: gate_ptr and up_ptr are q and scale of the forward kernel.
     The rest as there.
