@@ -164,13 +164,18 @@ def _tokenizer_problems(folder: Path) -> list[str]:
     return [] if any((folder / name).is_file() for name in others) else [f"{TOKENIZER} alone, no {TOKENIZER_CONFIG}"]
 
 
+def _copy_problems(folder: Path) -> list[str]:
+    """What is missing of a whole model in the hub cache; a folder of the user's own may have a lone tokenizer.json."""
+    return problems_of(folder) + (_tokenizer_problems(folder) if has_tokenizer(folder) else [])
+
+
 def _config_problems(folder: Path) -> list[str]:
     return [] if (folder / "config.json").is_file() else ["no config.json"]
 
 
 # What is needed of a model -> the files of it that are fetched, and what says whether they are all there.
 _PARTS = {
-    "model": (_WANTED, problems_of),
+    "model": (_WANTED, _copy_problems),
     "tokenizer": (tuple(pattern for pattern in _WANTED if pattern != "*.safetensors"), _tokenizer_problems),
     "config": (("config.json",), _config_problems),
 }
