@@ -291,6 +291,7 @@ def answer(status):
 def online(monkeypatch):
     """The hub is switched on, and knows every model that it is asked for."""
     import huggingface_hub
+    import transformers.utils.hub  # noqa: F401  it takes the client's class at its import, not what stands for it here
 
     for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
         monkeypatch.delenv(name, raising=False)
