@@ -80,6 +80,19 @@ def test_what_has_the_dtype_already_is_not_copied():
     assert others[0] is matrices[0]
 
 
+def test_what_is_cast_together_lies_aligned_and_apart_from_what_it_was_made_of():
+    """GEMMs want 16 bytes: a matrix of another size or layout is cast by itself, wherever it stands."""
+    b = [random(*size, grad=False, seed=i) for i, size in enumerate([(3, 5), (4, 12), (0, 8), (8, 2), (5, 3), (2, 24)])]
+    b[3] = b[3].t()
+    a = [random(2, 12, grad=False), random(0, 12, grad=False), random(4, 12, grad=False, seed=1)]
+    stack, others = casts.stacked_and_cast(a, b, torch.bfloat16)
+    assert torch.equal(stack, torch.cat(a).to(torch.bfloat16)) and stack.is_contiguous()
+    for one, other, alone in zip(others, b, casts.cast(b, torch.bfloat16), strict=True):
+        assert torch.equal(one, other.to(torch.bfloat16)) and torch.equal(alone, one)
+        assert one.stride() == alone.stride() == other.to(torch.bfloat16).stride()
+        assert one.data_ptr() % 16 == alone.data_ptr() % 16 == 0
+
+
 def test_scaling_is_that_of_a_product_in_place():
     scales = [1.7, 1.0, 0.3]
     matrices = [random(5, 7, grad=False, seed=i) for i in range(3)]

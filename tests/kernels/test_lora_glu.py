@@ -1,15 +1,17 @@
 """A gated feed-forward of LoRA linears as two ops: values and every gradient against fp64, on dense and NF4 weights."""
 
 import importlib.util
+import math
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastft.errors import UsageError
 from fastft.kernels import lora_glu
 from fastft.kernels.dispatch import use_triton
-from fastft.kernels.lora_glu import eight_bits, op
+from fastft.kernels.lora_glu import eight_bits, launch, op
 from fastft.kernels.nf4 import nf4_dequantize
 
 _spec = importlib.util.spec_from_file_location("matrix_judge", Path(__file__).parent / "matrix_judge.py")
@@ -213,6 +215,31 @@ def test_numbers_in_eight_bits(wide):
     assert not eight_bits.expand(q, scale, wide, torch.float32)[1][3].any()
 
 
+class Largest(TorchDispatchMode):
+    """Keeps the bytes of the largest tensor that is made within."""
+
+    most = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor):
+            self.most = max(self.most, out.untyped_storage().nbytes())
+        return out
+
+
+def test_rows_are_brought_to_eight_bits_a_part_at_a_time(monkeypatch):
+    """In fp32 they would take many times what is counted for them (ranks beyond the kernels run this on a GPU)."""
+    gate, up = (torch.randn(100, 65, dtype=torch.float16, device=DEVICE) for _ in range(2))
+    whole = eight_bits.compress(gate, up)
+    back = eight_bits.expand(*whole, 65, torch.float16)
+    monkeypatch.setattr(eight_bits, "ROWS", 16)
+    with Largest() as seen:
+        parts = eight_bits.compress(gate, up)
+        again = eight_bits.expand(*parts, 65, torch.float16)
+    assert all(torch.equal(one, other) for one, other in zip((*whole, *back), (*parts, *again), strict=True))
+    assert seen.most == parts[0].nbytes
+
+
 @pytest.mark.parametrize("compressed", [False, True])
 def test_no_rows(compressed):
     args, dy = make("usual", "dense", torch.float32, torch.float32)
@@ -320,6 +347,34 @@ def test_every_mistake_is_told_at_once():
     args[6] = "relu"
     with pytest.raises(UsageError, match=r"activation(.|\n)*a\[0\](.|\n)*b\[1\]"):
         lora_glu.feed_forward(*args)
+
+
+class Launches:
+    """Stands for a kernel, and keeps the grids in which it was to run."""
+
+    def __init__(self):
+        self.grids = []
+
+    def __getitem__(self, grid):
+        self.grids.append(grid)
+        return lambda *args, **constants: None
+
+
+def test_the_grid_of_many_rows_is_one_that_cuda_allows(monkeypatch):
+    """Along its first axis 2^31 - 1 programs, along the others 65,535: of 64 rows each, 4 million rows."""
+    kernels = pytest.importorskip("fastft.kernels.lora_glu.triton")
+    launches, count, width = Launches(), 64 * 65_535 + 1, 512
+    monkeypatch.setattr(kernels, "lora_glu_fwd_kernel", launches)
+    monkeypatch.setattr(kernels, "lora_glu_bwd_kernel", launches)
+    wide, xa, g = (torch.empty(count, n, dtype=torch.bfloat16, device="meta") for n in (width, 8, 4))
+    b, a_down = (torch.empty(*size, dtype=torch.bfloat16, device="meta") for size in ((width, 4), (4, width)))
+    for cfg in (launch.launch(count, width, 132), launch.Launch(splits=2)):
+        kernels.forward(wide, wide, xa, b, b, a_down, (1.0, 1.0), "silu", True, cfg)
+        kernels.backward(wide, wide, wide, xa, g, b, b, a_down, (1.0, 1.0), "silu", cfg=cfg)
+    blocks = -(-count // 64)
+    assert [math.prod(grid) for grid in launches.grids] == [blocks, blocks, 2 * blocks, 2 * blocks]
+    for first, *others in launches.grids:
+        assert first < 2**31 and all(programs <= 65_535 for programs in others)
 
 
 def test_the_kernels_run_where_they_should():

@@ -291,6 +291,7 @@ def answer(status):
 def online(monkeypatch):
     """The hub is switched on, and knows every model that it is asked for."""
     import huggingface_hub
+    import transformers.utils.hub  # noqa: F401  it takes the client's class at its import, not what stands for it here
 
     for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
         monkeypatch.delenv(name, raising=False)
@@ -346,25 +347,40 @@ def test_the_network_is_asked_only_for_what_is_not_cached(tiny, online, monkeypa
     assert asked == [True, False, True]
 
 
-def test_a_lone_tokenizer_json_is_no_whole_copy_of_a_tokenizer(tiny, online, monkeypatch, tmp_path):
+@pytest.mark.parametrize("part", ["tokenizer", "model"])
+def test_a_lone_tokenizer_json_is_no_whole_copy_of_a_tokenizer(part, tiny, online, monkeypatch, tmp_path):
     """It is what other libraries fetch by itself: special tokens and the chat template are in other files."""
     import huggingface_hub
 
     folder, asked = tiny(), []
-    shutil.copy(folder / "tokenizer.json", tmp_path)
+    for name in ("tokenizer.json", "config.json", files.WEIGHTS):
+        shutil.copy(folder / name, tmp_path)
+    files.check(tmp_path)  # as a folder of the user's own it is whole
 
     def download(repo, local_files_only, **_):
         asked.append(local_files_only)
         return str(tmp_path if local_files_only else folder)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    assert files.locate("team/small", part="tokenizer") == folder and asked == [True, False]
+    assert files.locate("team/small", part=part) == folder and asked == [True, False]
     shutil.copy(folder / "tokenizer_config.json", tmp_path)
-    assert files.locate("team/small", part="tokenizer") == tmp_path and asked == [True, False, True]
+    assert files.locate("team/small", part=part) == tmp_path and asked == [True, False, True]
     (tmp_path / "tokenizer_config.json").unlink()
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(LoadError, match=r"hub cache is incomplete \(no tokenizer_config.json\).*HF_HUB_OFFLINE"):
-        files.locate("team/small", part="tokenizer")
+    with pytest.raises(LoadError, match=r"\(tokenizer.json alone, no tokenizer_config.json\).*HF_HUB_OFFLINE"):
+        files.locate("team/small", part=part)
+
+
+@pytest.mark.parametrize("there", [["tekken.json"], ["tokenizer.model"], ["tokenizer.json", "vocab.json"]], ids=str)
+def test_a_repository_without_tokenizer_config_is_read_offline(there, online, monkeypatch, tmp_path):
+    """Some have none: what lies in the cache is all of it, and no hub has more."""
+    import huggingface_hub
+
+    for name in there:
+        (tmp_path / name).write_text("{}")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo, **_: str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert files.locate("team/small", part="tokenizer") == tmp_path
 
 
 @pytest.fixture

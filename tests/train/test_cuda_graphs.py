@@ -173,7 +173,10 @@ def test_a_recording_that_fails_is_told_with_what_came_first(standing, monkeypat
     monkeypatch.setattr(cuda_graphs.Replayer, "_record", record)
     told = "operation failed due to a previous error, after: CUDA error: dependency created on uncaptured work$"
     with pytest.warns(UserWarning, match=told):
-        take(6, 8, 1e-9)
+        try:
+            raise ValueError("what the user is handling meanwhile")
+        except ValueError:
+            take(6, 8, 1e-9)
     assert replayer.mode == "never" and replayer.recording is None
 
 

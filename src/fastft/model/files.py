@@ -11,7 +11,8 @@ from fastft.errors import LoadError, did_you_mean_path
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "spiece.model")
+TOKENIZER = "tokenizer.json"
+TOKENIZER_FILES = (TOKENIZER, "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "spiece.model")
 TOKENIZER_CONFIG = "tokenizer_config.json"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -153,10 +154,19 @@ def problems_of(folder: Path) -> list[str]:
 
 
 def _tokenizer_problems(folder: Path) -> list[str]:
-    """A lone tokenizer.json is what other libraries fetch; the special tokens and the chat template lie elsewhere."""
+    """A lone tokenizer.json is what other libraries fetch; the special tokens and the chat template lie elsewhere.
+
+    Beside any other of a tokenizer's files it was fetched with all of them: some repositories have no such config.
+    """
     if not has_tokenizer(folder):
         return ["no tokenizer"]
-    return [] if (folder / TOKENIZER_CONFIG).is_file() else [f"no {TOKENIZER_CONFIG}"]
+    others = (name for name in (*TOKENIZER_FILES, TOKENIZER_CONFIG) if name != TOKENIZER)
+    return [] if any((folder / name).is_file() for name in others) else [f"{TOKENIZER} alone, no {TOKENIZER_CONFIG}"]
+
+
+def _copy_problems(folder: Path) -> list[str]:
+    """What is missing of a whole model in the hub cache; a folder of the user's own may have a lone tokenizer.json."""
+    return problems_of(folder) + (_tokenizer_problems(folder) if has_tokenizer(folder) else [])
 
 
 def _config_problems(folder: Path) -> list[str]:
@@ -165,7 +175,7 @@ def _config_problems(folder: Path) -> list[str]:
 
 # What is needed of a model -> the files of it that are fetched, and what says whether they are all there.
 _PARTS = {
-    "model": (_WANTED, problems_of),
+    "model": (_WANTED, _copy_problems),
     "tokenizer": (tuple(pattern for pattern in _WANTED if pattern != "*.safetensors"), _tokenizer_problems),
     "config": (("config.json",), _config_problems),
 }

@@ -11,6 +11,7 @@ Nothing is recorded either while the loss of the step before is still referred t
 parameters to the stream on which it ran.
 """
 
+import sys
 import time
 import warnings
 import weakref
@@ -135,10 +136,11 @@ class Replayer:
         self.why_not = self.refused.get(shape) or self._in_the_way(shape)
         if self.why_not:
             return None
+        handled = sys.exception()  # by whoever takes this step: none of the recording's
         try:
             return self._record(batch, shape)
         except RuntimeError as error:
-            self.mode, self.why_not = "never", f"recording failed: {chain_of(error)}"
+            self.mode, self.why_not = "never", f"recording failed: {chain_of(error, handled)}"
             warnings.warn(f"fastft: steps are not replayed as CUDA graphs: {self.why_not}", stacklevel=4)
             return None
 
@@ -213,13 +215,13 @@ class Replayer:
         return made
 
 
-def chain_of(error: BaseException) -> str:
-    """Return the first line of an error, and those of the errors that it came after.
+def chain_of(error: BaseException, handled: BaseException | None = None) -> str:
+    """Return the first line of an error, and those of the errors that it came after, up to the one that is `handled`.
 
     The end of a recording that failed raises an error of its own, which says no more than that there was one before.
     """
     lines, one = [], error
-    while one is not None:
+    while one is not None and one is not handled:
         lines.append((str(one).splitlines() or [type(one).__name__])[0])
         one = one.__context__
     return ", after: ".join(lines)

@@ -25,7 +25,8 @@ class Launch:
 def launch(count: int, width: int, processors: int, rank: int = 16, backward: bool = False) -> Launch:
     """Settings for `count` rows of `width` on a device with so many multiprocessors: at least eight programs for each.
 
-    The programs of one row of tiles run side by side: a power of two of them reads and writes whole pages of memory.
+    The programs of one row of tiles run side by side: a power of two of them, where the width has as many, reads and
+    writes whole pages of memory.
     rank: the largest of the adapters'. Above 16 the backward loads one tile less ahead: with three, its tiles and the
     adapters' take so much shared memory (143 of 227 KB on sm_90) that a multiprocessor holds one program, not two.
     """

@@ -55,6 +55,15 @@ def _activate(x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
+def _place_of(program, ROWS: tl.constexpr, SPLITS: tl.constexpr):
+    """(this program's share of the columns, its rows): those of the same rows are next to each other in the grid.
+
+    The grid has one axis: along its second CUDA allows 65,535 programs, which is 4 million rows.
+    """
+    return program % SPLITS, (program // SPLITS).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+
+
+@triton.jit
 def _columns(ptr, outer, stride, col, in_cols, EVEN: tl.constexpr):
     """Load the tile [outer, col] of a matrix whose rows lie `stride` apart; EVEN: no column is beyond the last."""
     if EVEN:
@@ -109,8 +118,7 @@ def lora_glu_fwd_kernel(
     COLUMNS a block (`eight_bits.compress`).
     """
     tl.static_assert(COLUMNS == EIGHT_BITS or not EIGHT)
-    split = tl.program_id(0)
-    given = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    split, given = _place_of(tl.program_id(0), ROWS, SPLITS)
     in_rows = given < count
     row = tl.minimum(given, count - 1)  # rows beyond the last read the last, and write nothing
     r_gate, r_up, r_down = tl.arange(0, P_GATE), tl.arange(0, P_UP), tl.arange(0, P_DOWN)
@@ -157,8 +165,7 @@ def lora_glu_bwd_kernel(
     The rest as there.
     """
     tl.static_assert(COLUMNS == EIGHT_BITS or not EIGHT)
-    split = tl.program_id(0)
-    given = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    split, given = _place_of(tl.program_id(0), ROWS, SPLITS)
     in_rows = given < count
     row = tl.minimum(given, count - 1)  # rows beyond the last read the last, have zeros in xa and g, and write nothing
     r_gate, r_up, r_down = tl.arange(0, P_GATE), tl.arange(0, P_UP), tl.arange(0, P_DOWN)
@@ -185,7 +192,9 @@ def lora_glu_bwd_kernel(
             b_gate += scale_gate * tl.dot(b_xa_gate, tl.trans(b_bg))
             b_up += scale_up * tl.dot(b_xa_up, tl.trans(b_bu))
         b_dh += tl.dot(b_g, tl.trans(b_ad))
-        if EIGHT:  # Adds nothing, but has the three in one layout: without, each goes through shared memory.
+        if EIGHT:
+            # Adds nothing, but has the three in one layout: without, each goes through shared memory. Where dh is not
+            # finite, h becomes NaN by it, and so dA_down, as dgate and dup, dB_gate and dB_up are not finite anyway.
             b_gate, b_up = b_gate + 0.0 * b_dh, b_up + 0.0 * b_dh
         activated, slope = _activate(b_gate, ACTIVATION)
         b_h = (activated * b_up).to(dtype)
@@ -242,7 +251,7 @@ def forward(
         of_q, of_scale = shapes(count, width)
         kept = torch.empty(of_q, dtype=torch.uint8, device=h.device), torch.empty(of_scale, device=h.device)
     with launch_on(gate0):
-        lora_glu_fwd_kernel[(cfg.splits, ceil_div(count, cfg.rows))](
+        lora_glu_fwd_kernel[(cfg.splits * ceil_div(count, cfg.rows),)](
             gate0, up0, xa, b_gate.contiguous(), b_up.contiguous(), transposed(a_down, dtype), h, shares,
             *(kept or (h, h)), count, gate0.stride(0), up0.stride(0), xa.stride(0), *scales,
             **_constants(width, ranks, activation, cfg, eight_bits),
@@ -268,7 +277,7 @@ def backward(
     sums = torch.zeros(sum(ranks), width, dtype=torch.float32, device=dh.device)
     db_gate, db_up, da_down = sums.split(ranks)
     with launch_on(dh):
-        lora_glu_bwd_kernel[(cfg.splits, ceil_div(count, cfg.rows))](
+        lora_glu_bwd_kernel[(cfg.splits * ceil_div(count, cfg.rows),)](
             dh, gate0, up0, xa, g, b_gate.contiguous(), b_up.contiguous(), transposed(a_down, dtype),
             dh, dup, shares, db_gate, db_up, da_down,
             count, gate0.stride(0), up0.stride(0), xa.stride(0), *scales,
