@@ -12,6 +12,7 @@ from fastft.errors import UsageError
 from fastft.kernels import lora_glu
 from fastft.kernels.dispatch import use_triton
 from fastft.kernels.lora_glu import eight_bits, launch, op
+from fastft.kernels.lora_glu import plain as in_torch
 from fastft.kernels.nf4 import nf4_dequantize
 
 _spec = importlib.util.spec_from_file_location("matrix_judge", Path(__file__).parent / "matrix_judge.py")
@@ -19,6 +20,7 @@ judge = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(judge)
 DEVICE = judge.DEVICE
 EPS32 = 2.0**-23
+FP32 = (torch.float32,) * 3
 
 #        rows     K   N    ranks         scales
 CASES = {
@@ -227,17 +229,35 @@ class Largest(TorchDispatchMode):
         return out
 
 
-def test_rows_are_brought_to_eight_bits_a_part_at_a_time(monkeypatch):
-    """In fp32 they would take many times what is counted for them (ranks beyond the kernels run this on a GPU)."""
-    gate, up = (torch.randn(100, 65, dtype=torch.float16, device=DEVICE) for _ in range(2))
-    whole = eight_bits.compress(gate, up)
-    back = eight_bits.expand(*whole, 65, torch.float16)
-    monkeypatch.setattr(eight_bits, "ROWS", 16)
-    with Largest() as seen:
-        parts = eight_bits.compress(gate, up)
-        again = eight_bits.expand(*parts, 65, torch.float16)
-    assert all(torch.equal(one, other) for one, other in zip((*whole, *back), (*parts, *again), strict=True))
-    assert seen.most == parts[0].nbytes
+@pytest.mark.parametrize("compressed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_plain_torch_goes_through_the_rows_a_part_at_a_time(compressed, dtype, monkeypatch):
+    """What it makes of a part is no larger than what comes in, and the numbers are those of all rows at once."""
+    generator = torch.Generator().manual_seed(0)
+
+    def made(*size, dtype=dtype):
+        return torch.randn(*size, generator=generator).to(DEVICE, dtype)
+
+    count, wide, rank = 100, 65, 3
+    given = [made(count, wide), made(count, wide), made(count, 2 * rank), made(wide, rank), made(wide, rank)]
+    given.append(made(rank, wide, dtype=torch.float32))
+    dh, g = made(count, wide), made(count, rank)
+    results, most = [], []
+    for rows in (1024, 16):
+        monkeypatch.setattr(in_torch, "ROWS", rows)
+        with Largest() as seen:
+            h, ha, *kept = in_torch.forward(*given, (2.0, 0.5), "silu", compressed)
+            back = in_torch.backward(
+                dh.clone(), *(kept or given[:2]), *given[2:3], g, *given[3:], (2.0, 0.5), "silu", FP32
+            )
+        results.append([h, ha, *kept, *back])
+        most.append(seen.most)
+    assert most[1] == max(t.nbytes for t in (h, *kept)) and (not compressed or most[0] > most[1])
+    for index, (one, other) in enumerate(zip(*results, strict=True)):
+        if one.dtype == torch.float32 == dtype or index >= len(results[0]) - 3:
+            assert judge.rms_ratio(other, one) < 1e-6 if dtype == torch.float32 else judge.rms_ratio(other, one) < 1e-3
+        else:
+            assert torch.equal(one, other), index
 
 
 @pytest.mark.parametrize("compressed", [False, True])
@@ -299,7 +319,7 @@ def test_deterministic_algorithms_give_the_same_bits_twice():
     args, dy = make("usual", "nested", torch.float16, torch.float32)
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
-        assert not op._fused(torch.empty(4, 4, dtype=torch.float16, device=DEVICE), 4)
+        assert op._kernels(torch.empty(4, 4, dtype=torch.float16, device=DEVICE), 4) is in_torch
         first, second = (run(lora_glu.feed_forward, args, dy) for _ in range(2))
     finally:
         torch.use_deterministic_algorithms(False)
@@ -379,5 +399,5 @@ def test_the_grid_of_many_rows_is_one_that_cuda_allows(monkeypatch):
 
 def test_the_kernels_run_where_they_should():
     probe = torch.empty(4, 4, dtype=torch.float16, device=DEVICE)
-    assert op._fused(probe, 32) == use_triton(probe)
-    assert not op._fused(probe, 33) and not op._fused(probe.float(), 8)
+    assert (op._kernels(probe, 32) is not in_torch) == use_triton(probe)
+    assert op._kernels(probe, 33) is op._kernels(probe.float(), 8) is in_torch

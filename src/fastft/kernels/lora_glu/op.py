@@ -18,18 +18,19 @@ forward gives the same, and gate and up are kept in their place, in 8 bits a num
 """
 
 import math
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastft.errors import Problem, UsageError
 from fastft.kernels.dispatch import use_triton
 from fastft.kernels.glu import ref as glu_ref
 from fastft.kernels.lora.casts import cast
-from fastft.kernels.lora.gemm import accumulating_mm, accumulating_mms, dense, lora_products, product_gradient
+from fastft.kernels.lora.gemm import accumulating_mm, dense, lora_products, product_gradient
 from fastft.kernels.lora.linears import linears
-from fastft.kernels.lora_glu.eight_bits import compress, expand, shapes
+from fastft.kernels.lora_glu import plain
+from fastft.kernels.lora_glu.eight_bits import shapes
 from fastft.kernels.lora_glu.launch import MAX_RANK
 from fastft.kernels.rows import as_matrix
 
@@ -111,18 +112,14 @@ def _check(
         raise UsageError(*problems)
 
 
-def _fused(gate0: Tensor, *ranks: int) -> bool:
-    """Say whether the Triton kernels run: 16 bits, small ranks, and atomics allowed to sum in any order."""
-    small = gate0.dtype in (torch.bfloat16, torch.float16) and max(ranks) <= MAX_RANK and gate0.numel() > 0
-    return small and use_triton(gate0) and not torch.are_deterministic_algorithms_enabled()
+def _kernels(given: Tensor, *ranks: int) -> Any:
+    """Return the Triton kernels for 16 bits and small ranks where atomics may sum in any order, else plain torch."""
+    small = given.dtype in (torch.bfloat16, torch.float16) and max(ranks) <= MAX_RANK and given.numel() > 0
+    if not small or not use_triton(given) or torch.are_deterministic_algorithms_enabled():
+        return plain
+    from fastft.kernels.lora_glu import triton
 
-
-def _gate_up(
-    gate0: Tensor, up0: Tensor, xa: Tensor, b_gate: Tensor, b_up: Tensor, scales: tuple[float, float]
-) -> tuple[Tensor, Tensor]:
-    rank = b_gate.shape[1]
-    gate = torch.addmm(gate0, xa[:, :rank], b_gate.t(), alpha=scales[0])
-    return gate, torch.addmm(up0, xa[:, rank:], b_up.t(), alpha=scales[1])
+    return triton
 
 
 @torch.library.custom_op("fastft::lora_glu_down", mutates_args=())
@@ -151,15 +148,8 @@ def _lora_glu_down(
         gate0, up0, xa = as_matrix(gate0), as_matrix(up0), as_matrix(xa)
         b_gate, b_up, b_down = cast([b_gate, b_up, b_down], dtype)
         pair = (scales[0], scales[1])
-        if _fused(gate0, b_gate.shape[1], b_up.shape[1], a_down.shape[0]):
-            from fastft.kernels.lora_glu import triton as kernels
-
-            h, ha, *kept = kernels.forward(gate0, up0, xa, b_gate, b_up, a_down, pair, activation, eight_bits)
-        else:
-            gate, up = _gate_up(gate0, up0, xa, b_gate, b_up, pair)
-            h = glu_ref.glu(gate, up, activation)
-            ha = F.linear(h, a_down.to(dtype))
-            kept = compress(gate, up) if eight_bits else ()
+        kernels = _kernels(gate0, b_gate.shape[1], b_up.shape[1], a_down.shape[0])
+        h, ha, *kept = kernels.forward(gate0, up0, xa, b_gate, b_up, a_down, pair, activation, eight_bits)
         (y,) = lora_products(h, [weight], [quant], [None], [ha], [b_down], [scales[2]], fp8)
         return [y.view(*lead, y.shape[1]), ha.view(*lead, ha.shape[1]), *kept]
 
@@ -208,34 +198,10 @@ def _lora_glu_down_backward(
         else:
             dh = torch.mm(dy, dense(weight, quant, dy.shape[1], wide, dtype))
         pair = (scales[0], scales[1])
-        if _fused(dh, b_gate.shape[1], b_up.shape[1], a_down.shape[0]):
-            from fastft.kernels.lora_glu import triton as kernels
-
-            made = kernels.backward(dh, first, second, xa, g, b_gate, b_up, a_down, pair, activation, own_dtypes[:3])
-        else:
-            if first.dtype == torch.uint8:
-                gate, up = expand(first, second, wide, dtype)
-            else:
-                gate, up = _gate_up(first, second, xa, b_gate, b_up, pair)
-            made = _torch_backward(dh, gate, up, xa, g, b_gate, b_up, a_down, pair, activation, own_dtypes[:3])
+        kernels = _kernels(dh, b_gate.shape[1], b_up.shape[1], a_down.shape[0])
+        made = kernels.backward(dh, first, second, xa, g, b_gate, b_up, a_down, pair, activation, own_dtypes[:3])
         dgate, dup, dxa, *adapters = made
         return dgate.view(*lead, wide), dup.view(*lead, wide), dxa.view(*lead, dxa.shape[1]), *adapters, db_down
-
-
-def _torch_backward(
-    dh: Tensor, gate: Tensor, up: Tensor, xa: Tensor, g: Tensor, b_gate: Tensor, b_up: Tensor, a_down: Tensor,
-    scales: tuple[float, float], activation: str, own_dtypes: list[torch.dtype],
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """Do what `triton.backward` does in plain torch, from gate and up."""
-    dtype, rank = gate.dtype, b_gate.shape[1]
-    dh = dh.addmm_(g, a_down.to(dtype))
-    dgate, dup = glu_ref.glu_backward(dh, gate, up, activation)
-    dxa = torch.cat([scales[0] * (dgate @ b_gate), scales[1] * (dup @ b_up)], 1)
-    h = glu_ref.glu(gate, up, activation)
-    adapters = accumulating_mms(
-        [dgate.t(), dup.t(), g.t()], [xa[:, :rank], xa[:, rank:], h], own_dtypes, [*scales, 1.0]
-    )
-    return dgate, dup, dxa, *adapters
 
 
 @_lora_glu_down_backward.register_fake
