@@ -24,8 +24,9 @@ COMPUTE = ("exact", "fp8", "fp8+head")
 # token, the gradients of gate and up in fp8, and those of queries, keys and values.
 FP8_TIME, FP8_HEAD_TIME, FP8_WIDE, FP8_ATTENTION = 0.62, 0.56, 1.0, 0.5
 # A number in 8 bits, and its share of the scale of 64 of them in fp32; what the forward of a feed-forward holds while
-# it makes them, in widths a token: gate, up and their product.
-EIGHT_BITS, EIGHT_BITS_MADE = 1 + 4 / 64, 3.0
+# it makes them, in widths a token: gate, up and their product. What making and reading them takes longer than in 16
+# bits, as bytes a width and token that pass through the memory (docs/benchmarks/2026-11-27-kernels.md).
+EIGHT_BITS, EIGHT_BITS_MADE, EIGHT_BITS_TIME = 1 + 4 / 64, 3.0, 6.0
 # Logits at once in the loss head (fastft.kernels.linear_ce), and in that of log-probabilities (.linear_logprob).
 CHUNK_BYTES, LOGPROB_CHUNK_BYTES = 512 << 20, 256 << 20
 # What a step asks of the model's head: the loss of all tokens, or log-probabilities of completions.
@@ -360,6 +361,8 @@ def step_seconds(setup: Setup, modes: Sequence[Mode], device: Device) -> float:
             again += forward["down"]
         again *= (1 + AGAIN_SHARE) * (FP8_TIME if setup.fp8 else 1)
         taken = plain + again + dequantising_seconds(setup, mode, device, kept)
+        if setup.eight_bits and keeps_wide(mode.level):
+            taken += EIGHT_BITS_TIME * setup.tokens * setup.shape.intermediate / device.bandwidth
         if mode.offload:
             copying = saved_bytes(setup, mode.level) / device.pcie
             taken += max(0.0, copying - (linear + attention) * (1 + share))
