@@ -229,6 +229,7 @@ def _constants(
         "P_GATE": padded[0], "P_UP": padded[1], "P_DOWN": padded[2],
         "ROWS": cfg.rows, "COLUMNS": cfg.columns, "SPLITS": cfg.splits, "STAGES": cfg.stages,
         "EVEN": width % cfg.columns == 0, "EIGHT": eight_bits, "num_warps": cfg.warps,
+        **({"maxnreg": cfg.registers} if cfg.registers else {}),
     }  # fmt: skip
 
 
