@@ -184,7 +184,7 @@ def test_large_gates_stay_finite(scale):
 
 
 WIDE = ((2, 40, 128), torch.float32)
-IN_EIGHT_BITS = ((80, 2, 2, 64), torch.uint8), ((2, 2, 80), torch.float32)
+IN_EIGHT_BITS = ((80, 2, 64, 2), torch.uint8), ((2, 2, 80), torch.float32)
 
 
 @pytest.mark.parametrize(("compressed", "of_gate_and_up"), [(False, (WIDE, WIDE)), (True, IN_EIGHT_BITS)])

@@ -78,26 +78,41 @@ def _of_rank(ptr, outer, stride, keep, r, R: tl.constexpr):
 
 
 @triton.jit
-def _in_eight_bits(q_ptr, scale_ptr, part, b_x, row, count, start, in_rows, BLOCKS: tl.constexpr):
-    """Write the tile b_x [rows, 64] that begins at column `start` in 8 bits; `part` is 0 for gate and 1 for up."""
-    block = start // EIGHT_BITS
+def _quantized(b_x):
+    """(q, scale) of the rows of a tile [rows, 64] in fp32."""
     b_largest = tl.max(tl.abs(b_x), 1)
     b_inverse = tl.where(b_largest > SMALLEST, LARGEST / b_largest, 0.0)
-    b_q = (b_x * b_inverse[:, None] + ROUNDING).to(tl.int32, bitcast=True).to(tl.uint8)
-    local = tl.arange(0, EIGHT_BITS)
-    place = ((row * BLOCKS + block) * 2 + part) * EIGHT_BITS
-    tl.store(q_ptr + place[:, None] + local[None, :], b_q, mask=in_rows[:, None])
-    tl.store(scale_ptr + (block * 2 + part).to(tl.int64) * count + row, b_largest * (1.0 / LARGEST), mask=in_rows)
+    return (b_x * b_inverse[:, None] + ROUNDING).to(tl.int32, bitcast=True).to(tl.uint8), b_largest * (1.0 / LARGEST)
 
 
 @triton.jit
-def _of_eight_bits(q_ptr, scale_ptr, part, row, count, start, BLOCKS: tl.constexpr):
-    """Load the tile [rows, 64] that begins at column `start`, in fp32."""
-    block = start // EIGHT_BITS
-    place = ((row * BLOCKS + block) * 2 + part) * EIGHT_BITS
-    b_q = tl.load(q_ptr + place[:, None] + tl.arange(0, EIGHT_BITS)[None, :])
-    b_whole = (b_q.to(tl.int32) | WHOLE).to(tl.float32, bitcast=True) - AS_FLOAT
-    return b_whole * tl.load(scale_ptr + (block * 2 + part).to(tl.int64) * count + row)[:, None]
+def _in_eight_bits(q_ptr, scale_ptr, b_gate, b_up, row, count, start, in_rows, WIDTH: tl.constexpr, ROWS: tl.constexpr):
+    """Write the tiles of gate and up [ROWS, 64] that begin at column `start` in 8 bits, the one's numbers in turn."""
+    b_q_gate, b_scale_gate = _quantized(b_gate)
+    b_q_up, b_scale_up = _quantized(b_up)
+    b_q = tl.reshape(tl.join(b_q_gate, b_q_up), (ROWS, 2 * EIGHT_BITS))
+    place = (row * tl.cdiv(WIDTH, EIGHT_BITS) + start // EIGHT_BITS) * (2 * EIGHT_BITS)
+    tl.store(q_ptr + place[:, None] + tl.arange(0, 2 * EIGHT_BITS)[None, :], b_q, mask=in_rows[:, None])
+    at = row + (row * 0 + start // EIGHT_BITS * 2) * count  # in 64 bits, as rows are
+    tl.store(scale_ptr + at, b_scale_gate, mask=in_rows)
+    tl.store(scale_ptr + at + count, b_scale_up, mask=in_rows)
+
+
+@triton.jit
+def _of_eight_bits(q_ptr, scale_ptr, row, count, start, WIDTH: tl.constexpr, ROWS: tl.constexpr):
+    """Load the tiles of gate and up [ROWS, 64] that begin at column `start`, in fp32."""
+    place = (row * tl.cdiv(WIDTH, EIGHT_BITS) + start // EIGHT_BITS) * (2 * EIGHT_BITS)
+    b_q = tl.load(q_ptr + place[:, None] + tl.arange(0, 2 * EIGHT_BITS)[None, :])
+    b_q_gate, b_q_up = tl.split(tl.reshape(b_q, (ROWS, EIGHT_BITS, 2)))
+    at = row + (row * 0 + start // EIGHT_BITS * 2) * count
+    b_gate = _whole(b_q_gate) * tl.load(scale_ptr + at)[:, None]
+    return b_gate, _whole(b_q_up) * tl.load(scale_ptr + at + count)[:, None]
+
+
+@triton.jit
+def _whole(b_q):
+    """q - ZERO in fp32."""
+    return (b_q.to(tl.int32) | WHOLE).to(tl.float32, bitcast=True) - AS_FLOAT
 
 
 @triton.jit
@@ -139,8 +154,7 @@ def lora_glu_fwd_kernel(
         b_h = (activated * b_up).to(h_ptr.dtype.element_ty)
         tl.store(h_ptr + row[:, None] * WIDTH + col[None, :], b_h, mask=in_rows[:, None] & in_cols[None, :])
         if EIGHT:
-            _in_eight_bits(q_ptr, scale_ptr, 0, b_gate, row, count, start, in_rows, tl.cdiv(WIDTH, EIGHT_BITS))
-            _in_eight_bits(q_ptr, scale_ptr, 1, b_up, row, count, start, in_rows, tl.cdiv(WIDTH, EIGHT_BITS))
+            _in_eight_bits(q_ptr, scale_ptr, b_gate, b_up, row, count, start, in_rows, WIDTH, ROWS)
         b_ha += tl.dot(b_h, b_ad)
     ha_row = ha_ptr + (split.to(tl.int64) * count + row)[:, None] * R_DOWN
     tl.store(ha_row + r_down[None, :], b_ha, mask=in_rows[:, None] & (r_down < R_DOWN)[None, :])
@@ -179,8 +193,7 @@ def lora_glu_bwd_kernel(
         col = start + tl.arange(0, COLUMNS)
         in_cols = col < WIDTH
         if EIGHT:
-            b_gate = _of_eight_bits(gate_ptr, up_ptr, 0, row, count, start, tl.cdiv(WIDTH, EIGHT_BITS))
-            b_up = _of_eight_bits(gate_ptr, up_ptr, 1, row, count, start, tl.cdiv(WIDTH, EIGHT_BITS))
+            b_gate, b_up = _of_eight_bits(gate_ptr, up_ptr, row, count, start, WIDTH, ROWS)
         else:
             b_gate = _columns(gate_ptr, row, gate_stride, col, in_cols, EVEN).to(tl.float32)
             b_up = _columns(up_ptr, row, up_stride, col, in_cols, EVEN).to(tl.float32)
