@@ -31,7 +31,7 @@ def verify(
     """Compare exports with the model they come from: prompts, token ids, logits, perplexity.
 
     Exits with 2 if one differs more than its kind allows. For example:
-    fastft verify merged gguf/model-q4_k_m.gguf --model run/first
+    fastft verify merged gguf/first-q4_k_m.gguf --model run/first
     """
     missing = [name for name in NEEDED if not installed(name)]
     if any(_has_gguf(path) for path in artefacts) and not installed("gguf"):

@@ -42,6 +42,10 @@ RENAMED = {
     "no_cuda": "use_cpu",
     "group_by_length": "train_sampling_strategy='group_by_length'",
 }
+ELSEWHERE = {
+    name: f"fastft.compile(model, {name}=...) takes it, before"
+    for name in ("plan", "backend", "disable", "implementations")
+}
 
 
 class DefaultLength(int):
@@ -76,7 +80,9 @@ def refuse_unknown(owner: str, names: Iterable[str], known: Iterable[str]) -> No
     for name in names:
         if name in known:
             continue
-        near = f"it is called {RENAMED[name]} now" if name in RENAMED else did_you_mean(name, known)
+        near = (
+            f"it is called {RENAMED[name]} now" if name in RENAMED else ELSEWHERE.get(name) or did_you_mean(name, known)
+        )
         problems.append(f"{owner}: unknown argument {name!r}" + (f"; {near}" if near else ""))
     if problems:
         raise UsageError(*problems)

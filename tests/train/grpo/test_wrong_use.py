@@ -64,6 +64,14 @@ def test_rewards_that_are_none_are_told_before_anything_is_sampled(trainer, monk
     assert len(caught.value.problems) == 2 and "did you mean 'answers'?" in str(caught.value)
 
 
+def test_a_reward_that_takes_no_other_names_is_told_before_anything_is_sampled(trainer):
+    def short(prompts, completions, answer=None):
+        return [0.0] * len(completions)
+
+    with pytest.raises(UsageError, match=r"'short\(prompts, completions, answer=None\)'.*end it with \*\*columns"):
+        trainer(rewards=[short, even])
+
+
 def test_one_reward_alone(build_model, tokenizer, config):
     options = {"engine": GivenRollouts(), "compile": False, "generations": 4, "max_new_tokens": 4, "steps": 1}
     result = fastft.grpo(build_model(), tokenizer, PROMPTS, even, config["output_dir"], disable_tqdm=True, **options)
@@ -104,6 +112,8 @@ def test_unknown_names_are_told(config, build_model, tokenizer):
         GRPOConfig(**config, num_generation=4)
     with pytest.raises(UsageError, match=r"reward_fn"):
         GRPOTrainer(build_model(), [even], GRPOConfig(**config), reward_fn=even)
+    with pytest.raises(UsageError, match=r"'plan'; fastft\.compile\(model, plan=\.\.\.\) takes it, before"):
+        fastft.grpo(build_model(), tokenizer, PROMPTS, [even], config["output_dir"], plan="keep")
     with pytest.raises(UsageError, match=r"engine.*'transformer'"):
         fastft.grpo(
             build_model(), tokenizer, PROMPTS, [even], config["output_dir"], engine="transformer", max_new_tokens=8

@@ -1,5 +1,6 @@
 """Arguments of reinforcement learning: what is refused, and what is handed on in which form."""
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 from fastft.errors import LoadError, Problem, UsageError
 from fastft.model.files import locate
 from fastft.rewards import guard
-from fastft.rewards.guarding import columns_of, problems_of
+from fastft.rewards.guarding import columns_of, name_of, problems_of
 from fastft.rewards.making import NO_COLUMNS, missing_column
 from fastft.state import base_model
 from fastft.train.grpo import prompts
@@ -39,6 +40,22 @@ def refuse_columns(functions: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
             problems += [missing_column(name, column, others) for name, column in wanted]
     if problems:
         raise UsageError(*problems)
+
+
+def _deaf(functions: Sequence[Any]) -> list[Problem]:
+    """Return the functions among rewards that refuse the names by which columns, token ids and more come."""
+    problems = []
+    for function in functions:
+        try:
+            signature = inspect.signature(function)
+        except (TypeError, ValueError):  # no function, or one that does not tell
+            continue
+        if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in signature.parameters.values()):
+            remedy = "Columns of the data, completion_ids and more come by their names: end it with **columns."
+            problems.append(
+                Problem("reward", f"{name_of(function)}{signature}", "a function that takes any name", remedy)
+            )
+    return problems
 
 
 def _model_problems(functions: Sequence[Any]) -> list[Problem]:
@@ -74,7 +91,7 @@ def datasets(kwargs: Mapping[str, Any]) -> dict[str, Any]:
 
 def refuse(model: Any, args: GRPOConfig, functions: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
     """Raise `UsageError` with everything that is missing or cannot be served, before anything is built."""
-    problems: list[Problem | str] = [*problems_of(functions), *_model_problems(functions)]
+    problems: list[Problem | str] = [*problems_of(functions), *_model_problems(functions), *_deaf(functions)]
     environment = kwargs.get("environment_factory")
     if not functions and environment is None:
         problems.append(Problem("GRPOTrainer reward_funcs", functions, "at least one function (see fastft.rewards)"))
