@@ -2,6 +2,7 @@
 
 import math
 
+import grouped
 import pytest
 import torch
 from tiny import FAMILIES, make, with_lora
@@ -32,17 +33,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LAYOUTS = {"shared": True, "packed": False}
 
 
-def make_batch(rows=ROWS, keep=KEEP, seed=0, vocabulary=250):
-    generator = torch.Generator().manual_seed(seed)
-    longest = max(size for _, size, _ in rows)
-    prompts = {}
-    ids, mask = torch.zeros(2, len(rows), longest + keep, dtype=torch.long)
-    for row, (name, size, completion) in enumerate(rows):
-        prompts.setdefault(name, torch.randint(7, vocabulary, (size,), generator=generator))
-        ids[row, longest - size : longest] = prompts[name]
-        ids[row, longest : longest + completion] = torch.randint(7, vocabulary, (completion,), generator=generator)
-        mask[row, longest - size : longest + completion] = 1
-    return ids, mask
+def make_batch(rows=ROWS, seed=0):
+    return grouped.make_batch(rows, KEEP, seed, 250)
 
 
 def ours(family, dtype=torch.float32, lora=True, **changes):

@@ -2,6 +2,7 @@
 
 import copy
 
+import grouped
 import pytest
 import torch
 
@@ -26,18 +27,8 @@ ROWS = [(0, 5, 7), (1, 9, 3), (0, 5, 1), (0, 5, 0), (1, 9, 8), (2, 2, 4)]
 KEEP = 8
 
 
-def make_batch(rows=ROWS, keep=KEEP, seed=0, vocabulary=96):
-    """Return (input_ids, attention_mask), prompts on the right of their columns and completions on the left."""
-    generator = torch.Generator().manual_seed(seed)
-    longest = max(size for _, size, _ in rows)
-    prompts = {}
-    ids, mask = torch.zeros(2, len(rows), longest + keep, dtype=torch.long)
-    for row, (name, size, completion) in enumerate(rows):
-        prompts.setdefault(name, torch.randint(7, vocabulary, (size,), generator=generator))
-        ids[row, longest - size : longest] = prompts[name]
-        ids[row, longest : longest + completion] = torch.randint(7, vocabulary, (completion,), generator=generator)
-        mask[row, longest - size : longest + completion] = 1
-    return ids, mask
+def make_batch(rows=ROWS, vocabulary=96):
+    return grouped.make_batch(rows, KEEP, 0, vocabulary)
 
 
 def plain(model, ids, mask, keep, temperature=1.0):
