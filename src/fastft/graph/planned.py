@@ -21,6 +21,7 @@ from fastft.memory.measure import host_memory, setup_of_model
 from fastft.memory.offload import Offloader
 from fastft.memory.plan import (
     HOST_SHARE,
+    Plan,
     budget_of,
     budget_of_copies,
     describe_modes,
@@ -125,11 +126,13 @@ class PlannedLayers:
     @property
     def setup(self) -> Setup | None:
         """Return the step of the largest batch, with the weights that graphs read copies of or may read."""
-        if self.sizes is None:
-            return None
+        return None if self.sizes is None else self._as_captured(self.sizes)
+
+    def _as_captured(self, sizes: Setup) -> Setup:
+        """Return a step with the weights that graphs read copies of or may read, and 8 bits where graphs have them."""
         read = ([linear for linear in found if self.weights.may_read(linear.weight)] for found in self.keepable)
         counts = (sum(linear.out_features * linear.in_features for linear in linears) for linears in read)
-        return evolve(self.sizes, nf4_weights=tuple(counts), eight_bits=self.sizes.eight_bits and self.eight_bits)
+        return evolve(sizes, nf4_weights=tuple(counts), eight_bits=sizes.eight_bits and self.eight_bits)
 
     @property
     def fewer(self) -> int:
@@ -156,14 +159,10 @@ class PlannedLayers:
         self.largest = (rows, length)
         if self.sizes is None:
             return
-        element = self.sizes.element
-        if torch.is_autocast_enabled(where.type):
-            element = min(element, torch.get_autocast_dtype(where.type).itemsize)
-        self.sizes = evolve(self.sizes, rows=rows, length=length, element=element)
+        self.sizes = evolve(self.sizes, rows=rows, length=length, element=_element(self.sizes, where))
         budget = self.budget if self.budget is not None else self._free(where)
         if budget is not None:
-            host = int(host_memory() * HOST_SHARE)
-            made = solve(self.setup, budget, self.device, host, budget_of_copies(self.plan, budget))
+            made = self._solved(self.setup, budget)
             before = [mode.dequantised for mode in self.modes]
             self.chosen, self.fits = made.modes, made.fits
             if [mode.dequantised for mode in self.modes] != before:
@@ -176,13 +175,29 @@ class PlannedLayers:
                     stacklevel=2,
                 )
 
-    def _free(self, where: torch.device) -> int | None:
-        """Return what "auto" may take: what the GPU has free and what this process holds, but for the reserve."""
-        if named_part(self.plan)[0] != "auto" or where.type != "cuda":
+    def _solved(self, setup: Setup, budget: int) -> Plan:
+        host = int(host_memory() * HOST_SHARE)
+        return solve(setup, budget, self.device, host, budget_of_copies(self.plan, budget))
+
+    def foreseen(self, head: str, answers: int | None, batch: tuple[int, int], where: torch.device) -> Plan | None:
+        """Return what a batch (rows, length) would be given, with what `expect` takes; None where sizes are unknown.
+
+        A plan by name fits where its step does into what is free.
+        """
+        if self.sizes is None:
             return None
-        free, memory = torch.cuda.mem_get_info(where)
-        others = memory - free - torch.cuda.memory_reserved(where)
-        return max(0, usable(memory) - max(0, others - _own_context(memory)))
+        sizes = evolve(self.sizes, head=head, answers=answers, element=_element(self.sizes, where))
+        setup = self._as_captured(evolve(sizes, rows=batch[0], length=batch[1]))
+        budget = self.budget if self.budget is not None else self._free(where)
+        if budget is not None:
+            return self._solved(setup, budget)
+        made = estimate(setup, self.modes, self.device)
+        room = free_memory(where) if where.type == "cuda" else host_memory()
+        return Plan(self.modes, made, room, made.peak <= room)
+
+    def _free(self, where: torch.device) -> int | None:
+        """Return what "auto" may take."""
+        return free_memory(where) if named_part(self.plan)[0] == "auto" and where.type == "cuda" else None
 
     def predicted(self) -> Estimate | None:
         """Return what the largest batch seen is predicted to take, None before the first or where sizes are unknown."""
@@ -222,6 +237,19 @@ class PlannedLayers:
             return [*given, *own, *layer.buffers(), *states, *self.weights.of(own)]
 
         return self.offloader.layer(stays)
+
+
+def free_memory(where: torch.device) -> int:
+    """Return what a GPU has free and what this process holds of it, but for the reserve, in bytes."""
+    free, memory = torch.cuda.mem_get_info(where)
+    others = memory - free - torch.cuda.memory_reserved(where)
+    return max(0, usable(memory) - max(0, others - _own_context(memory)))
+
+
+def _element(sizes: Setup, where: torch.device) -> int:
+    """Return the bytes of an activation, under autocast as it is set now."""
+    narrow = torch.is_autocast_enabled(where.type)
+    return min(sizes.element, torch.get_autocast_dtype(where.type).itemsize) if narrow else sizes.element
 
 
 def computed_norm(where: torch.device, form: str) -> str:

@@ -7,8 +7,8 @@ One contract. A trainer is `class XTrainer(Trained, trl.XTrainer)` in a file of 
 3. calls `self.equip(...)` once its `train_dataset` stands,
 
 and its loss adds every micro-batch to `self.tally`. `args` are a `fastft.train.settings.Settings`. What a trainer may
-override besides is `largest_batch` and `head_use` (what the memory plan is made for), `save_extra` (files of its own
-in a checkpoint) and `resume_problems` (what of them it cannot go on with).
+override besides is `settle_batches`, `largest_batch` and `head_use` (what the memory plan is made for), `save_extra`
+(files of its own in a checkpoint) and `resume_problems` (what of them it cannot go on with).
 """
 
 import contextlib
@@ -21,6 +21,7 @@ from transformers import EarlyStoppingCallback
 
 from fastft.errors import EngineError, Problem, RewardError, SaveError, UsageError
 from fastft.graph.compile import release_weights
+from fastft.graph.planned import PlannedLayers
 from fastft.noise import quiet
 from fastft.state import base_model, get_state
 from fastft.train import card, checkpoint, flops, hygiene, lineage, memory, optimizers, recomputing
@@ -106,6 +107,9 @@ class Trained:
 
     # ---- compiling
 
+    def settle_batches(self, planned: PlannedLayers, where: torch.device) -> None:
+        """Choose the micro-batches, now that the memory plan can be asked; the layers are on `where`."""
+
     def largest_batch(self) -> tuple[int, int] | None:
         """Return (rows, length) of the largest micro-batch, None where that is not known before the run."""
         return None
@@ -120,15 +124,17 @@ class Trained:
         """Compile the layers; with `recompute` so that least is kept, by transformers where nothing is compiled."""
         from fastft.graph.compile import compile as compile_layers
 
-        state, batch = get_state(self.model), None
+        state, ours = get_state(self.model), False
         if state.compiled is None:
             with quiet():
                 plan = "min" if recompute else "auto"
                 compile_layers(self.model, plan=plan, compute=self.args.compute or "exact")
-            state, batch = get_state(self.model), self.largest_batch()
-        if state.compiled.planned is not None:
+            state, ours = get_state(self.model), True
+        planned = state.compiled.planned
+        if planned is not None:
             where = next(state.compiled.layers[0].parameters()).device
-            state.compiled.planned.expect(*self.head_use(), batch, where)
+            self.settle_batches(planned, where)
+            planned.expect(*self.head_use(), self.largest_batch() if ours else None, where)
         have = state.compiled.base_report.compute
         if self.args.compute not in (None, have) and state.compiled.layers:
             remedy = f"It was compiled before with compute={have!r}; say it there, fastft.compile(model, compute=...)."

@@ -11,10 +11,13 @@ from datasets import Dataset
 from grpo_runs import GivenRollouts, even
 from transformers import TrainerCallback
 
+import fastft
 from fastft.graph import attention
-from fastft.state import base_model
+from fastft.memory.estimate import Mode
+from fastft.memory.plan import Plan
+from fastft.state import base_model, get_state
 from fastft.train.grpo.config import LOSSES, GRPOConfig
-from fastft.train.grpo.groups import arranged, micro_batches_of_an_update, put_together
+from fastft.train.grpo.groups import MOST_TOKENS, arranged, merged, micro_batches_of_an_update, put_together
 from fastft.train.grpo.trainer import GRPOTrainer
 
 # Of unequal length, so that a token's weight shows which denominator it had.
@@ -46,9 +49,12 @@ class Gradients(TrainerCallback):
 
 @pytest.fixture
 def run(build_model, tokenizer, tmp_path):
-    """Train a step or more with either order and return the trainer and what was seen."""
+    """Train a step or more with either order and return the trainer and what was seen.
 
-    def make(kind=GRPOTrainer, **changes):
+    plan: compile the layers with it.
+    """
+
+    def make(kind=GRPOTrainer, plan=None, **changes):
         settings = {
             "output_dir": str(tmp_path / "run"),
             "max_steps": 1,
@@ -68,6 +74,8 @@ def run(build_model, tokenizer, tmp_path):
         attention.register()
         model = build_model(num_hidden_layers=1)
         base_model(model).set_attn_implementation(attention.NAME)
+        if plan is not None:
+            fastft.compile(model, plan=plan, backend="eager")
         rows = Dataset.from_list([{"prompt": text} for text in PROMPTS])
         made = kind(
             model,
@@ -76,7 +84,7 @@ def run(build_model, tokenizer, tmp_path):
             train_dataset=rows,
             processing_class=tokenizer,
             engine=GivenRollouts(),
-            compile=False,
+            compile=plan is not None,
         )
         seen = Gradients(made)
         made.add_callback(seen)
@@ -248,3 +256,80 @@ def test_every_entry_of_a_row_goes_with_it():
     assert first["values"][:, 0].tolist() == [0, 3] and second["prompt_ids"].tolist() == [[5, 1], [0, 1]]
     assert first["count"] == 7 and second["nothing"] is None
     assert put_together(batches, 1) == batches
+
+
+# ---- micro-batches as one
+
+
+@pytest.mark.parametrize("loss", [loss for loss in LOSSES if loss != "bnpo"])
+def test_micro_batches_as_one_give_the_same_update(run, loss, capsys):
+    """Four of 4 completions as one of 16, with KL and unequal lengths; each prompt is computed once then."""
+    settings = {"loss_type": loss, "beta": 0.1, "max_steps": 2, "learning_rate": 1e-2, "plan": "keep"}
+    _, apart_from_each_other = run(**settings, merge_micro_batches=False)
+    assert "as one" not in capsys.readouterr().out
+    made, together = run(**settings, merge_micro_batches=True)
+    told = "fastft: 4 micro-batches of 4 completions are computed as one of 16, with the same update; merge_micro_ba"
+    assert told in capsys.readouterr().out
+    assert (apart_from_each_other.ends, together.ends) == ([4, 8], [1, 2])
+    assert sorted(rows_of(apart_from_each_other.batches)) == sorted(rows_of(together.batches))
+    assert apart(together.updates[0], apart_from_each_other.updates[0]) < 1e-6
+    assert apart(together.updates[1], apart_from_each_other.updates[1]) < 1e-4
+    args = made.args
+    assert (args.per_device_train_batch_size, args.gradient_accumulation_steps, args.steps_per_generation) == (16, 1, 1)
+    assert made.recorder.record["merged"] == 4
+    assert get_state(made.model).compiled.planned.setup.answers == 16 * 9  # what memory is predicted for
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"merge_micro_batches": None},  # on a GPU alone
+        {"loss_type": "bnpo"},
+        {"entropy_coef": 0.1},
+        {"num_iterations": 2},
+        {"steps_per_generation": 8},
+        {"gradient_accumulation_steps": 2, "steps_per_generation": 4},
+    ],
+    ids=str,
+)
+def test_micro_batches_stay_where_one_would_change_the_update_or_a_checkpoint(run, changes):
+    made, seen = run(**{"plan": "keep", "merge_micro_batches": True} | changes)
+    accumulated = changes.get("gradient_accumulation_steps", 4)
+    assert made.recorder.record["merged"] == 1 and seen.ends == [accumulated]
+    assert (made.args.per_device_train_batch_size, made.args.gradient_accumulation_steps) == (SIZE, accumulated)
+
+
+def test_a_wrong_wish_is_refused(run):
+    with pytest.raises(fastft.errors.UsageError, match=r"merge_micro_batches: expected one of \(None, True, False\)"):
+        run(merge_micro_batches="auto")
+
+
+def test_as_many_as_the_plan_keeps_in_memory():
+    """A budget that holds 8 rows as they are and 16 only with layers computed again: two and two, and not four."""
+    keep, less = (Mode(), Mode()), (Mode("min"), Mode())
+    asked = []
+
+    def foreseen(rows, most=8, fits=16):
+        asked.append(rows)
+        return Plan(keep if rows <= most else less, None, None, rows <= fits)
+
+    assert merged(4, 4, 100, foreseen) == 2 and asked == [4, 16, 8]
+    assert merged(4, 4, 100, lambda rows: foreseen(rows, most=16)) == 4
+    assert merged(4, 4, 100, lambda rows: foreseen(rows, most=16, fits=12)) == 2
+    assert merged(4, 4, 100, lambda rows: foreseen(rows, most=2)) == 4  # they keep less already, and no less then
+    assert merged(4, 4, 100, lambda rows: foreseen(rows, fits=2)) == 1
+    assert merged(4, 6, 100, lambda rows: foreseen(rows, most=16)) == 3  # four would not divide six
+    assert merged(4, 4, MOST_TOKENS // 8, lambda rows: foreseen(rows, most=16)) == 2
+    assert merged(4, 4, 100, lambda rows: None) == 1
+
+
+@pytest.mark.parametrize("plan", ["1GB", "90MB", "keep"])
+def test_what_is_foreseen_is_what_is_planned(build_model, plan):
+    model = fastft.compile(build_model(hidden_size=64, intermediate_size=256), plan=plan, backend="eager")
+    planned, where = get_state(model).compiled.planned, next(model.parameters()).device
+    told = planned.foreseen("logprobs", 32 * 9, (32, 60), where)
+    before = (planned.largest, planned.modes)
+    assert before == ((0, 0), planned.chosen)
+    planned.expect("logprobs", 32 * 9, (32, 60), where)
+    assert told.modes == planned.modes and told.fits == planned.fits
+    assert told.estimate.peak == planned.predicted().peak

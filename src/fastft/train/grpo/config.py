@@ -28,7 +28,7 @@ LEGACY = {
 IDLE = {
     "unsloth_num_chunks": "log-probabilities are always computed in chunks, whose size follows from the vocabulary",
     "unsloth_logit_chunk_multiplier": "log-probabilities are always computed in chunks of a size of their own",
-    "unsloth_grpo_mini_batch": "a forward pass has per_device_train_batch_size completions",
+    "unsloth_grpo_mini_batch": "per_device_train_batch_size and merge_micro_batches say how many completions a pass has",
 }
 # Fields that count something; those of the second line may be None.
 COUNTS = ("num_generations", "per_device_train_batch_size", "gradient_accumulation_steps")
@@ -67,6 +67,8 @@ class GRPOConfig(settings.Settings, trl.GRPOConfig):
     repetition penalty nothing is refused.
     `reward_time_limit`: seconds that one call of a reward may take. `keep_completions`: of every generation, how many
     sample completions go to completions.jsonl.
+    `merge_micro_batches`: micro-batches of an update are computed as one where the update is the same and the memory
+    plan keeps as much of it; a line says so. None does that on a GPU, True on any device, False nowhere.
 
     `max_prompt_length`: prompts of more tokens are left out, and one line says how many. `max_seq_length`: the same for
     a prompt and its completion together. `vllm_sampling_params`: an older place of temperature, top_p, top_k, min_p and
@@ -86,6 +88,9 @@ class GRPOConfig(settings.Settings, trl.GRPOConfig):
     )
     reward_time_limit: float = dataclasses.field(default=600.0, metadata={"help": "Seconds for a call of a reward."})
     keep_completions: int = dataclasses.field(default=4, metadata={"help": "Samples kept of every generation."})
+    merge_micro_batches: bool | None = dataclasses.field(
+        default=None, metadata={"help": "Compute micro-batches of an update as one where they fit."}
+    )
     max_prompt_length: int | None = dataclasses.field(default=None, metadata={"help": "Longer prompts are left out."})
     max_seq_length: int | None = dataclasses.field(default=None, metadata={"help": "Prompt and completion together."})
     vllm_sampling_params: Any = dataclasses.field(default=None, metadata={"help": "Moved to the fields it holds."})
@@ -191,6 +196,7 @@ def _problems(args: Any) -> list[Problem]:
         "scale_rewards": ("group", "batch", "none", True, False),
         "vllm_importance_sampling_mode": ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask"),
         "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
+        "merge_micro_batches": (None, True, False),
     }
     for name, known in choices.items():
         if getattr(args, name) not in known:

@@ -2,15 +2,21 @@
 
 TRL shuffles the completions of a generation and cuts them into micro-batches. An update adds up micro-batches: among
 them a completion may stand in any, and where those of a prompt stand together, the prompt is computed once for all.
+For the same reason several micro-batches may be one: a GPU then waits for the host to launch one pass and not several.
 """
 
 import itertools
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from fastft.memory.plan import Plan
+
+# Tokens of a pass beyond which a GPU takes longer to run it than the host takes to launch it.
+MOST_TOKENS = 1 << 15
 
 
 def micro_batches_of_an_update(args: Any) -> int:
@@ -29,6 +35,44 @@ def order_matters(args: Any, entropy_bonus: bool) -> bool:
     a quantile of them. All other losses are sums over completions, divided by what is the same for each micro-batch.
     """
     return args.loss_type == "bnpo" or args.top_entropy_quantile < 1.0 or entropy_bonus
+
+
+def may_merge(args: Any, entropy_bonus: bool) -> bool:
+    """Say whether micro-batches of an update may be one: where that changes neither the update nor a checkpoint.
+
+    With more than one update from a generation a checkpoint may hold completions that wait, cut into micro-batches.
+    """
+    one_update = args.steps_per_generation == args.gradient_accumulation_steps and args.num_iterations == 1
+    return one_update and not order_matters(args, entropy_bonus)
+
+
+def merged(rows: int, times: int, length: int, foreseen: Callable[[int], Plan | None]) -> int:
+    """Return how many of `times` micro-batches of `rows` completions are to be one, a divisor of `times`.
+
+    length: tokens of the longest prompt with its completion. `foreseen` returns the memory plan of a micro-batch of so
+    many completions, None where that is not known. The merged one is to fit, its layers are to keep what they kept.
+    """
+    now = foreseen(rows)
+    if now is None or not now.fits:
+        return 1
+    for count in range(times, 1, -1):
+        if times % count or rows * count * length > MOST_TOKENS:
+            continue
+        then = foreseen(rows * count)
+        if then is not None and then.fits and _kept(then) == _kept(now):
+            return count
+    return 1
+
+
+def merge(args: Any, times: int) -> None:
+    """Make `times` micro-batches one in the settings of an update, in place."""
+    args.per_device_train_batch_size *= times
+    args.gradient_accumulation_steps //= times
+    args.steps_per_generation //= times
+
+
+def _kept(plan: Plan) -> list[tuple[str, bool]]:
+    return [(mode.level, mode.offload) for mode in plan.modes]
 
 
 def put_together(batches: Sequence[Mapping[str, Any]], update: int) -> list[dict[str, Any]]:

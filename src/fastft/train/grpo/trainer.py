@@ -16,6 +16,8 @@ from transformers import TrainerCallback
 
 from fastft.errors import DataError, Problem, UsageError
 from fastft.graph.compile import release_weights
+from fastft.graph.planned import PlannedLayers
+from fastft.memory.plan import Plan
 from fastft.noise import quiet
 from fastft.rewards import guard
 from fastft.rewards.guarding import calls_of
@@ -93,6 +95,7 @@ class GRPOTrainer(Trained, trl.GRPOTrainer):
         self.reward_funcs = guard(self.reward_funcs, time_limit=args.reward_time_limit)  # environments bring their own
         self.phases = Phases()
         self._settled_step, self._order, self._resumed_orders = 0, None, None
+        self._merged = 1  # micro-batches that are computed as one
         self._differences: list[rollouts.Difference] = []  # of the micro-batches of an update
         self._longest = self._fit_prompts()
         self._samples = rollouts.Samples(Path(args.output_dir), args.keep_completions)
@@ -161,6 +164,30 @@ class GRPOTrainer(Trained, trl.GRPOTrainer):
             rows = rows.select(kept)
         return rows, max(sizes[number] for number in kept)
 
+    def settle_batches(self, planned: PlannedLayers, where: torch.device) -> None:
+        """Make micro-batches of an update one, as far as `groups.merged` says, and say so."""
+        args, wanted = self.args, self.args.merge_micro_batches
+        wanted = where.type == "cuda" if wanted is None else wanted
+        if not wanted or self._longest is None or not groups.may_merge(args, self._entropy_bonus_enabled):
+            return
+        rows, length = args.per_device_train_batch_size, self._longest + self.max_completion_length
+
+        def foreseen(count: int) -> Plan | None:
+            return planned.foreseen(*self._head_use(count), (count, length), where)
+
+        times = groups.merged(rows, args.gradient_accumulation_steps, length, foreseen)
+        if args.world_size > 1:  # as many in every process: GPUs may have other room
+            times = int(self.accelerator.gather(torch.tensor([times], device=self.accelerator.device)).min())
+        if times == 1:
+            return
+        groups.merge(args, times)
+        self._train_batch_size *= times
+        self._merged = times
+        print(
+            f"fastft: {times} micro-batches of {rows} completions are computed as one of {rows * times}, with the same "
+            "update; merge_micro_batches=False keeps them apart."
+        )
+
     def largest_batch(self) -> tuple[int, int] | None:
         """Return (rows, length) of the largest micro-batch, None where that is not known before the run."""
         if self._longest is None:
@@ -169,7 +196,10 @@ class GRPOTrainer(Trained, trl.GRPOTrainer):
 
     def head_use(self) -> tuple[str, int | None]:
         """Return that log-probabilities of completions are asked for."""
-        return "logprobs", self.args.per_device_train_batch_size * self.max_completion_length
+        return self._head_use(self.args.per_device_train_batch_size)
+
+    def _head_use(self, rows: int) -> tuple[str, int]:
+        return "logprobs", rows * self.max_completion_length
 
     # ---- rollouts
 
@@ -364,7 +394,8 @@ class GRPOTrainer(Trained, trl.GRPOTrainer):
 
     def _begin_record(self) -> None:
         """Begin what a run records beside metrics.jsonl: names of engine and rewards, and the sample completions."""
-        self.recorder.extra |= {"engine": self.engine.name, "rewards": list(self.reward_func_names)}
+        told = {"engine": self.engine.name, "rewards": list(self.reward_func_names), "merged": self._merged}
+        self.recorder.extra |= told
         if self.is_world_process_zero():
             self._samples.begin(self.recorder.kept_steps)
 
