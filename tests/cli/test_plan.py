@@ -101,6 +101,7 @@ def test_a_known_gpu_gives_a_time_and_a_named_plan_is_taken(folder, capsys):
     ("arguments", "words"),
     [
         (["--gpu", "24GX"], ["gpu", "24GX", "RTX 4090"]),
+        (["--gpu", "Voodoo", "--plan", "kep", "--compute", "fp9"], ["'Voodoo'", "did you mean 'keep'", "'fp8'"]),
         (["--gpu", "24GB", "--quant", "nf5", "--optimizer", "adam", "--plan", "kep"],
          ["did you mean 'nf4'", "did you mean 'adamw'", "did you mean 'keep'"]),
         (["--gpu", "24GB", "--full"], ["--quant none"]),
@@ -109,6 +110,27 @@ def test_a_known_gpu_gives_a_time_and_a_named_plan_is_taken(folder, capsys):
 def test_mistakes_are_named_together(folder, capsys, arguments, words):
     code, out = told(capsys, folder, *arguments)
     assert code == 3 and all(word in out.err for word in words)
+
+
+OLDER = [("A100", "8.0"), ("nvidia a10g", "8.6"), ("V100", "7.0"), ("T4", "7.5")]
+
+
+@pytest.mark.parametrize(("gpu", "capability"), OLDER)
+def test_a_gpu_without_fp8_products_is_refused_with_its_capability(gpu, capability, folder, capsys):
+    for compute in ("fp8", "fp8+head"):
+        code, out = told(capsys, folder, "--gpu", gpu, "--compute", compute)
+        name = gpu.split()[-1].upper()
+        assert code == 3 and f"{name} has compute capability {capability}; fp8 products need 8.9 or more" in out.err
+        assert f"--compute: expected exact here: {name}" in out.err and f"got {compute!r}" in out.err
+        assert "name a GPU that has them: B200, H200, H100 PCIe, H100, L40S, L4, RTX 5090, RTX 4090." in out.err
+    assert told(capsys, folder, "--gpu", gpu, "--plan", "offload")[0] != 3
+
+
+def test_a_gpu_with_fp8_products_and_one_known_by_its_memory_alone_are_not_refused(folder, capsys):
+    for gpu in ("RTX 4090", "L4", "H100", "B200", "80GB"):
+        assert told(capsys, folder, "--gpu", gpu, "--compute", "fp8", "--length", 512)[0] == 0
+    code, out = told(capsys, folder, "--gpu", "A100", "--compute", "fp8", "--quant", "nf5")
+    assert code == 3 and "did you mean 'nf4'" in out.err and "A100 has compute capability 8.0" in out.err
 
 
 def test_configs_that_cannot_be_read(tmp_path, capsys):

@@ -1,12 +1,15 @@
 """`fastft plan`: what a training step will take on a GPU, from config.json alone, before any weights are there."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fastft.cli.output import CheckFailed, JsonOption, checking_arguments, print_fields, print_json, print_table
 from fastft.errors import LoadError, Problem, UsageError, did_you_mean
+
+if TYPE_CHECKING:
+    from fastft.memory.devices import Device
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
@@ -64,14 +67,12 @@ def collect(
     from attrs import evolve
 
     from fastft.memory import plan as plans
-    from fastft.memory.devices import device_of
     from fastft.memory.estimate import setup_of
     from fastft.memory.shape import shape_of
     from fastft.registry.resolve import resolve
 
     with checking_arguments():
-        _check_arguments(quant, full, optimizer, plan, compute)
-        device = device_of(gpu)
+        device = _check_arguments(gpu, quant, full, optimizer, plan, compute)
     config = read_config(model)
     spec = resolve(config)
     weights = None if quant == "none" else quant
@@ -103,11 +104,18 @@ def collect(
     }
 
 
-def _check_arguments(quant: str, full: bool, optimizer: str, plan: str, compute: str) -> None:
+def _check_arguments(gpu: str, quant: str, full: bool, optimizer: str, plan: str, compute: str) -> "Device":
+    """Return the device that `gpu` means. Raises UsageError with everything that is wrong."""
+    from fastft.memory.devices import device_of
     from fastft.memory.estimate import COMPUTE, OPTIMIZER_BYTES
     from fastft.memory.plan import plan_problem
 
+    device = None
     problems = [problem for problem in (plan_problem(plan),) if problem]
+    try:
+        device = device_of(gpu)
+    except UsageError as error:
+        problems += error.problems
     if quant not in QUANTS:
         problems.append(Problem("--quant", quant, f"one of {', '.join(QUANTS)}", did_you_mean(quant, QUANTS)))
     elif full and quant != "none":
@@ -117,11 +125,25 @@ def _check_arguments(quant: str, full: bool, optimizer: str, plan: str, compute:
     elif full and compute != "exact":
         remedy = "Products with trained weights are exact."
         problems.append(Problem("--compute", compute, "exact with --full", remedy))
+    elif compute != "exact" and device is not None:
+        problems += _without_fp8(device, compute)
     if optimizer not in OPTIMIZER_BYTES:
         known = tuple(OPTIMIZER_BYTES)
         problems.append(Problem("--optimizer", optimizer, f"one of {', '.join(known)}", did_you_mean(optimizer, known)))
     if problems:
         raise UsageError(*problems)
+    return device
+
+
+def _without_fp8(device: "Device", compute: str) -> list[Problem]:
+    """Return what is wrong with computing in fp8 on a GPU; of one given by its memory alone that is not known."""
+    from fastft.kernels.capability import FP8, fp8_obstacle
+    from fastft.memory.devices import DEVICES
+
+    why = fp8_obstacle(device.name, device.capability) if device.capability else ""
+    names = ", ".join(known.name for known in DEVICES if known.capability >= FP8)
+    remedy = f"Leave --compute out, or name a GPU that has them: {names}."
+    return [Problem("--compute", compute, f"exact here: {why}", remedy)] if why else []
 
 
 def _told(made: Any, eight_bits: bool) -> dict[str, Any]:
