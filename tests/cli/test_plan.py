@@ -77,6 +77,50 @@ def test_what_fits_is_told_in_a_table_and_as_json(folder, capsys):
     assert code == 2
 
 
+def test_the_smaller_of_memorys_and_the_models_length_is_told_with_its_name(tmp_path, capsys):
+    lengths = {}
+    for limit in (8192, 1 << 20):
+        (tmp_path / "config.json").write_text(json.dumps({**LLAMA_8B, "max_position_embeddings": limit}))
+        for plan in ("auto", "keep"):
+            given = (str(tmp_path), "--gpu", "24GB", "--plan", plan, "--length", 4096)
+            code, out = told(capsys, *given)
+            found = json.loads(told(capsys, *given, "--json")[1].out)
+            room = lengths[plan] = found["longest_length_in_memory"]
+            assert code == 0 and found["longest_length_of_model"] == limit
+            assert found["longest_length"] == min(room, limit)
+            by = f"{room}, by memory; the model goes to {limit}\n"
+            if limit < room:
+                by = f"{limit}, by the model (max_position_embeddings); memory goes to {room}\n"
+            assert f"longest length: {by}" in out.out
+    assert lengths["keep"] < 8192 < lengths["auto"] < 1 << 20  # so that either bounds one
+
+
+def test_rows_longer_than_the_models_positions_have_a_note(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps({**LLAMA_8B, "max_position_embeddings": 4096}))
+    _, out = told(capsys, tmp_path, "--gpu", "H200", "--length", 8192)
+    said = "the model goes to 4096 tokens (max_position_embeddings), fewer than 8192: fastft.load with max_length=8192"
+    assert said in out.out
+    assert "max_length" not in told(capsys, tmp_path, "--gpu", "H200", "--length", 4096)[1].out
+
+
+def test_whose_limit_the_memory_is_is_told(folder, capsys):
+    code, out = told(capsys, folder, "--gpu", "H200", "--plan", "10GB", "--length", 512)
+    assert code == 0 and "10.00 GB, the budget of plan 10GB\n" in out.out and "H200 has" not in out.out
+    code, out = told(capsys, folder, "--gpu", "H200", "--plan", "5GB")
+    assert code == 2 and "with this plan; there are 5.00 GB, the budget of plan 5GB" in out.err
+    code, out = told(capsys, folder, "--gpu", "8GB", "--plan", "10GB", "--batch", 8)
+    assert code == 2 and "GB that 8GB has for it" in out.out and "GB that 8GB has for it" in out.err
+
+
+def test_fp8_and_8_bits_are_timed_beside_the_exact_step(folder, capsys):
+    speeds = {}
+    for arguments in ((), ("--compute", "fp8"), ("--plan", "keep+8bit")):
+        _, out = told(capsys, folder, "--gpu", "H200", "--batch", 4, "--plan", "keep", *arguments)
+        speeds[arguments[-1:]] = out.out.split(" times as long as with everything kept and exact")[0][-4:]
+    assert speeds == {(): "1.00", ("fp8",): "0.75", ("keep+8bit",): "1.01"}
+    assert "32 layers keep (gate and up in 8 bits, not exact)\n" in out.out
+
+
 def test_what_cannot_fit_has_exit_code_2_and_remedies(folder, capsys):
     code, out = told(capsys, folder, "--gpu", "16GB", "--quant", "none")
     assert code == 2 and "check failed" in out.err and 'quant="nf4"' in out.out and "yes" in out.out

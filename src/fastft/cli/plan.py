@@ -32,7 +32,7 @@ def plan(
         str,
         typer.Option(
             "--plan",
-            help="auto, fast, keep, min, offload, or a budget such as 20GB; +8bit behind it: gate and up in 8 bits.",
+            help="auto, fast, keep, min, offload, or a budget such as 20GB; keep+8bit keeps gate and up in 8 bits.",
         ),
     ] = "auto",
     json: JsonOption = False,
@@ -47,8 +47,8 @@ def plan(
     else:
         _print(found)
     if not found["fits"]:
-        needed, there = found["peak_bytes"] / GB, found["budget_bytes"] / GB
-        raise CheckFailed(f"{model} needs {needed:.2f} GB with this plan; {found['gpu']['name']} has {there:.2f} GB")
+        needed = f"{found['peak_bytes'] / GB:.2f} GB"
+        raise CheckFailed(f"{model} needs {needed} with this plan; there are {_budget(found)}")
 
 
 def collect(
@@ -68,7 +68,7 @@ def collect(
 
     from fastft.memory import plan as plans
     from fastft.memory.estimate import setup_of
-    from fastft.memory.shape import shape_of
+    from fastft.memory.shape import positions_of, shape_of
     from fastft.registry.resolve import resolve
 
     with checking_arguments():
@@ -79,22 +79,29 @@ def collect(
     shape = shape_of(config, spec)
     setup = setup_of(shape, batch, length, quant=weights, rank=rank, full=full, optimizer=optimizer, compute=compute)
     setup = evolve(setup, eight_bits=None if full else plans.named_part(plan)[1])
-    limit = min(plans.usable(device.memory), plans.budget_of(plan) or device.memory)
+    usable, asked = plans.usable(device.memory), plans.budget_of(plan)
+    limit = usable if asked is None else min(usable, asked)
     made = plans.planned(setup, plan, limit, device)
+    positions, room = positions_of(config), plans.longest(setup, plan, limit, device)
     notes = (
         plans.fast_is_keep(plan, made.modes, plans.FP8_FACTORS if setup.nf4_weights else plans.NO_NF4),
         plans.not_in_eight_bits(plan, "without adapters the rewrite that does so is not taken" if full else ""),
+        _too_long(length, positions),
     )
     return {
         "model": model,
         "family": spec.name,
         "gpu": {"name": device.name, "memory_bytes": device.memory},
         "step": {"rows": batch, "length": length, "quant": weights, "rank": setup.rank, "compute": compute},
+        "plan": plan,
         "budget_bytes": limit,
+        "budget_of": "gpu" if limit == usable else "plan",
         "fits": made.fits,
         **_told(made, bool(setup.eight_bits)),
         "notes": [note for note in notes if note],
-        "longest_length": plans.longest(setup, limit, device),
+        "longest_length": room if positions is None else min(room, positions),
+        "longest_length_in_memory": room,
+        "longest_length_of_model": positions,
         "remedies": []
         if made.fits
         else [
@@ -144,6 +151,14 @@ def _without_fp8(device: "Device", compute: str) -> list[Problem]:
     names = ", ".join(known.name for known in DEVICES if known.capability >= FP8)
     remedy = f"Leave --compute out, or name a GPU that has them: {names}."
     return [Problem("--compute", compute, f"exact here: {why}", remedy)] if why else []
+
+
+def _too_long(length: int, positions: int | None) -> str:
+    """Return what to say where the step's rows are longer than the model's positions serve, "" elsewhere."""
+    if positions is None or length <= positions:
+        return ""
+    remedy = f"fastft.load with max_length={length} stretches its positions"
+    return f"the model goes to {positions} tokens (max_position_embeddings), fewer than {length}: {remedy}"
 
 
 def _told(made: Any, eight_bits: bool) -> dict[str, Any]:
@@ -197,17 +212,37 @@ def _print(found: dict[str, Any]) -> None:
     rows = [(part["name"], f"{part['bytes'] / GB:.2f}") for part in found["parts"]]
     print_table(("memory", "GB"), [*rows, ("peak", f"{found['peak_bytes'] / GB:.2f}")])
     seconds, relative = found["step_seconds"], found["time_relative_to_keep"]
-    speed = f"{relative:.2f} times as long as with everything kept"
+    speed = f"{relative:.2f} times as long as with everything kept and exact"
     if seconds:
         speed = f"{seconds:.3f} s, {step['rows'] * step['length'] / seconds:,.0f} tokens/s; {speed}"
     fields = {
         "layers": found["layers"],
         "step time": speed,
         "CPU memory": f"{found['host_bytes'] / GB:.2f} GB",
-        "of": f"{found['budget_bytes'] / GB:.2f} GB that {found['gpu']['name']} has for it",
-        "longest length": found["longest_length"] or "none fits",
+        "of": _budget(found),
+        "longest length": _longest(found),
     }
     print_fields(fields | ({"note": "; ".join(found["notes"])} if found["notes"] else {}))
     if found["remedies"]:
         rows = [(r["name"], f"{r['saves_bytes'] / GB:.2f}", "yes" if r["enough"] else "") for r in found["remedies"]]
         print_table(("what would help", "saves GB", "enough"), rows)
+
+
+def _budget(found: dict[str, Any]) -> str:
+    """Return in words how much memory there is for the step, and whose limit that is."""
+    amount = f"{found['budget_bytes'] / GB:.2f} GB"
+    if found["budget_of"] == "plan":
+        return f"{amount}, the budget of plan {found['plan']}"
+    return f"{amount} that {found['gpu']['name']} has for it"
+
+
+def _longest(found: dict[str, Any]) -> str:
+    """Return in words the longest length, and what bounds it: the memory, or the model's positions."""
+    room, positions = found["longest_length_in_memory"], found["longest_length_of_model"]
+    if not room:
+        return "none fits"
+    if positions is None:
+        return f"{room}, by memory"
+    if room < positions:
+        return f"{room}, by memory; the model goes to {positions}"
+    return f"{positions}, by the model (max_position_embeddings); memory goes to {room}"
