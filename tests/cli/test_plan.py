@@ -95,6 +95,15 @@ def test_the_smaller_of_memorys_and_the_models_length_is_told_with_its_name(tmp_
     assert lengths["keep"] < 8192 < lengths["auto"] < 1 << 20  # so that either bounds one
 
 
+def test_the_page_shows_what_is_printed(tmp_path, capsys):
+    rope = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8192}
+    config = {**LLAMA_8B, "max_position_embeddings": 131072, "rope_scaling": rope}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    _, out = told(capsys, tmp_path, "--gpu", "24GB", "--length", 8192)
+    page = (Path(__file__).parents[2] / "docs/how-to/fit-a-gpu.md").read_text()
+    assert "```text\nmodel:  meta-llama/Llama-3.1-8B\n" + out.out.split("\n", 1)[1] + "```" in page
+
+
 def test_rows_longer_than_the_models_positions_have_a_note(tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps({**LLAMA_8B, "max_position_embeddings": 4096}))
     _, out = told(capsys, tmp_path, "--gpu", "H200", "--length", 8192)

@@ -82,7 +82,7 @@ def collect(
     usable, asked = plans.usable(device.memory), plans.budget_of(plan)
     limit = usable if asked is None else min(usable, asked)
     made = plans.planned(setup, plan, limit, device)
-    positions, room = positions_of(config), plans.longest(setup, plan, limit, device)
+    positions = positions_of(config)
     notes = (
         plans.fast_is_keep(plan, made.modes, plans.FP8_FACTORS if setup.nf4_weights else plans.NO_NF4),
         plans.not_in_eight_bits(plan, "without adapters the rewrite that does so is not taken" if full else ""),
@@ -99,9 +99,7 @@ def collect(
         "fits": made.fits,
         **_told(made, bool(setup.eight_bits)),
         "notes": [note for note in notes if note],
-        "longest_length": room if positions is None else min(room, positions),
-        "longest_length_in_memory": room,
-        "longest_length_of_model": positions,
+        **_lengths(plans.longest(setup, plan, limit, device), positions),
         "remedies": []
         if made.fits
         else [
@@ -151,6 +149,15 @@ def _without_fp8(device: "Device", compute: str) -> list[Problem]:
     names = ", ".join(known.name for known in DEVICES if known.capability >= FP8)
     remedy = f"Leave --compute out, or name a GPU that has them: {names}."
     return [Problem("--compute", compute, f"exact here: {why}", remedy)] if why else []
+
+
+def _lengths(room: int, positions: int | None) -> dict[str, int | None]:
+    """Return the longest length, and the two that bound it: that of the memory and, where known, that of the model."""
+    return {
+        "longest_length": room if positions is None else min(room, positions),
+        "longest_length_in_memory": room,
+        "longest_length_of_model": positions,
+    }
 
 
 def _too_long(length: int, positions: int | None) -> str:
