@@ -77,6 +77,59 @@ def test_what_fits_is_told_in_a_table_and_as_json(folder, capsys):
     assert code == 2
 
 
+def test_the_smaller_of_memorys_and_the_models_length_is_told_with_its_name(tmp_path, capsys):
+    lengths = {}
+    for limit in (8192, 1 << 20):
+        (tmp_path / "config.json").write_text(json.dumps({**LLAMA_8B, "max_position_embeddings": limit}))
+        for plan in ("auto", "keep"):
+            given = (str(tmp_path), "--gpu", "24GB", "--plan", plan, "--length", 4096)
+            code, out = told(capsys, *given)
+            found = json.loads(told(capsys, *given, "--json")[1].out)
+            room = lengths[plan] = found["longest_length_in_memory"]
+            assert code == 0 and found["longest_length_of_model"] == limit
+            assert found["longest_length"] == min(room, limit)
+            by = f"{room}, by memory; the model goes to {limit}\n"
+            if limit < room:
+                by = f"{limit}, by the model (max_position_embeddings); memory goes to {room}\n"
+            assert f"longest length: {by}" in out.out
+    assert lengths["keep"] < 8192 < lengths["auto"] < 1 << 20  # so that either bounds one
+
+
+def test_the_page_shows_what_is_printed(tmp_path, capsys):
+    rope = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8192}
+    config = {**LLAMA_8B, "max_position_embeddings": 131072, "rope_scaling": rope}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    _, out = told(capsys, tmp_path, "--gpu", "24GB", "--length", 8192)
+    page = (Path(__file__).parents[2] / "docs/how-to/fit-a-gpu.md").read_text()
+    assert "```text\nmodel:  meta-llama/Llama-3.1-8B\n" + out.out.split("\n", 1)[1] + "```" in page
+
+
+def test_rows_longer_than_the_models_positions_have_a_note(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps({**LLAMA_8B, "max_position_embeddings": 4096}))
+    _, out = told(capsys, tmp_path, "--gpu", "H200", "--length", 8192)
+    said = "the model goes to 4096 tokens (max_position_embeddings), fewer than 8192: fastft.load with max_length=8192"
+    assert said in out.out
+    assert "max_length" not in told(capsys, tmp_path, "--gpu", "H200", "--length", 4096)[1].out
+
+
+def test_whose_limit_the_memory_is_is_told(folder, capsys):
+    code, out = told(capsys, folder, "--gpu", "H200", "--plan", "10GB", "--length", 512)
+    assert code == 0 and "10.00 GB, the budget of plan 10GB\n" in out.out and "H200 has" not in out.out
+    code, out = told(capsys, folder, "--gpu", "H200", "--plan", "5GB")
+    assert code == 2 and "with this plan; there are 5.00 GB, the budget of plan 5GB" in out.err
+    code, out = told(capsys, folder, "--gpu", "8GB", "--plan", "10GB", "--batch", 8)
+    assert code == 2 and "GB that 8GB has for it" in out.out and "GB that 8GB has for it" in out.err
+
+
+def test_fp8_and_8_bits_are_timed_beside_the_exact_step(folder, capsys):
+    speeds = {}
+    for arguments in ((), ("--compute", "fp8"), ("--plan", "keep+8bit")):
+        _, out = told(capsys, folder, "--gpu", "H200", "--batch", 4, "--plan", "keep", *arguments)
+        speeds[arguments[-1:]] = out.out.split(" times as long as with everything kept and exact")[0][-4:]
+    assert speeds == {(): "1.00", ("fp8",): "0.75", ("keep+8bit",): "1.01"}
+    assert "32 layers keep (gate and up in 8 bits, not exact)\n" in out.out
+
+
 def test_what_cannot_fit_has_exit_code_2_and_remedies(folder, capsys):
     code, out = told(capsys, folder, "--gpu", "16GB", "--quant", "none")
     assert code == 2 and "check failed" in out.err and 'quant="nf4"' in out.out and "yes" in out.out
@@ -101,6 +154,7 @@ def test_a_known_gpu_gives_a_time_and_a_named_plan_is_taken(folder, capsys):
     ("arguments", "words"),
     [
         (["--gpu", "24GX"], ["gpu", "24GX", "RTX 4090"]),
+        (["--gpu", "Voodoo", "--plan", "kep", "--compute", "fp9"], ["'Voodoo'", "did you mean 'keep'", "'fp8'"]),
         (["--gpu", "24GB", "--quant", "nf5", "--optimizer", "adam", "--plan", "kep"],
          ["did you mean 'nf4'", "did you mean 'adamw'", "did you mean 'keep'"]),
         (["--gpu", "24GB", "--full"], ["--quant none"]),
@@ -109,6 +163,27 @@ def test_a_known_gpu_gives_a_time_and_a_named_plan_is_taken(folder, capsys):
 def test_mistakes_are_named_together(folder, capsys, arguments, words):
     code, out = told(capsys, folder, *arguments)
     assert code == 3 and all(word in out.err for word in words)
+
+
+OLDER = [("A100", "8.0"), ("nvidia a10g", "8.6"), ("V100", "7.0"), ("T4", "7.5")]
+
+
+@pytest.mark.parametrize(("gpu", "capability"), OLDER)
+def test_a_gpu_without_fp8_products_is_refused_with_its_capability(gpu, capability, folder, capsys):
+    for compute in ("fp8", "fp8+head"):
+        code, out = told(capsys, folder, "--gpu", gpu, "--compute", compute)
+        name = gpu.split()[-1].upper()
+        assert code == 3 and f"{name} has compute capability {capability}; fp8 products need 8.9 or more" in out.err
+        assert f"--compute: expected exact here: {name}" in out.err and f"got {compute!r}" in out.err
+        assert "name a GPU that has them: B200, H200, H100 PCIe, H100, L40S, L4, RTX 5090, RTX 4090." in out.err
+    assert told(capsys, folder, "--gpu", gpu, "--plan", "offload")[0] != 3
+
+
+def test_a_gpu_with_fp8_products_and_one_known_by_its_memory_alone_are_not_refused(folder, capsys):
+    for gpu in ("RTX 4090", "L4", "H100", "B200", "80GB"):
+        assert told(capsys, folder, "--gpu", gpu, "--compute", "fp8", "--length", 512)[0] == 0
+    code, out = told(capsys, folder, "--gpu", "A100", "--compute", "fp8", "--quant", "nf5")
+    assert code == 3 and "did you mean 'nf4'" in out.err and "A100 has compute capability 8.0" in out.err
 
 
 def test_configs_that_cannot_be_read(tmp_path, capsys):

@@ -274,6 +274,20 @@ def test_pages_run(page, tmp_path, monkeypatch, own_registry, not_lowered, capsy
         assert len([line for line in said if line.startswith("((1, ")]) == 2
 
 
+def test_tutorial_shows_what_fastft_env_prints(monkeypatch, capsys):
+    """Its last lines on a machine with triton and without a GPU."""
+    from fastft.cli import env, main
+
+    monkeypatch.setattr(env, "_gpus", lambda *_: ([], "this torch is built for CPUs only"))
+    monkeypatch.setattr(env, "installed", lambda _: True)
+    monkeypatch.setattr(env, "triton_interpreted", lambda: False)
+    assert main.main(["env"]) == 0
+    printed = capsys.readouterr().out
+    text = part("docs/tutorial/first-fine-tune.md", "## 1. Install")
+    shown = next(code for kind, code in FENCE.findall(text) if kind == "text")
+    assert shown == printed[printed.index("gpus:") :]
+
+
 @pytest.mark.slow
 @pytest.mark.inductor
 @pytest.mark.parametrize("page", INDUCTOR)

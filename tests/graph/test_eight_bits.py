@@ -49,7 +49,7 @@ def test_the_same_loss_to_the_bit_and_gradients_within_a_hundredth(family, dtype
     report = fastft.report(model)
     assert report.refused() == report.not_in_eight_bits() == ()
     assert [r.module for g in report.graphs for r in g.rewrites if r.kept == "8 bits"] != []
-    assert report.modes == "2 layers keep, gate and up in 8 bits (not exact)" and report.modes in str(report)
+    assert report.modes == "2 layers keep (gate and up in 8 bits, not exact)" and report.modes in str(report)
 
 
 def test_training_follows_the_exact_curve():

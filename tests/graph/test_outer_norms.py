@@ -129,20 +129,40 @@ def test_the_estimate_counts_it_in_the_form_that_runs(asked, monkeypatch):
     assert honest(torch.device("cpu"), "op") == honest(torch.device("cpu"), "torch") == "reference"
 
 
-def test_one_without_a_weight_is_known_and_replaced():
-    """Nothing in its graph names it: no parameter, and no module within it."""
+def with_layer_norms(last):
+    """Return a model whose last norm is `last()`, and the same model compiled."""
     models = [make("llama", torch.float32, True, hidden_size=72) for _ in range(2)]
     for model in models:
         base = base_model(model)
-        base.model.norm = torch.nn.LayerNorm(72, elementwise_affine=False)
+        base.model.norm = last()
         point = NormPoint(("LayerNorm",), kind="layer", eps="eps")
         spec = find(base.config)
         update_state(base, spec=evolve(spec, norms=(*spec.norms, point)))
-    model = fastft.compile(models[1], backend="eager")
-    expected, got = run(models[0], batch(0)), run(model, batch(0))
+    return models[0], fastft.compile(models[1], backend="eager")
+
+
+def bare(epsilon=1e-5):
+    return torch.nn.LayerNorm(72, eps=epsilon, elementwise_affine=False)
+
+
+def test_one_without_a_weight_is_known_and_replaced():
+    """Nothing in its graph names it: no parameter, and no module within it."""
+    eager, model = with_layer_norms(bare)
+    expected, got = run(eager, batch(0)), run(model, batch(0))
     assert relative(expected[0], got[0]) < 2e-6 and relative(flat(expected[2]), flat(got[2])) < 5e-6
     (done,) = norm_graphs(model)[0].rewrites
     assert (done.module, done.applied) == ("model.norm", True)
+    assert get_state(model).compiled.planned.setup.norm == "reference"
+
+
+def test_each_of_several_without_weights_is_known_and_replaced():
+    """Their graphs look alike; each is its own norm's."""
+    eager, model = with_layer_norms(lambda: torch.nn.Sequential(bare(), torch.nn.LayerNorm(72), bare(), bare(1e-2)))
+    expected, got = run(eager, batch(0)), run(model, batch(0))
+    assert relative(expected[0], got[0]) < 2e-6 and relative(flat(expected[2]), flat(got[2])) < 5e-6
+    graphs = [graph for graph in fastft.report(model).graphs if graph.unit == "LayerNorm"]
+    done = [(rewrite.module, rewrite.applied) for graph in graphs for rewrite in graph.rewrites]
+    assert done == [(f"model.norm.{index}", True) for index in range(4)]
     assert get_state(model).compiled.planned.setup.norm == "reference"
 
 

@@ -14,6 +14,7 @@ from fastft.memory.estimate import (
     estimate,
     head_bytes,
     logprob_bytes,
+    longer,
     norm_bytes,
     saved_bytes,
     setup_of,
@@ -32,7 +33,7 @@ from fastft.memory.plan import (
     solve,
     usable,
 )
-from fastft.memory.shape import shape_of
+from fastft.memory.shape import positions_of, shape_of
 from fastft.registry.resolve import resolve
 
 LLAMA_8B = {
@@ -261,9 +262,60 @@ def test_host_memory_is_a_limit_too():
 def test_longest_length_is_the_last_that_fits():
     one = setup_of(shape_of(LLAMA_8B, resolve("llama")), 1, 4096)
     budget = usable(16 * GB)
-    found = longest(one, budget, H200)
+    found = longest(one, "auto", budget, H200)
     fits = [solve(setup_of(one.shape, 1, length), budget, H200).fits for length in (found, found + 256)]
     assert found % 256 == 0 and fits == [True, False]
+
+
+def test_longest_length_is_that_of_the_plan_asked_for():
+    one, budget = setup_of(shape_of(LLAMA_8B, resolve("llama")), 1, 4096), usable(24 * GB)
+    found = {plan: longest(one, plan, budget, H200) for plan in ("fast", "keep", "min", "auto")}
+    for plan, length in found.items():
+        fits = [planned(longer(one, n), plan, budget, H200).fits for n in (length, length + 256)]
+        assert length % 256 == 0 and fits == [True, False], plan
+    assert found["fast"] < found["keep"] < found["min"] < found["auto"]
+    assert longest(one, "auto", GB, H200) == 0
+
+
+@pytest.mark.parametrize(
+    ("rope", "length"),
+    [
+        ({}, 4096),
+        ({"rope_scaling": None}, 4096),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048}}, 8192),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, 16384),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2, "original_max_position_embeddings": 1024}}, 4096),
+        (
+            {"rope_parameters": {"full_attention": {"rope_type": "yarn", "factor": 2.0}, "sliding_attention": None}},
+            8192,
+        ),
+        # what these say is the length behind the scaling
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 1024}}, 4096),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 8.0}}, 4096),
+    ],
+)
+def test_the_longest_sequence_of_a_models_positions(rope, length):
+    assert positions_of({"max_position_embeddings": 4096, **rope}) == length
+    assert positions_of({"text_config": {"max_position_embeddings": 4096, **rope}}) == length
+    assert positions_of(rope) is None
+
+
+def test_the_time_of_fp8_is_that_of_a_measured_layer_and_relative_to_exact():
+    """8B, 16,384 tokens, one layer on an H200: 31.3 ms in NF4 with LoRA, 21.5 ms with fp8 products."""
+
+    def layer(**changes):
+        return 1e3 * (
+            step_seconds(setup(32, **changes), [Mode()] * 32, H200)
+            - step_seconds(setup(31, **changes), [Mode()] * 31, H200)
+        )
+
+    assert layer() == pytest.approx(31.3, rel=0.05)
+    assert layer(quant="fp8", compute="fp8") == pytest.approx(21.5, rel=0.05)
+    keep, exact = [Mode()] * 32, step_seconds(setup(), [Mode()] * 32, H200)
+    for changed in (setup(compute="fp8"), setup(compute="fp8+head"), evolve(setup(), eight_bits=True)):
+        assert estimate(changed, keep, H200).relative == pytest.approx(step_seconds(changed, keep, H200) / exact)
+    assert 0.7 < estimate(setup(compute="fp8"), keep).relative < 0.8  # of a device that is not known as well
+    assert estimate(setup(), keep, H200).relative == 1 < estimate(evolve(setup(), eight_bits=True), keep).relative
 
 
 def test_remedies_save_what_they_say_and_are_ordered_by_cost():
@@ -362,3 +414,8 @@ def test_modes_in_words():
     modes = (Mode(), Mode(dequantised=True), Mode("context", True, True))
     told = "1 layer keep; 1 layer keep, weights dequantised; 1 layer context, moved to the CPU, weights dequantised"
     assert describe_modes(modes) == told
+    narrow = (
+        "1 layer keep (gate and up in 8 bits, not exact); 1 layer min; 1 layer keep (gate and up in 8 bits, not exact)"
+    )
+    assert describe_modes((Mode(), Mode("min"), Mode()), eight_bits=True) == narrow
+    assert describe_modes((Mode("min"), Mode("attention")), eight_bits=True) == "1 layer min; 1 layer attention"

@@ -5,7 +5,7 @@ import tiny
 import torch
 
 from fastft.errors import EngineError, UsageError
-from fastft.rollout import make_engine
+from fastft.rollout import choose, make_engine
 from fastft.rollout.base import Sampling
 from fastft.rollout.hf import TransformersEngine
 
@@ -13,6 +13,15 @@ from fastft.rollout.hf import TransformersEngine
 @pytest.fixture(scope="module")
 def model():
     return tiny.make("llama", torch.float32, lora=True)
+
+
+def test_what_vllm_cannot_serve_on_a_gpu():
+    """A device that is no CPU stands for one: vLLM's LoRA kernels take 16 bits there."""
+    model = tiny.make("llama", torch.float32, lora=True)
+    assert choose.vllm_obstacle(model) == ""
+    told = "vLLM's LoRA kernels on a GPU compute in 16 bits, and the model in float32"
+    assert choose.vllm_obstacle(model.to("meta")) == told
+    assert choose.vllm_obstacle(model.to(torch.bfloat16)) == ""
 
 
 def test_the_weights_are_handed_over(model):

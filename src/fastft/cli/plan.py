@@ -1,12 +1,15 @@
 """`fastft plan`: what a training step will take on a GPU, from config.json alone, before any weights are there."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fastft.cli.output import CheckFailed, JsonOption, checking_arguments, print_fields, print_json, print_table
 from fastft.errors import LoadError, Problem, UsageError, did_you_mean
+
+if TYPE_CHECKING:
+    from fastft.memory.devices import Device
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
@@ -29,7 +32,7 @@ def plan(
         str,
         typer.Option(
             "--plan",
-            help="auto, fast, keep, min, offload, or a budget such as 20GB; +8bit behind it: gate and up in 8 bits.",
+            help="auto, fast, keep, min, offload, or a budget such as 20GB; keep+8bit keeps gate and up in 8 bits.",
         ),
     ] = "auto",
     json: JsonOption = False,
@@ -44,8 +47,8 @@ def plan(
     else:
         _print(found)
     if not found["fits"]:
-        needed, there = found["peak_bytes"] / GB, found["budget_bytes"] / GB
-        raise CheckFailed(f"{model} needs {needed:.2f} GB with this plan; {found['gpu']['name']} has {there:.2f} GB")
+        needed = f"{found['peak_bytes'] / GB:.2f} GB"
+        raise CheckFailed(f"{model} needs {needed} with this plan; there are {_budget(found)}")
 
 
 def collect(
@@ -64,36 +67,39 @@ def collect(
     from attrs import evolve
 
     from fastft.memory import plan as plans
-    from fastft.memory.devices import device_of
     from fastft.memory.estimate import setup_of
-    from fastft.memory.shape import shape_of
+    from fastft.memory.shape import positions_of, shape_of
     from fastft.registry.resolve import resolve
 
     with checking_arguments():
-        _check_arguments(quant, full, optimizer, plan, compute)
-        device = device_of(gpu)
+        device = _check_arguments(gpu, quant, full, optimizer, plan, compute)
     config = read_config(model)
     spec = resolve(config)
     weights = None if quant == "none" else quant
     shape = shape_of(config, spec)
     setup = setup_of(shape, batch, length, quant=weights, rank=rank, full=full, optimizer=optimizer, compute=compute)
     setup = evolve(setup, eight_bits=None if full else plans.named_part(plan)[1])
-    limit = min(plans.usable(device.memory), plans.budget_of(plan) or device.memory)
+    usable, asked = plans.usable(device.memory), plans.budget_of(plan)
+    limit = usable if asked is None else min(usable, asked)
     made = plans.planned(setup, plan, limit, device)
+    positions = positions_of(config)
     notes = (
         plans.fast_is_keep(plan, made.modes, plans.FP8_FACTORS if setup.nf4_weights else plans.NO_NF4),
         plans.not_in_eight_bits(plan, "without adapters the rewrite that does so is not taken" if full else ""),
+        _too_long(length, positions),
     )
     return {
         "model": model,
         "family": spec.name,
         "gpu": {"name": device.name, "memory_bytes": device.memory},
         "step": {"rows": batch, "length": length, "quant": weights, "rank": setup.rank, "compute": compute},
+        "plan": plan,
         "budget_bytes": limit,
+        "budget_of": "gpu" if limit == usable else "plan",
         "fits": made.fits,
         **_told(made, bool(setup.eight_bits)),
         "notes": [note for note in notes if note],
-        "longest_length": plans.longest(setup, limit, device),
+        **_lengths(plans.longest(setup, plan, limit, device), positions),
         "remedies": []
         if made.fits
         else [
@@ -103,11 +109,18 @@ def collect(
     }
 
 
-def _check_arguments(quant: str, full: bool, optimizer: str, plan: str, compute: str) -> None:
+def _check_arguments(gpu: str, quant: str, full: bool, optimizer: str, plan: str, compute: str) -> "Device":
+    """Return the device that `gpu` means. Raises UsageError with everything that is wrong."""
+    from fastft.memory.devices import device_of
     from fastft.memory.estimate import COMPUTE, OPTIMIZER_BYTES
     from fastft.memory.plan import plan_problem
 
+    device = None
     problems = [problem for problem in (plan_problem(plan),) if problem]
+    try:
+        device = device_of(gpu)
+    except UsageError as error:
+        problems += error.problems
     if quant not in QUANTS:
         problems.append(Problem("--quant", quant, f"one of {', '.join(QUANTS)}", did_you_mean(quant, QUANTS)))
     elif full and quant != "none":
@@ -117,11 +130,42 @@ def _check_arguments(quant: str, full: bool, optimizer: str, plan: str, compute:
     elif full and compute != "exact":
         remedy = "Products with trained weights are exact."
         problems.append(Problem("--compute", compute, "exact with --full", remedy))
+    elif compute != "exact" and device is not None:
+        problems += _without_fp8(device, compute)
     if optimizer not in OPTIMIZER_BYTES:
         known = tuple(OPTIMIZER_BYTES)
         problems.append(Problem("--optimizer", optimizer, f"one of {', '.join(known)}", did_you_mean(optimizer, known)))
     if problems:
         raise UsageError(*problems)
+    return device
+
+
+def _without_fp8(device: "Device", compute: str) -> list[Problem]:
+    """Return what is wrong with computing in fp8 on a GPU; of one given by its memory alone that is not known."""
+    from fastft.kernels.capability import FP8, fp8_obstacle
+    from fastft.memory.devices import DEVICES
+
+    why = fp8_obstacle(device.name, device.capability) if device.capability else ""
+    names = ", ".join(known.name for known in DEVICES if known.capability >= FP8)
+    remedy = f"Leave --compute out, or name a GPU that has them: {names}."
+    return [Problem("--compute", compute, f"exact here: {why}", remedy)] if why else []
+
+
+def _lengths(room: int, positions: int | None) -> dict[str, int | None]:
+    """Return the longest length, and the two that bound it: that of the memory and, where known, that of the model."""
+    return {
+        "longest_length": room if positions is None else min(room, positions),
+        "longest_length_in_memory": room,
+        "longest_length_of_model": positions,
+    }
+
+
+def _too_long(length: int, positions: int | None) -> str:
+    """Return what to say where the step's rows are longer than the model's positions serve, "" elsewhere."""
+    if positions is None or length <= positions:
+        return ""
+    remedy = f"fastft.load with max_length={length} stretches its positions"
+    return f"the model goes to {positions} tokens (max_position_embeddings), fewer than {length}: {remedy}"
 
 
 def _told(made: Any, eight_bits: bool) -> dict[str, Any]:
@@ -175,17 +219,37 @@ def _print(found: dict[str, Any]) -> None:
     rows = [(part["name"], f"{part['bytes'] / GB:.2f}") for part in found["parts"]]
     print_table(("memory", "GB"), [*rows, ("peak", f"{found['peak_bytes'] / GB:.2f}")])
     seconds, relative = found["step_seconds"], found["time_relative_to_keep"]
-    speed = f"{relative:.2f} times as long as with everything kept"
+    speed = f"{relative:.2f} times as long as with everything kept and exact"
     if seconds:
         speed = f"{seconds:.3f} s, {step['rows'] * step['length'] / seconds:,.0f} tokens/s; {speed}"
     fields = {
         "layers": found["layers"],
         "step time": speed,
         "CPU memory": f"{found['host_bytes'] / GB:.2f} GB",
-        "of": f"{found['budget_bytes'] / GB:.2f} GB that {found['gpu']['name']} has for it",
-        "longest length": found["longest_length"] or "none fits",
+        "of": _budget(found),
+        "longest length": _longest(found),
     }
     print_fields(fields | ({"note": "; ".join(found["notes"])} if found["notes"] else {}))
     if found["remedies"]:
         rows = [(r["name"], f"{r['saves_bytes'] / GB:.2f}", "yes" if r["enough"] else "") for r in found["remedies"]]
         print_table(("what would help", "saves GB", "enough"), rows)
+
+
+def _budget(found: dict[str, Any]) -> str:
+    """Return in words how much memory there is for the step, and whose limit that is."""
+    amount = f"{found['budget_bytes'] / GB:.2f} GB"
+    if found["budget_of"] == "plan":
+        return f"{amount}, the budget of plan {found['plan']}"
+    return f"{amount} that {found['gpu']['name']} has for it"
+
+
+def _longest(found: dict[str, Any]) -> str:
+    """Return in words the longest length, and what bounds it: the memory, or the model's positions."""
+    room, positions = found["longest_length_in_memory"], found["longest_length_of_model"]
+    if not room:
+        return "none fits"
+    if positions is None:
+        return f"{room}, by memory"
+    if room < positions:
+        return f"{room}, by memory; the model goes to {positions}"
+    return f"{positions}, by the model (max_position_embeddings); memory goes to {room}"

@@ -292,29 +292,32 @@ def _install(
 
 
 def _install_norms(compiled: Compiled, base: nn.Module, dynamic: bool | None) -> None:
-    """Let the norms outside the layers run compiled where the layers do: one version with gradients, one without."""
-    settings = compiled.settings
-    compiled.norms = outer_norms(base, compiled.spec, compiled.layers, settings.disable)
-    rewriting = compiled.backend.for_units(compiled.norms, norm_settings(settings))
+    """Let the norms outside the layers run compiled where the layers do: one version with gradients, one without.
 
-    def backend(graph_module: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        lowered = rewriting(graph_module, example_inputs)
-        if not any(done.applied for done in rewriting.graphs[-1].rewrites):
-            compiled.planned.norm_is_eager()
-        return lowered
+    Each norm has its own: the graph of one without a weight does not say which of several it is of.
+    """
+    compiled.norms = outer_norms(base, compiled.spec, compiled.layers, compiled.settings.disable)
+    settings = norm_settings(compiled.settings)
 
-    def made() -> Callable[..., Any]:
+    def made(norm: nn.Module) -> Callable[..., Any]:
+        rewriting = compiled.backend.for_units((norm,), settings)
+
+        def backend(graph_module: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+            lowered = rewriting(graph_module, example_inputs)
+            if not any(done.applied for done in rewriting.graphs[-1].rewrites):
+                compiled.planned.norm_is_eager()
+            return lowered
+
         # A lone operation has nothing to gain from a length that is fixed.
         lengths = True if dynamic is None else dynamic
         return torch.compile(_own_copy(_call_unit), backend=backend, fullgraph=True, dynamic=lengths)
-
-    versions = {gradients: made() for gradients in (True, False)}
 
     def uncompiled(norm: nn.Module, error: Exception, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         compiled.planned.norm_is_eager()
         return run_uncompiled(compiled.eager_calls, norm, "a norm outside the layers", reason(error), args, kwargs)
 
     for norm in compiled.norms:
+        versions = {gradients: made(norm) for gradients in (True, False)}
         norm._compiled_call_impl = norm_dispatcher(norm, versions, lambda: compiled.last, uncompiled)
 
 

@@ -44,7 +44,7 @@ class PlannedLayers:
     smallest plan is predicted to need more than the budget. `weights` are the copies of layers whose mode says
     `dequantised`; `keepable` are the linears of each layer whose weights can be kept so, `why_not` what is in the way
     if there are none. `wants_eight_bits`: layers that keep gate and up are to keep them in 8 bits, which the `graphs`
-    captured up to now may not do.
+    captured up to now may not do; None: they cannot. `sizes` do not say it, `setup` does.
     """
 
     plan: str | int
@@ -58,7 +58,7 @@ class PlannedLayers:
     weights: KeptWeights = field(factory=KeptWeights)
     keepable: tuple[tuple[nn.Module, ...], ...] = ()
     why_not: str = ""
-    wants_eight_bits: bool = False
+    wants_eight_bits: bool | None = False
     graphs: list[GraphReport] = field(factory=list)
 
     @classmethod
@@ -86,7 +86,7 @@ class PlannedLayers:
         try:
             setup = setup_of_model(model, spec)
             shape = evolve(setup.shape, layers=len(layers))
-            sizes = evolve(setup, compute=compute, norm=norm, shape=shape, eight_bits=eight_bits)
+            sizes = evolve(setup, compute=compute, norm=norm, shape=shape)
         except UsageError:
             if budget is not None:
                 raise
@@ -96,7 +96,7 @@ class PlannedLayers:
         modes = named_modes(plan if budget is None else "keep", len(layers), any(keepable))
         made = cls(
             plan, modes, sizes, budget, find_device(name), keepable=keepable, why_not=why_not,
-            wants_eight_bits=bool(eight_bits),
+            wants_eight_bits=eight_bits,
         )  # fmt: skip
         if batch is not None:
             made.see(*batch, where)
@@ -121,7 +121,7 @@ class PlannedLayers:
     @property
     def eight_bits(self) -> bool:
         """Say whether the layers that keep gate and up keep them in 8 bits, as far as graphs were captured."""
-        return self.wants_eight_bits and all(graph.eight_bits is not False for graph in self.graphs)
+        return bool(self.wants_eight_bits) and all(graph.eight_bits is not False for graph in self.graphs)
 
     @property
     def setup(self) -> Setup | None:
@@ -132,7 +132,8 @@ class PlannedLayers:
         """Return a step with the weights that graphs read copies of or may read, and 8 bits where graphs have them."""
         read = ([linear for linear in found if self.weights.may_read(linear.weight)] for found in self.keepable)
         counts = (sum(linear.out_features * linear.in_features for linear in linears) for linears in read)
-        return evolve(sizes, nf4_weights=tuple(counts), eight_bits=sizes.eight_bits and self.eight_bits)
+        eight_bits = None if self.wants_eight_bits is None else self.eight_bits
+        return evolve(sizes, nf4_weights=tuple(counts), eight_bits=eight_bits)
 
     @property
     def fewer(self) -> int:

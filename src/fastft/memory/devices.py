@@ -18,6 +18,7 @@ class Device:
     """A GPU: bytes of memory, and what it reaches in matrix products (16-bit FLOP/s), in its memory and over PCIe.
 
     Speeds are what long matrix products and copies reach, not data-sheet peaks: about 0.7 and 0.85 of those.
+    `capability` is its compute capability; None where only the memory is known.
     """
 
     name: str
@@ -25,29 +26,30 @@ class Device:
     flops: float
     bandwidth: float
     pcie: float
+    capability: tuple[int, int] | None = None
 
 
-def _device(name: str, gib: float, peak: float, bandwidth: float, pcie: float) -> Device:
-    return Device(name, int(gib * 2**30), 0.7 * peak * 1e12, 0.85 * bandwidth * 1e9, pcie * 1e9)
+def _device(name: str, gib: float, peak: float, bandwidth: float, pcie: float, capability: tuple[int, int]) -> Device:
+    return Device(name, int(gib * 2**30), 0.7 * peak * 1e12, 0.85 * bandwidth * 1e9, pcie * 1e9, capability)
 
 
 # Names are matched as parts of what the driver calls the device, the first that fits; sizes as the driver tells them.
 DEVICES = (
-    _device("B200", 178, 2250, 8000, 50),
-    _device("H200", 139.8, 989, 4800, 50),
-    _device("H100 PCIe", 79.2, 756, 2000, 50),
-    _device("H100", 79.2, 989, 3350, 50),
-    _device("A100", 79.2, 312, 2000, 24),
-    _device("L40S", 44.4, 362, 864, 24),
-    _device("L4", 22.0, 121, 300, 12),
-    _device("A10G", 22.0, 70, 600, 24),
-    _device("A10", 22.0, 125, 600, 24),
-    _device("A6000", 47.4, 155, 768, 24),
-    _device("RTX 5090", 31.4, 210, 1792, 50),
-    _device("RTX 4090", 23.5, 165, 1008, 24),
-    _device("RTX 3090", 23.5, 71, 936, 24),
-    _device("V100", 15.7, 125, 900, 12),
-    _device("T4", 14.6, 65, 320, 12),
+    _device("B200", 178, 2250, 8000, 50, (10, 0)),
+    _device("H200", 139.8, 989, 4800, 50, (9, 0)),
+    _device("H100 PCIe", 79.2, 756, 2000, 50, (9, 0)),
+    _device("H100", 79.2, 989, 3350, 50, (9, 0)),
+    _device("A100", 79.2, 312, 2000, 24, (8, 0)),
+    _device("L40S", 44.4, 362, 864, 24, (8, 9)),
+    _device("L4", 22.0, 121, 300, 12, (8, 9)),
+    _device("A10G", 22.0, 70, 600, 24, (8, 6)),
+    _device("A10", 22.0, 125, 600, 24, (8, 6)),
+    _device("A6000", 47.4, 155, 768, 24, (8, 6)),
+    _device("RTX 5090", 31.4, 210, 1792, 50, (12, 0)),
+    _device("RTX 4090", 23.5, 165, 1008, 24, (8, 9)),
+    _device("RTX 3090", 23.5, 71, 936, 24, (8, 6)),
+    _device("V100", 15.7, 125, 900, 12, (7, 0)),
+    _device("T4", 14.6, 65, 320, 12, (7, 5)),
 )
 
 

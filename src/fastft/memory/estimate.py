@@ -154,7 +154,10 @@ class Part:
 
 @frozen
 class Estimate:
-    """A prediction: shares of the peak, their sum, host memory, and seconds a step (None: device not known)."""
+    """A prediction: shares of the peak, their sum, host memory, and seconds a step (None: device not known).
+
+    `relative`: the step's time by that of the same batch with everything kept as it is and nothing in fp8.
+    """
 
     parts: tuple[Part, ...]
     peak: int
@@ -296,7 +299,8 @@ def estimate(setup: Setup, modes: Sequence[Mode], device: Device | None = None) 
     known = device is not None and device.flops > 0
     seconds = step_seconds(setup, modes, device) if known else None
     reference = device if known else REFERENCE
-    keep = step_seconds(setup, [Mode()] * len(modes), reference)
+    exact = evolve(setup, compute="exact", eight_bits=False)
+    keep = step_seconds(exact, [Mode()] * len(modes), reference)
     relative = step_seconds(setup, modes, reference) / keep if keep else 1.0
     return Estimate((*parts, Part("allocator", slack)), total + slack, moved, seconds, relative)
 

@@ -242,14 +242,17 @@ def _above(first: tuple, middle: tuple, last: tuple) -> bool:
     return (middle[0] - first[0]) * (first[1] - last[1]) >= (last[0] - first[0]) * (first[1] - middle[1])
 
 
-def longest(setup: Setup, budget: int, device: Device | None = None, multiple: int = 256) -> int:
-    """Return the longest length, a multiple of `multiple`, that fits `budget` with the smallest plan; 0 if none."""
+def longest(setup: Setup, plan: str | int, budget: int, device: Device | None = None, multiple: int = 256) -> int:
+    """Return the longest length, a multiple of `multiple`, of which a step with this plan fits `budget`; 0 if none.
+
+    A plan that is solved is solved for each length, and ends with the smallest.
+    """
     low, high = 0, 1
-    while high < 1 << 16 and solve(longer(setup, high * multiple), budget, device).fits:
+    while high < 1 << 16 and planned(longer(setup, high * multiple), plan, budget, device).fits:
         low, high = high, high * 2
     while low + 1 < high:
         middle = (low + high) // 2
-        if solve(longer(setup, middle * multiple), budget, device).fits:
+        if planned(longer(setup, middle * multiple), plan, budget, device).fits:
             low = middle
         else:
             high = middle
@@ -305,9 +308,11 @@ def remedies(setup: Setup, modes: Sequence[Mode], budget: int | None = None) -> 
 def describe_modes(modes: Sequence[Mode], eight_bits: bool = False) -> str:
     """Return the modes in words, first layers first: "12 layers min, moved to the CPU; 20 layers keep".
 
-    eight_bits: gate and up are kept in 8 bits where they are kept.
+    eight_bits: the layers that keep gate and up keep them in 8 bits, which is said of these.
     """
     runs = [(mode, len(list(same))) for mode, same in groupby(modes)]
-    told = "; ".join(f"{count} layer{'s' if count > 1 else ''} {mode}" for mode, count in runs)
-    narrow = eight_bits and any(keeps_wide(mode.level) for mode in modes)
-    return told + (", gate and up in 8 bits (not exact)" if narrow else "")
+    narrow = " (gate and up in 8 bits, not exact)" if eight_bits else ""
+    return "; ".join(
+        f"{count} layer{'s' if count > 1 else ''} {mode}{narrow if keeps_wide(mode.level) else ''}"
+        for mode, count in runs
+    )

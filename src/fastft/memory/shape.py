@@ -104,6 +104,22 @@ def shape_of(config: Mapping[str, Any], spec: ModelSpec) -> Shape:
     )
 
 
+def positions_of(config: Mapping[str, Any]) -> int | None:
+    """Return the longest sequence that a config's rotary positions serve as they are; None where it does not say.
+
+    YaRN's config has the length before it was stretched as `max_position_embeddings`, others that behind it.
+    """
+    config = config.get("text_config") or config
+    length = config.get("max_position_embeddings")
+    if not isinstance(length, int) or length < 1:
+        return None
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    tables = [rope, *(table for table in rope.values() if isinstance(table, Mapping))]  # of kinds of layers
+    yarn = [table for table in tables if "yarn" in (table.get("rope_type"), table.get("type"))]
+    stretched = (int(t["factor"] * (t.get("original_max_position_embeddings") or length)) for t in yarn)
+    return max(length, *stretched, 0)
+
+
 def _windows(config: Mapping[str, Any], layers: int) -> tuple[int | None, ...]:
     window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
     kinds = config.get("layer_types")

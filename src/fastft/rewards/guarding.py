@@ -129,7 +129,7 @@ def guard(functions: Sequence[Any], *, time_limit: float = 600.0, failing_calls:
         raise UsageError(*problems)
     guarded: list[Any] = []
     for function in functions:
-        if isinstance(function, str | Guarded) or _is_module(function):
+        if isinstance(function, str | Guarded) or is_module(function):
             guarded.append(function)
         else:
             kind = GuardedAsync if is_async(function) else Guarded
@@ -165,7 +165,7 @@ def columns_of(functions: Iterable[Any]) -> list[tuple[str, str]]:
     for function in functions:
         inner = function.function if isinstance(function, Guarded) else function
         column = getattr(inner, "column", None)
-        if isinstance(column, str) and not _is_module(inner):
+        if isinstance(column, str) and not is_module(inner):
             wanted.append((name_of(inner), column))
         wanted += columns_of(getattr(inner, "parts", ()))
     return wanted
@@ -185,7 +185,8 @@ def is_async(function: Callable[..., Any]) -> bool:
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None))  # noqa: B004
 
 
-def _is_module(thing: Any) -> bool:
+def is_module(thing: Any) -> bool:
+    """Say whether a reward is a model."""
     torch = sys.modules.get("torch")  # a module cannot be here unless torch has been imported
     return torch is not None and isinstance(thing, torch.nn.Module)
 

@@ -9,7 +9,7 @@ from attrs import define, field
 from fastft.environment import installed
 from fastft.errors import EngineError, Problem, UsageError, did_you_mean
 from fastft.rollout.base import Engine
-from fastft.state import get_state, update_state
+from fastft.state import base_model, get_state, update_state
 
 NAMES = ("auto", "transformers", "vllm")
 
@@ -76,7 +76,7 @@ def _make(engine: "str | Engine", model: Any, tokenizer: Any, options: dict[str,
             raise UsageError(Problem("engine options", sorted(options), "none beside an engine that is made already"))
         return engine
     if engine == "auto":
-        engine = _best()
+        engine = _best(model)
     if engine == "transformers":
         from fastft.rollout.hf import TransformersEngine
 
@@ -103,11 +103,21 @@ def check_vllm() -> None:
         )
 
 
-def _best() -> str:
+def vllm_obstacle(model: Any) -> str:
+    """Return why vLLM cannot sample from a model on its device, "" if it can: its LoRA kernels there take 16 bits."""
+    base = base_model(model)
+    if base.device.type == "cpu" or base.dtype.itemsize == 2 or get_state(model).full:
+        return ""
+    return f"vLLM's LoRA kernels on a GPU compute in 16 bits, and the model in {str(base.dtype).removeprefix('torch.')}"
+
+
+def _best(model: Any) -> str:
     import torch
 
-    name = "vllm" if installed("vllm") and torch.cuda.is_available() else "transformers"
-    print(f"fastft: engine='auto' takes {name!r} for rollouts.")
+    there = installed("vllm") and torch.cuda.is_available()
+    why = vllm_obstacle(model) if there else ""
+    name = "vllm" if there and not why else "transformers"
+    print(f"fastft: engine='auto' takes {name!r} for rollouts{': ' + why if why else ''}.")
     return name
 
 

@@ -16,7 +16,7 @@ from fastft.errors import EngineError, FastftError, Problem, UsageError
 from fastft.rollout.adapter_file import adapter_of
 from fastft.rollout.base import Completion, Engine, Sampling
 from fastft.rollout.base_weights import base_tensors, bytes_to_write, write_base
-from fastft.rollout.choose import check_vllm
+from fastft.rollout.choose import check_vllm, vllm_obstacle
 from fastft.rollout.engine_memory import engine_memory, held_by_training
 from fastft.rollout.requests import check_request
 from fastft.state import base_model, get_state
@@ -76,6 +76,9 @@ class VLLMEngine(Engine):
         self._full = state.full or _trains_base(model)
         self._length = max_length or state.max_length or base.config.get_text_config().max_position_embeddings
         self._rank = _slot(0 if self._full else _rank_of(model, max_lora_rank))
+        why = vllm_obstacle(model)
+        if why and self._rank:
+            raise UsageError(f"engine 'vllm': {why}; load it with dtype='bfloat16', or take engine='transformers'")
         self._request: Any = None
         self._count = 0
         self._folder = Path(tempfile.mkdtemp(prefix="fastft-rollout-", dir=_memory_folder()))

@@ -19,10 +19,23 @@ def _counts() -> dict[str, int]:
     return {kind: sum(counters[group][f"{cache}_{kind}"] for group, cache in _CACHES) for kind in ("hit", "miss")}
 
 
+def caches(backend: str) -> bool:
+    """Say whether what this backend of `fastft.compile` makes is kept for later runs; only Inductor has a cache."""
+    if backend != "inductor":
+        return False
+    from torch._inductor import config
+
+    return config.fx_graph_cache and not config.force_disable_caches
+
+
 @define(eq=False)
 class CompileTime:
-    """Seconds in which Dynamo and Inductor compiled, and how often their caches were asked, since this was made."""
+    """Seconds in which Dynamo and Inductor compiled, and how often their caches were asked, since this was made.
 
+    `caching`: whether later runs will find what is compiled in a cache.
+    """
+
+    caching: bool = False
     seconds: float = 0.0
     began: float | None = None
     before: dict[str, int] = field(factory=_counts)
@@ -33,7 +46,8 @@ class CompileTime:
         self.began = time.perf_counter()
         if not self.told:
             self.told = True
-            tqdm.write("fastft: compiling the decoder layers, once for each kind; later runs take it from a cache")
+            later = "; later runs take it from a cache" if self.caching else ""
+            tqdm.write(f"fastft: compiling the decoder layers, once for each kind{later}")
 
     def on_end(self, _: Any) -> None:
         """Add what the compilation took."""
@@ -68,6 +82,7 @@ class CompileCallback(TrainerCallback):
             return
         from torch._dynamo.callback import callback_handler
 
+        self.time.caching = caches(compiled.settings.backend)
         callback_handler.register_start_callback(self.time.on_start)
         callback_handler.register_end_callback(self.time.on_end)
 

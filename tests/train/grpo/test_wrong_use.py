@@ -10,7 +10,7 @@ import fastft
 from fastft.errors import DataError, UsageError
 from fastft.rewards import combine, length, number
 from fastft.train.grpo.config import GRPOConfig
-from fastft.train.grpo.prompts import prompt_dataset
+from fastft.train.grpo.prompts import prompt_datasets
 from fastft.train.grpo.trainer import GRPOTrainer
 
 
@@ -104,7 +104,7 @@ def test_prompts_of_a_file_are_named_by_file_and_line(tokenizer, tmp_path):
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"prompt": "w1"}\n\n{"prompt": " "}\n')
     with pytest.raises(DataError, match=r"prompts.jsonl, line 3, prompt: expected a text that is not empty"):
-        prompt_dataset(path, tokenizer)
+        prompt_datasets({"prompts": path}, tokenizer)
 
 
 def test_unknown_names_are_told(config, build_model, tokenizer):

@@ -7,6 +7,7 @@ scales of W's rows belong to the columns of dy, into which they are multiplied b
 import torch
 from torch import Tensor
 
+from fastft.kernels.capability import fp8_obstacle
 from fastft.kernels.dispatch import use_triton
 from fastft.kernels.fp8 import ref
 from fastft.kernels.fp8.launch import MAX_RANK, PARTS
@@ -15,18 +16,15 @@ from fastft.kernels.rows import as_matrix
 
 MULTIPLE = 16
 """Both sizes of a factor are multiples of this: 16 bytes, which fp8 GEMMs load at a time."""
-CAPABILITY = (8, 9)
 
 
 def device_obstacle(device: torch.device) -> str:
     """Return why nothing on the device can be computed in fp8, "" if it can."""
     if device.type not in ("cuda", "cpu"):
         return f"device {device.type!r} has no fp8 products; CUDA and the CPU have"
-    have = torch.cuda.get_device_capability(device) if device.type == "cuda" else CAPABILITY
-    if have < CAPABILITY:
-        told = ".".join(map(str, have))
-        return f"{torch.cuda.get_device_name(device)} has compute capability {told}; fp8 products need 8.9 or more"
-    return ""
+    if device.type == "cpu":
+        return ""
+    return fp8_obstacle(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
 
 
 def obstacle(device: torch.device, dtype: torch.dtype, n: int, k: int, nf4: bool) -> str:

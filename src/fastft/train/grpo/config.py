@@ -28,7 +28,7 @@ LEGACY = {
 IDLE = {
     "unsloth_num_chunks": "log-probabilities are always computed in chunks, whose size follows from the vocabulary",
     "unsloth_logit_chunk_multiplier": "log-probabilities are always computed in chunks of a size of their own",
-    "unsloth_grpo_mini_batch": "per_device_train_batch_size and merge_micro_batches say how many completions a pass has",
+    "unsloth_grpo_mini_batch": "per_device_train_batch_size and merge_micro_batches say what a forward pass has",
 }
 # Fields that count something; those of the second line may be None.
 COUNTS = ("num_generations", "per_device_train_batch_size", "gradient_accumulation_steps")

@@ -14,13 +14,27 @@ from fastft.errors import DataError, Problem, did_you_mean, short
 SHOWN = 4  # of several rows that are wrong in the same way
 
 
-def prompt_dataset(prompts: Any, tokenizer: Any, chat: bool = True, name: str = "prompts") -> Any:
-    """Return prompts as a `datasets.Dataset` with a column `prompt`; every other column stays as it is.
+def prompt_datasets(given: Mapping[str, Any], tokenizer: Any, chat: bool = True) -> tuple[dict[str, Any], bool]:
+    """Return the prompts of each name as a `datasets.Dataset` with a column `prompt`, and whether texts became turns.
 
-    `prompts` are texts, or rows as `fastft.load_rows` takes them. A `prompt` is a text or a list of messages that ends
-    with what is to be answered. With `chat`, and a tokenizer that has a chat template, a text is what the user says;
-    otherwise it is continued as it stands. Raises `DataError` with all rows that cannot be used.
+    Prompts are texts, or rows as `fastft.load_rows` takes them; every other column stays as it is. A `prompt` is a text
+    or a list of messages that ends with what is to be answered. With `chat`, and a tokenizer that has a chat template,
+    a text is what the user says, and becomes a message; otherwise it is continued as it stands. Raises `DataError` with
+    all rows that cannot be used, and where some become turns and others were conversations.
     """
+    made = {name: _listed(prompts, name) for name, prompts in given.items()}
+    if not chat or getattr(tokenizer, "chat_template", None) is None:
+        return made, False
+    texts = {name: isinstance(next(iter(rows))["prompt"], str) for name, rows in made.items()}
+    if len(set(texts.values())) == 2:
+        told = ", ".join(f"{name}: {'texts' if are else 'conversations'}" for name, are in texts.items())
+        remedy = "Rewards get completions in the form of the prompts. A text is [{'role': 'user', 'content': text}]."
+        raise DataError(Problem("prompts and eval", told, "texts in both, or conversations in both", remedy))
+    turned = {name: rows.map(_as_turn) if texts[name] else rows for name, rows in made.items()}
+    return turned, all(texts.values())
+
+
+def _listed(prompts: Any, name: str) -> Any:
     _refuse_other_than_prompts(prompts, name)
     texts = not isinstance(prompts, str | Path) and isinstance(prompts, Sequence) and bool(prompts)
     if texts and all(isinstance(prompt, str) for prompt in prompts):
@@ -29,11 +43,7 @@ def prompt_dataset(prompts: Any, tokenizer: Any, chat: bool = True, name: str = 
         rows = [{"prompt": list(prompt)} for prompt in prompts]
     else:
         rows = open_named(prompts, name).listed()
-    rows = as_dataset(rows, name)
-    turns = chat and getattr(tokenizer, "chat_template", None) is not None
-    if turns and isinstance(next(iter(rows))["prompt"], str):
-        rows = rows.map(_as_turn)
-    return rows
+    return as_dataset(rows, name)
 
 
 def _refuse_other_than_prompts(prompts: Any, name: str) -> None:

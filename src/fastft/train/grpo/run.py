@@ -6,9 +6,11 @@ from typing import Any
 
 from attrs import field, frozen
 
+from fastft.rewards.texts import of_texts
 from fastft.rollout.base import Engine
 from fastft.train import arguments
 from fastft.train.grpo import prompts as prompt_data
+from fastft.train.grpo.checks import listed
 from fastft.train.grpo.config import GRPOConfig, make_config
 from fastft.train.grpo.trainer import GRPOTrainer
 from fastft.train.record import curve, ends
@@ -53,8 +55,8 @@ def grpo(
     `prompts` (and `eval`): texts, or rows with a `prompt` (a text or messages) and columns for the rewards, as
     `fastft.load_rows` takes them. With `chat` a text is what the user says, else it is continued as it stands.
     `rewards`: functions `f(prompts, completions, **columns)` that return a number or None for each completion, such as
-    those of `fastft.rewards`; a list, or one alone. `engine`: "transformers", "vllm", "auto" or an `Engine`, with
-    `engine_options`.
+    those of `fastft.rewards`; a list, or one alone. They get texts where the prompts were texts, and lists of messages
+    where they were messages. `engine`: "transformers", "vllm", "auto" or an `Engine`, with `engine_options`.
     `options`: generations (completions of a prompt), max_new_tokens, temperature, loss, kl (`beta`), epochs, steps,
     batch_size (completions of a forward pass), accumulate, learning_rate, schedule, optimizer, seed, log_every,
     save_every, report_to, or any field of `GRPOConfig`; or a whole `config`. `resume` is True (the last checkpoint)
@@ -66,12 +68,15 @@ def grpo(
     if engine_options is not None:
         args.engine_options = {**(args.engine_options or {}), **engine_options}
     resume_from = to_resume(resume, args)
+    given = {"prompts": prompts} | ({} if eval is None else {"eval": eval})
+    data, texts = prompt_data.prompt_datasets(given, tokenizer, chat)
+    functions = listed(rewards)
     trainer = GRPOTrainer(
         model,
-        rewards,
+        [of_texts(function) for function in functions] if texts else functions,
         args,
-        train_dataset=_prompts_of(prompts, tokenizer, chat, "prompts"),
-        eval_dataset=None if eval is None else _prompts_of(eval, tokenizer, chat, "eval"),
+        train_dataset=data["prompts"],
+        eval_dataset=data.get("eval"),
         processing_class=tokenizer,
         callbacks=list(callbacks),
         engine=engine,
@@ -87,7 +92,3 @@ def grpo(
     names = ("reward", "loss", "kl", "completions/mean_length")
     curves = [curve(trainer.state.log_history, name) for name in names]
     return GrpoResult(*curves, dict(output.metrics), args.output_dir, trainer.recorder.record)
-
-
-def _prompts_of(rows: Any, tokenizer: Any, chat: bool, name: str) -> Any:
-    return prompt_data.prompt_dataset(rows, tokenizer, chat, name)

@@ -1,0 +1,45 @@
+"""Rewards that are to see texts, for a trainer that hands them messages."""
+
+import copy
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from fastft.rewards.guarding import Guarded, is_async, is_module, name_of
+from fastft.rewards.text import text_of
+
+
+def of_texts(function: Any) -> Any:
+    """Return a reward that is called with the texts of prompts and completions, where these are lists of messages.
+
+    A prompt's text is what its last message says. Models, which read conversations, and what is no function stay as
+    they are; one under guard is another under the same guard.
+    """
+    if isinstance(function, Guarded):
+        guarded = copy.copy(function)
+        guarded.function = of_texts(function.function)
+        return guarded
+    if not callable(function) or is_module(function):
+        return function
+    made = _async(function) if is_async(function) else _plain(function)
+    functools.update_wrapper(made, function)  # its signature, and the columns that it looks at
+    made.__name__ = name_of(function)
+    return made
+
+
+def _plain(function: Callable[..., Any]) -> Callable[..., Any]:
+    def reward(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> Any:
+        return function(prompts=_prompts(prompts), completions=[text_of(one) for one in completions], **columns)
+
+    return reward
+
+
+def _async(function: Callable[..., Any]) -> Callable[..., Any]:
+    async def reward(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> Any:
+        return await function(prompts=_prompts(prompts), completions=[text_of(one) for one in completions], **columns)
+
+    return reward
+
+
+def _prompts(prompts: Sequence[Any]) -> list[str]:
+    return [prompt if isinstance(prompt, str) else prompt[-1]["content"] for prompt in prompts]
