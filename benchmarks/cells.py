@@ -45,7 +45,10 @@ class Cell:
 
 @frozen
 class Task:
-    """One arm on one cell. `backend` is torch.compile's; `folder` holds the model for arms that load from a folder."""
+    """One arm on one cell. `backend` is torch.compile's; `folder` holds the model for arms that load from a folder.
+
+    `fp8`: of the reference, whether it runs with fp8 factors as well.
+    """
 
     arm: str
     cell: Cell
@@ -53,6 +56,7 @@ class Task:
     warmup: int = 3
     backend: str = "inductor"
     folder: str = ""
+    fp8: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Return the task as plain data, ready for JSON."""

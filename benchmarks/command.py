@@ -253,15 +253,16 @@ def measure(cells: Sequence[Cell], arms: Sequence[str], run: Run) -> Iterator[di
     """Yield one line for each arm on each cell, arms in turn within a cell, judged by the cell's reference."""
     caches = itertools.count(1)
     for cell in cells:
-        reference = process(Task(REFERENCE, cell), run, "reference") if set(arms) - {REFERENCE} else None
+        fp8 = any(find_arm(name).fp8 for name in arms)
+        reference = process(Task(REFERENCE, cell, fp8=fp8), run, "reference") if set(arms) - {REFERENCE} else None
         beside = None
         for name in arms:
             task = Task(name, cell, run.steps, run.warmup, run.backend)
             result = one(task, run, f"{next(caches)}")
-            exact = find_arm(name).exact
+            arm = find_arm(name)
             if name != REFERENCE:
-                result = judged(result, reference, exact, beside)
-            if exact and beside is None and result.get("parity", {}).get("ok"):
+                result = judged(result, reference, arm.exact, beside, arm.fp8)
+            if arm.exact and beside is None and result.get("parity", {}).get("ok"):
                 beside = result
             yield {**told(name, cell, run), **result}
 

@@ -84,11 +84,14 @@ def write_folder(task: Task) -> dict[str, Any]:
 
 
 def judge(task: Task, trainee: Trainee, device: str) -> dict[str, Any]:
-    """Return loss, gradient norm and sketch of the first batch in fp32, and under `eager` those under bf16 autocast."""
+    """Return loss, gradient norm and sketch of the first batch in fp32, and under `eager` those under bf16 autocast.
+
+    Under `eager_fp8`, where the task wants them, those with fp8 factors besides.
+    """
     import torch
 
     from benchmarks.batches import batch_of
-    from benchmarks.truth import no_tf32, widen
+    from benchmarks.truth import no_tf32, widen, with_fp8_factors
 
     def seen() -> dict[str, Any]:
         loss = trainee.loss(batch).item()
@@ -99,9 +102,12 @@ def judge(task: Task, trainee: Trainee, device: str) -> dict[str, Any]:
     no_tf32()
     batch = batch_of(task.cell, 0, device)
     with torch.autocast(device, dtype=torch.bfloat16):
-        eager = seen()
+        found = {"eager": seen()}
+        if task.fp8:
+            with with_fp8_factors(trainee.model):
+                found["eager_fp8"] = seen()
     widen(trainee.model)
-    return {"status": "ok", **seen(), "eager": eager}
+    return {"status": "ok", **seen(), **found}
 
 
 def train(task: Task, trainee: Trainee, device: str) -> tuple[Steps, dict[str, float] | None]:

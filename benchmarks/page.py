@@ -118,12 +118,19 @@ def _inexact(line: Mapping[str, Any]) -> str:
     parity = line["parity"]
     if "curve_difference" not in parity:
         return ""
+    gradient = f"{parity['gradient_allowed']:.3g}{_beside_fp8(parity)}"
     return (
         f"\n`{line['arm']}` is not exact and has limits of its own: loss {parity['loss_allowed']:g}, norm "
-        f"{parity['grad_norm_allowed']:g}, gradient {parity['gradient_allowed']:g}; its losses differ from an exact "
+        f"{parity['grad_norm_allowed']:g}, gradient {gradient}; its losses differ from an exact "
         f"arm's by {parity['curve_difference']:.1e} of themselves on average over all steps, allowed "
         f"{INEXACT_CURVE:g}.\n"
     )
+
+
+def _beside_fp8(parity: Mapping[str, Any]) -> str:
+    """Return where the limit of a gradient with fp8 factors is from, "" for any other."""
+    error = parity.get("eager_fp8_gradient_error")
+    return "" if error is None else f" ({GRADIENT_OF_EAGER:g} times eager's with fp8 factors, {error:.3g})"
 
 
 def parity_table(lines: Sequence[Mapping[str, Any]]) -> str:

@@ -4,8 +4,10 @@ The truth is the same model in fp32. Rounding to bf16 is allowed, as much of it 
 much that is depends on the shape, and is measured in every cell. A gradient that is compared with eager's own would not
 do: an arm that shares eager's roundings lies near it, one with fewer roundings does not.
 
-An arm that says of itself that it is not exact (fp8 factors) has wider limits for step 0, and its losses must follow
-those of an exact arm that passed, step by step on the same batches.
+An arm that says of itself that it is not exact has wider limits for step 0, and its losses must follow those of an
+exact arm that passed, step by step on the same batches. The gradient of one with fp8 factors is allowed as much error,
+by the same multiple, as that of the eager model with fp8 factors: deep models with random weights enlarge rounding, be
+it to bf16 or to fp8.
 """
 
 import math
@@ -34,6 +36,7 @@ def judged(
     reference: Mapping[str, Any],
     exact: bool = True,
     beside: Mapping[str, Any] | None = None,
+    fp8: bool = False,
 ) -> dict[str, Any]:
     """Return `result` with its `parity`; where that fails, the speeds are None and stand in `struck_out` instead.
 
@@ -41,7 +44,8 @@ def judged(
     bf16. `parity` holds the truth's loss and gradient norm, the differences of arm and eager run from the truth, what
     is allowed, and `ok`: True, False, or None with a `reason` where there is no reference. NaN fails. The sketches are
     left out of what is returned. `exact`: what the arm says of itself; if it is not, `beside` is the line of an exact
-    arm on the same cell that passed, whose losses its own are to follow.
+    arm on the same cell that passed, whose losses its own are to follow. `fp8`: the arm has fp8 factors, and
+    `reference` holds the eager run with such under `eager_fp8`.
     """
     result = dict(result)
     if result["status"] != "ok":
@@ -53,11 +57,14 @@ def judged(
     if not all(map(math.isfinite, eager.values())):
         return {**result, "parity": {"ok": None, "reason": "no reference: it is not finite"}}
     arm = differences(result, sketch, reference)
+    rounded = differences(reference["eager_fp8"], reference["eager_fp8"]["sketch"], reference) if fp8 else None
     allowed = {
         "loss_difference": LOSS if exact else INEXACT_LOSS,
         "grad_norm_difference": GRADIENT_NORM if exact else INEXACT_NORM,
-        "gradient_error": GRADIENT_OF_EAGER * eager["gradient_error"] + FLOOR if exact else INEXACT_GRADIENT,
+        "gradient_error": INEXACT_GRADIENT,
     }
+    if exact or rounded:
+        allowed["gradient_error"] = GRADIENT_OF_EAGER * (rounded or eager)["gradient_error"] + FLOOR
     if not exact:
         if beside is None:
             return {**result, "parity": {"ok": None, "reason": "not exact, and no exact arm passed before it"}}
@@ -69,6 +76,7 @@ def judged(
         "reference_grad_norm0": reference["grad_norm0"],
         **arm,
         **{f"eager_{name}": value for name, value in eager.items()},
+        **{f"eager_fp8_{name}": value for name, value in (rounded or {}).items()},
         "loss_allowed": allowed["loss_difference"],
         "grad_norm_allowed": allowed["grad_norm_difference"],
         "gradient_allowed": allowed["gradient_error"],

@@ -29,6 +29,11 @@ class Arm:
     options: tuple[str, ...] = ()
     exact: bool = True
 
+    @property
+    def fp8(self) -> bool:
+        """Say whether products with frozen weights have fp8 factors."""
+        return any(option.startswith("fp8") for option in self.options)
+
 
 @frozen
 class Trainee:
