@@ -26,6 +26,7 @@ from fastft.state import base_model, get_state
 from fastft.train import card, checkpoint, flops, hygiene, lineage, memory, optimizers, recomputing
 from fastft.train import resume as resuming
 from fastft.train.compiling import CompileCallback
+from fastft.train.interrupt import Interruption, Stopped
 from fastft.train.record import RecordCallback, Tally
 
 
@@ -97,6 +98,8 @@ class Trained:
         self.compiling = CompileCallback(self.recorder.extra)
         self.add_callback(self.compiling)  # before the recorder, which writes what this one adds
         self.add_callback(self.recorder)
+        self.interruption = Interruption()
+        self.add_callback(self.interruption)  # behind the recorder: it ends the run when a step is saved
         if self.args.early_stopping_patience is not None:
             patience, threshold = self.args.early_stopping_patience, self.args.early_stopping_threshold
             self.add_callback(EarlyStoppingCallback(patience, threshold))
@@ -169,8 +172,10 @@ class Trained:
         self._own, self.recorder.begun = () if begun is None else (begun,), begun
         kwargs["resume_from_checkpoint"] = None if begun is None else str(begun)
         try:
-            with quiet(), hygiene.unpatched(self.model):
+            with quiet(), hygiene.unpatched(self.model), self.interruption.watched(self.args.world_size == 1):
                 return super().train(**kwargs)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(self._stop()) from None
         except torch.OutOfMemoryError as error:
             memory.let_go(error, self.model)
             told = memory.out_of_memory(error, self.model, self._rescue())
@@ -194,17 +199,47 @@ class Trained:
 
     def _rescue(self) -> str:
         """Save what was trained up to the last whole step, unless it is saved already, and say where it is."""
+        done, (target, why) = self.state.global_step, self._save_last_step()
+        if target is not None:
+            return f"Step {done}, the last whole one, is saved in {target}; resume={str(target)!r} goes on from it."
+        return f"Step {done} {why}" if why else self._last_checkpoint()
+
+    def _last_checkpoint(self) -> str:
+        return f"The last checkpoint is {self._own[-1]}." if self._own else "No step had been completed."
+
+    def _save_last_step(self) -> tuple[Path | None, str]:
+        """Save what was trained up to the last whole step, unless it is saved already; return where, or why not."""
         done = self.state.global_step
         if not done or self.args.world_size > 1:
-            return f"The last checkpoint is {self._own[-1]}." if self._own else "No step had been completed."
+            return None, ""
         target = Path(self.args.output_dir) / f"checkpoint-{done}"
         try:
             if target not in self._own:  # one of that name may be of an earlier run
                 with quiet():
                     self._save_checkpoint(self.model, None)
         except (SaveError, RuntimeError) as problem:
-            return f"Step {done} could not be saved: {problem}"
-        return f"Step {done}, the last whole one, is saved in {target}; resume={str(target)!r} goes on from it."
+            return None, f"could not be saved: {problem}"
+        return target, ""
+
+    def _stop(self) -> Stopped:
+        """Save the last whole step of an interrupted run if there is time for it, and say how far it came."""
+        asked, folder, steps = self.interruption, Path(self.args.output_dir), self.state.global_step
+        _, why = self._save_last_step() if asked.waits else (None, "it was to stop at once")
+        last = self._own[-1] if self._own else None
+        failed = "" if asked.failed is None else f"{type(asked.failed).__name__}: {asked.failed}"
+        stopped = Stopped(
+            steps=steps,
+            planned=self.state.max_steps,
+            checkpoint=last,
+            whole=bool(steps) and last == folder / f"checkpoint-{steps}",
+            why=why,
+            failed=failed,
+            resume="resume=True" if last is None or last.parent == folder else f"resume={str(last)!r}",
+        )
+        if self.recorder.record and self.is_world_process_zero():
+            with contextlib.suppress(SaveError):
+                self.recorder.finish("interrupted", self.state, self.model, failed or None)
+        return stopped
 
     # ---- saving
 

@@ -1,12 +1,14 @@
 """Checkpoints of GRPO runs: going on from them, and what is left after a failure."""
 
 import json
+import signal
 import time
 from pathlib import Path
 
 import pytest
 import torch
 from grpo_runs import GivenRollouts, as_second, trained
+from transformers import TrainerCallback
 
 from fastft.errors import EngineError, RewardError, UsageError
 from fastft.train import checkpoint
@@ -35,6 +37,26 @@ def test_resumed_is_as_if_never_interrupted(trainer, config, at, settings, tmp_p
     wanted = [[row.get(name) for name in names] for row in whole.state.log_history if "loss" in row]
     got = [[row.get(name) for name in names] for row in again.state.log_history if "loss" in row]
     assert len(wanted) == 6 and got == wanted
+    end = trained(again.model)
+    assert all(torch.equal(value, end[name]) for name, value in trained(whole.model).items())
+
+
+def test_interrupted_within_a_generation_it_goes_on_as_if_never(trainer, config):
+    class Ring(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                signal.raise_signal(signal.SIGINT)
+
+    settings = {"max_steps": 6, "steps_per_generation": 2}
+    first = trainer("transformers", **settings)
+    first.add_callback(Ring())
+    with pytest.raises(KeyboardInterrupt, match=r"^stopped after step 3 of 6; saved in .*checkpoint-3; resume=True"):
+        first.train()
+    again = trainer("transformers", **settings)
+    torch.manual_seed(99)
+    again.train(resume_from_checkpoint=True)
+    whole = trainer("transformers", **settings, output_dir=config["output_dir"] + "-whole")
+    whole.train()
     end = trained(again.model)
     assert all(torch.equal(value, end[name]) for name, value in trained(whole.model).items())
 
