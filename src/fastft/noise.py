@@ -1,8 +1,8 @@
 """Lines of other libraries' loggers that tell a reader nothing, kept back while something runs."""
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 
 # Loggers of bitsandbytes, and how the lines begin that say nothing a reader could act on: a faster CPU kernel that is
 # not installed (fastft never takes it, see `fastft.model.quantize`), and that every 8-bit layer computes in fp16.
@@ -15,14 +15,22 @@ _NOISE = {
 @contextmanager
 def quiet() -> Iterator[None]:
     """Keep two lines of bitsandbytes from being printed while the block runs; its loggers are as before afterwards."""
-    added = []
-    for name, start in _NOISE.items():
-        logger = logging.getLogger(name)
-        keep = lambda record, start=start: not str(record.msg).startswith(start)  # noqa: E731
-        logger.addFilter(keep)
-        added.append((logger, keep))
+    with ExitStack() as stack:
+        for name, start in _NOISE.items():
+            stack.enter_context(kept_back(name, lambda line, start=start: line.startswith(start)))
+        yield
+
+
+@contextmanager
+def kept_back(name: str, which: Callable[[str], bool]) -> Iterator[None]:
+    """Keep those lines of a logger from being printed, while the block runs, for which `which` is true."""
+    logger = logging.getLogger(name)
+
+    def keep(record: logging.LogRecord) -> bool:
+        return not which(str(record.msg))
+
+    logger.addFilter(keep)
     try:
         yield
     finally:
-        for logger, keep in added:
-            logger.removeFilter(keep)
+        logger.removeFilter(keep)

@@ -184,7 +184,7 @@ class Trained:
         except (EngineError, RewardError) as error:  # what a trainer depends on failed, not the trainer
             told = type(error)(*error.problems, self._rescue())
             self._record_failure(told)
-            raise told from error
+            raise told from error.__cause__  # not from `error`: it says what `told` says
         except BaseException as error:
             self._record_failure(error)
             raise

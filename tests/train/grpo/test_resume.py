@@ -3,6 +3,7 @@
 import json
 import signal
 import time
+import traceback
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,24 @@ def test_hung_reward_leaves_a_checkpoint(trainer, config):
         trainer(GivenRollouts(), rewards=[hung], reward_time_limit=2).train()
     assert time.monotonic() - began < 300
     assert [path.name for path in checkpoint.checkpoints(config["output_dir"])] == ["checkpoint-1"]
+
+
+def test_failing_reward_is_one_error_from_its_exception(trainer, caplog):
+    def fails(completions, **columns):
+        return [1 / 0 for _ in completions]
+
+    with pytest.raises(RewardError, match=r"'fails', row 0.*ZeroDivisionError(?s:.*)checkpoint-2") as caught:
+        trainer(GivenRollouts(), rewards=[fails], max_steps=4).train()
+    told = "".join(traceback.format_exception(caught.value))
+    assert told.count("Traceback") == 2 and told.count("\nZeroDivisionError: division by zero") == 1
+    assert told.count("RewardError: reward 'fails'") == 1
+    (line,) = [record.getMessage() for record in caplog.records if "reward" in record.getMessage()]
+    assert line.startswith("reward 'fails' failed for 4 of 4 rows")
+
+
+def test_rows_that_all_rewards_leave_out_are_still_told_by_trl(trainer, caplog):
+    trainer(GivenRollouts(), rewards=[lambda completions, **columns: [None] * 4], max_steps=1).train()
+    assert "All reward functions returned None" in caplog.text
 
 
 @pytest.mark.parametrize("changes", [{"num_generations": 2}, {"gradient_accumulation_steps": 2}], ids=str)

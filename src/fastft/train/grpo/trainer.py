@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 
 from fastft.errors import DataError, Problem, UsageError
 from fastft.graph.compile import release_weights
-from fastft.noise import quiet
+from fastft.noise import kept_back, quiet
 from fastft.rewards import guard
 from fastft.rewards.guarding import calls_of
 from fastft.rollout import make_engine
@@ -239,10 +239,19 @@ class GRPOTrainer(Trained, trl.GRPOTrainer):
         return self._buffered_inputs[self._step % self.args.steps_per_generation]
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Any:
-        with self.phases("rewards"):
+        with self.phases("rewards"), kept_back(trl.GRPOTrainer.__module__, self._told_already):
             made = super()._calculate_rewards(*args, **kwargs)
         self._count_failures()
         return made
+
+    def _told_already(self, line: str) -> bool:
+        """Say whether TRL's line is on rows without any reward where the guard has told which reward failed, and how.
+
+        Where none failed, all functions have left the row out: then the line is news.
+        """
+        return "All reward functions returned None" in line and any(
+            call.failures for _, call in calls_of(self.reward_funcs)
+        )
 
     def _count_failures(self) -> None:
         """Add up, until the next log, the rows that each reward failed for and those that it left without a reward."""
