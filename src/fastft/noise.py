@@ -1,6 +1,7 @@
-"""Lines of other libraries' loggers that tell a reader nothing, kept back while something runs."""
+"""What other libraries say that tells a reader nothing, kept back while something runs."""
 
 import logging
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -10,6 +11,10 @@ _NOISE = {
     "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",
     "bitsandbytes.autograd._functions": "MatMul8bitLt: inputs will be cast",
 }
+
+# Warnings to those who call transformers and TRL, and how they begin: PEFT and TRL use older names of methods, and
+# fastft trainers that TRL may still change. A reader of fastft's output is neither.
+_BETWEEN_LIBRARIES = (r"`(is_)?gradient_checkpointing\w*` is deprecated", r"You are importing from 'trl.experimental'")
 
 
 @contextmanager
@@ -34,3 +39,12 @@ def kept_back(name: str, which: Callable[[str], bool]) -> Iterator[None]:
         yield
     finally:
         logger.removeFilter(keep)
+
+
+@contextmanager
+def between_libraries() -> Iterator[None]:
+    """Keep back warnings of one library to another, of which the reader is neither, while the block calls them."""
+    with warnings.catch_warnings():
+        for start in _BETWEEN_LIBRARIES:
+            warnings.filterwarnings("ignore", start)
+        yield

@@ -19,11 +19,12 @@ from typing import Any
 import torch
 from transformers import EarlyStoppingCallback
 
+from fastft.data.bars import bars_if_large
 from fastft.errors import EngineError, Problem, RewardError, SaveError, UsageError
 from fastft.graph.compile import release_weights
-from fastft.noise import quiet
+from fastft.noise import between_libraries, quiet
 from fastft.state import base_model, get_state
-from fastft.train import card, checkpoint, flops, hygiene, lineage, memory, optimizers, recomputing
+from fastft.train import card, checkpoint, flops, hygiene, lineage, memory, optimizers, recomputing, telling
 from fastft.train import resume as resuming
 from fastft.train.compiling import CompileCallback
 from fastft.train.interrupt import Interruption, Stopped
@@ -31,9 +32,15 @@ from fastft.train.record import RecordCallback, Tally
 
 
 @contextlib.contextmanager
-def built(model: Any) -> Iterator[None]:
-    """Hold a model while TRL's constructor runs: what that changes on it (its forward, its dtypes) is put back."""
-    with quiet(), hygiene.own_dtypes(model), hygiene.unpatched(model), hygiene.head_out_of_sight(model):
+def built(model: Any, *data: Any) -> Iterator[None]:
+    """Hold a model while TRL's constructor runs: what that changes on it (its forward, its dtypes) is put back.
+
+    `data` are those of the constructor, which says nothing of them where they are few.
+    """
+    held = hygiene.own_dtypes(model), hygiene.unpatched(model), hygiene.head_out_of_sight(model)
+    with contextlib.ExitStack() as stack:
+        for context in (quiet(), between_libraries(), bars_if_large(*data), *held):
+            stack.enter_context(context)
         yield
 
 
@@ -76,11 +83,13 @@ class Trained:
         *,
         compile: bool,
         recompute: bool,
+        line: telling.Line = telling.log_line,
         **recording: Any,
     ) -> None:
         """Compile the layers and hang up the callbacks.
 
-        `model` is what the user gave, `method` the record's name, `recording` are arguments of `RecordCallback`.
+        `model` is what the user gave, `method` the record's name, `line` what the terminal shows of a log; `recording`
+        are arguments of `RecordCallback`.
         """
         if self.model is not model:  # TRL has wrapped it with the `peft_config` it was given
             base_model(self.model).__dict__.pop("forward", None)
@@ -103,6 +112,7 @@ class Trained:
         if self.args.early_stopping_patience is not None:
             patience, threshold = self.args.early_stopping_patience, self.args.early_stopping_threshold
             self.add_callback(EarlyStoppingCallback(patience, threshold))
+        telling.take_over(self, line)
 
     def _sum_processes(self, counts: torch.Tensor) -> torch.Tensor:
         return self.accelerator.reduce(counts, "sum") if self.args.world_size > 1 else counts
@@ -172,7 +182,12 @@ class Trained:
         self._own, self.recorder.begun = () if begun is None else (begun,), begun
         kwargs["resume_from_checkpoint"] = None if begun is None else str(begun)
         try:
-            with quiet(), hygiene.unpatched(self.model), self.interruption.watched(self.args.world_size == 1):
+            with (
+                quiet(),
+                between_libraries(),
+                hygiene.unpatched(self.model),
+                self.interruption.watched(self.args.world_size == 1),
+            ):
                 return super().train(**kwargs)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(self._stop()) from None
@@ -189,8 +204,14 @@ class Trained:
             self._record_failure(error)
             raise
         finally:
+            telling.close(self)
             self.compiling.stop()
             release_weights(self.model)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate as TRL's trainer does."""
+        with between_libraries():
+            return super().evaluate(*args, **kwargs)
 
     def _record_failure(self, error: BaseException) -> None:
         if self.recorder.record and self.is_world_process_zero():

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from attrs import frozen
+from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -106,7 +107,7 @@ class Interruption(TrainerCallback):
             raise KeyboardInterrupt
         self.asked = True
         with contextlib.suppress(RuntimeError):  # the signal came while something else was printing
-            print("\nfastft: stops when this step is done and saved; Ctrl-C again stops at once.", flush=True)
+            tqdm.write("fastft: stops when this step is done and saved; Ctrl-C again stops at once")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Have the step logged and saved."""

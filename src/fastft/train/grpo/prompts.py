@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fastft.data import check
+from fastft.data.bars import bars_if_large
 from fastft.data.files import told_of
 from fastft.data.sources import SUFFIXES, open_named
 from fastft.errors import DataError, Problem, did_you_mean, short
@@ -32,7 +33,8 @@ def prompt_dataset(prompts: Any, tokenizer: Any, chat: bool = True, name: str = 
     rows = as_dataset(rows, name)
     turns = chat and getattr(tokenizer, "chat_template", None) is not None
     if turns and isinstance(next(iter(rows))["prompt"], str):
-        rows = rows.map(_as_turn)
+        with bars_if_large(rows):
+            rows = rows.map(_as_turn)
     return rows
 
 

@@ -87,7 +87,7 @@ class GRPOTrainer(Trained, trl.GRPOTrainer):
         # With an adapter and a beta TRL would copy the adapter; the reference here is the model without it.
         adapted = hasattr(model, "peft_config") or kwargs.get("peft_config") is not None
         beta, args.beta = args.beta, 0.0 if adapted else args.beta
-        with built(model):
+        with built(model, kwargs.get("train_dataset"), kwargs.get("eval_dataset")):
             super().__init__(model, functions, args, **kwargs)
         self.beta = args.beta = beta
         self.reward_funcs = guard(self.reward_funcs, time_limit=args.reward_time_limit)  # environments bring their own
@@ -104,9 +104,9 @@ class GRPOTrainer(Trained, trl.GRPOTrainer):
             picture=("reward.png", plots.plot_rewards),
             measure=self._measure,
             told=batching.NAMES,
+            line=telling.line,
         )
         self.add_callback(_Bookkeeping(self))
-        telling.shorten(self)
         self._handed_over: int | None = None
         self.engine = self._start_engine(engine if engine is not None else self._configured_engine())
         self._corrects = args.vllm_importance_sampling_correction and self.engine.name != "transformers"
