@@ -24,7 +24,7 @@ from fastft.errors import EngineError, Problem, RewardError, SaveError, UsageErr
 from fastft.graph.compile import release_weights
 from fastft.noise import between_libraries, quiet
 from fastft.state import base_model, get_state
-from fastft.train import card, checkpoint, flops, hygiene, lineage, memory, optimizers, recomputing, telling
+from fastft.train import card, checkpoint, earlier, flops, hygiene, lineage, memory, optimizers, recomputing, telling
 from fastft.train import resume as resuming
 from fastft.train.compiling import CompileCallback
 from fastft.train.interrupt import Interruption, Stopped
@@ -180,6 +180,8 @@ class Trained:
         resume = kwargs.get("resume_from_checkpoint")
         begun = resuming.check(resume, self.args, self.model, self.recorder.method, self.resume_problems)
         self._own, self.recorder.begun = () if begun is None else (begun,), begun
+        if begun is None:
+            self._put_aside()
         kwargs["resume_from_checkpoint"] = None if begun is None else str(begun)
         try:
             with (
@@ -207,6 +209,14 @@ class Trained:
             telling.close(self)
             self.compiling.stop()
             release_weights(self.model)
+
+    def _put_aside(self) -> None:
+        """Keep an earlier run of the folder from being replaced by this one, once all processes have looked at it."""
+        self.accelerator.wait_for_everyone()
+        line = earlier.put_aside(Path(self.args.output_dir)) if self.is_world_process_zero() else None
+        if line is not None:
+            print(f"fastft: {line}")
+        self.accelerator.wait_for_everyone()
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate as TRL's trainer does."""
