@@ -9,6 +9,8 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
+import fastft
+from fastft.demo import MODEL_FOLDER
 from fastft.train import checkpoint
 from fastft.train.interrupt import Stopped
 from fastft.train.sft.config import SFTConfig
@@ -190,3 +192,25 @@ def test_a_checkpoint_elsewhere_is_named():
     said = "stopped after step 3 of 9; not saved: so; {} goes on from a/checkpoint-2"
     assert str(stopped) == said.format("resume='a/checkpoint-2'")
     assert stopped.told("fastft x --resume") == said.format("fastft x --resume")
+
+
+@pytest.mark.parametrize("name", ["sft", "preference", "grpo"])
+def test_the_functions_say_it_too(name, tmp_path):
+    model, tokenizer = fastft.load(MODEL_FOLDER)
+    model = fastft.add_lora(model)
+    prompts = [{"prompt": f"{n} and one is"} for n in range(8)]
+    run, rows = {
+        "sft": (fastft.sft, [[{**row, "completion": " 9"} for row in prompts]]),
+        "preference": (fastft.preference, [[{**row, "chosen": " 9", "rejected": " 3"} for row in prompts]]),
+        "grpo": (fastft.grpo, [prompts, [lambda completions, **columns: list(range(len(completions)))]]),
+    }[name]
+    more = {"engine": "transformers", "generations": 2, "max_new_tokens": 2} if name == "grpo" else {}
+    options = {"steps": 3, "batch_size": 2, "accumulate": 1, "compile": False, "callbacks": [Ring(1)], **more}
+    with pytest.raises(KeyboardInterrupt) as caught:
+        run(model, tokenizer, *rows, tmp_path / "run", **options)
+    place = tmp_path / "run" / "checkpoint-2"
+    assert str(caught.value) == f"stopped after step 2 of 3; saved in {place}; resume=True goes on from there"
+    assert not (tmp_path / "run" / "adapter_model.safetensors").exists()
+    del options["callbacks"]
+    done = run(model, tokenizer, *rows, tmp_path / "run", resume=True, **options)
+    assert [step for step, _ in done.losses][-1] == 3 and done.record["status"] == "finished"
