@@ -331,7 +331,7 @@ def cli() -> str:
     lines += [
         "`registry list`, `show` and `resolve` do not import torch. Exit codes: 0 done, 1 an error, 2 a check failed,"
     ]
-    lines += ["3 wrong usage.", ""]
+    lines += ["3 wrong usage, 130 interrupted.", ""]
     for command in COMMANDS:
         run = [sys.executable, "-c", "from fastft.cli.main import run; run()", *command, "--help"]
         environment = {**os.environ, "COLUMNS": "100", "TERMINAL_WIDTH": "100", "NO_COLOR": "1"}

@@ -1,8 +1,9 @@
-"""Lines of other libraries' loggers that tell a reader nothing, kept back while something runs."""
+"""What other libraries say that tells a reader nothing, kept back while something runs."""
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 
 # Loggers of bitsandbytes, and how the lines begin that say nothing a reader could act on: a faster CPU kernel that is
 # not installed (fastft never takes it, see `fastft.model.quantize`), and that every 8-bit layer computes in fp16.
@@ -11,18 +12,39 @@ _NOISE = {
     "bitsandbytes.autograd._functions": "MatMul8bitLt: inputs will be cast",
 }
 
+# Warnings to those who call transformers and TRL, and how they begin: PEFT and TRL use older names of methods, and
+# fastft trainers that TRL may still change. A reader of fastft's output is neither.
+_BETWEEN_LIBRARIES = (r"`(is_)?gradient_checkpointing\w*` is deprecated", r"You are importing from 'trl.experimental'")
+
 
 @contextmanager
 def quiet() -> Iterator[None]:
     """Keep two lines of bitsandbytes from being printed while the block runs; its loggers are as before afterwards."""
-    added = []
-    for name, start in _NOISE.items():
-        logger = logging.getLogger(name)
-        keep = lambda record, start=start: not str(record.msg).startswith(start)  # noqa: E731
-        logger.addFilter(keep)
-        added.append((logger, keep))
+    with ExitStack() as stack:
+        for name, start in _NOISE.items():
+            stack.enter_context(kept_back(name, lambda line, start=start: line.startswith(start)))
+        yield
+
+
+@contextmanager
+def kept_back(name: str, which: Callable[[str], bool]) -> Iterator[None]:
+    """Keep those lines of a logger from being printed, while the block runs, for which `which` is true."""
+    logger = logging.getLogger(name)
+
+    def keep(record: logging.LogRecord) -> bool:
+        return not which(str(record.msg))
+
+    logger.addFilter(keep)
     try:
         yield
     finally:
-        for logger, keep in added:
-            logger.removeFilter(keep)
+        logger.removeFilter(keep)
+
+
+@contextmanager
+def between_libraries() -> Iterator[None]:
+    """Keep back warnings of one library to another, of which the reader is neither, while the block calls them."""
+    with warnings.catch_warnings():
+        for start in _BETWEEN_LIBRARIES:
+            warnings.filterwarnings("ignore", start)
+        yield

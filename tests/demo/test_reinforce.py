@@ -82,6 +82,6 @@ def test_the_command_fails_where_no_reward_rose(monkeypatch, capsys, first, last
     monkeypatch.setattr(reinforce, "run_grpo_demo", lambda **options: given.update(options) or shown(first, last))
     assert main(["demo", "--grpo", "--steps", "3", "--json"]) == status
     said = capsys.readouterr()
-    assert given == {"steps": 3, "chat": False}
+    assert given == {"steps": 3, "resume": False, "chat": False}
     assert json.loads(said.out)["rewards"] == [[1, first], [2, last]]
     assert ("the mean reward did not rise: 0.300 at first, 0.300 at last" in said.err) == bool(status)

@@ -1,6 +1,8 @@
 """The demonstration, from the shipped model to the tuned one."""
 
 import json
+import signal
+from pathlib import Path
 
 import pytest
 import typer
@@ -8,6 +10,17 @@ import typer
 from fastft.cli import demo
 from fastft.cli.main import app, main
 from fastft.demo import run, terminal
+from fastft.train.interrupt import Stopped
+
+STOPPED = Stopped(
+    steps=7,
+    planned=80,
+    checkpoint=Path("run/demo/checkpoint-7"),
+    whole=True,
+    why="",
+    failed="",
+    resume="resume=True",
+)
 
 
 def test_loss_bars():
@@ -27,7 +40,46 @@ def test_backend_needs_a_compiler(monkeypatch):
 def test_command_line_is_frozen():
     command = typer.main.get_command(app).get_command(typer.Context(typer.main.get_command(app)), "demo")
     options = sorted(name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts))
-    assert options == ["--chat", "--grpo", "--json", "--no-chat", "--output", "--steps"]
+    assert options == ["--chat", "--grpo", "--json", "--no-chat", "--output", "--resume", "--steps"]
+
+
+@pytest.fixture
+def replaced(monkeypatch):
+    """Let the command run something else than the demonstration."""
+    return lambda function: monkeypatch.setattr(demo, "_run", lambda grpo: function)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_it_says_how_to_go_on_and_exits_with_130(number, replaced, capsys):
+    def interrupted(**kwargs):
+        try:
+            signal.raise_signal(number)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(STOPPED) from None
+
+    before = signal.getsignal(signal.SIGTERM)
+    replaced(interrupted)
+    assert main(["demo", "--no-chat"]) == 130
+    assert signal.getsignal(signal.SIGTERM) == before
+    shown = capsys.readouterr()
+    assert shown.err == (
+        "fastft: stopped after step 7 of 80; saved in run/demo/checkpoint-7; "
+        "the same command with --resume goes on from there\n"
+    )
+    assert shown.out == ""
+
+
+def test_interrupted_before_training(replaced, capsys):
+    replaced(lambda **kwargs: signal.raise_signal(signal.SIGINT))
+    assert main(["demo", "--no-chat"]) == 130
+    assert capsys.readouterr().err == "fastft: stopped\n"
+
+
+def test_resume_is_handed_on(replaced):
+    heard = []
+    replaced(lambda **kwargs: heard.append(kwargs) or signal.raise_signal(signal.SIGINT))
+    assert [main(["demo", "--no-chat", *more]) for more in ([], ["--resume"])] == [130, 130]
+    assert [kwargs["resume"] for kwargs in heard] == [False, True]
 
 
 def test_missing_packages_are_named(monkeypatch, capsys):

@@ -8,6 +8,7 @@ import re
 import signal
 import threading
 import time
+import traceback
 
 import pytest
 import torch
@@ -78,6 +79,24 @@ def test_failing_for_every_row_again_and_again_is_an_error():
     assert [guarded(**row) for _ in range(5)] == [[None], [None], [1.0], [None], [None]]
     with pytest.raises(RewardError, match=r"row 0.*3 calls.*it returned nan.*Correct the function"):
         guarded(**row)
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_the_error_comes_from_the_exception_of_the_first_row(is_async):
+    def fails(prompts, completions, **columns):
+        return [1 / 0 if text == "c" else float(text) for text in completions]
+
+    async def fails_later(**columns):
+        return fails(**columns)
+
+    guarded = of(fails_later if is_async else fails, failing_calls=1)
+    with pytest.raises(RewardError, match=r"row 0.*ZeroDivisionError") as caught:
+        called = guarded(prompts=["p", "p"], completions=["c", "x"])
+        asyncio.run(called) if is_async else None
+    cause = caught.value.__cause__
+    assert type(cause) is ZeroDivisionError
+    frames = [frame.name for frame in traceback.extract_tb(cause.__traceback__)]
+    assert frames[0] == ("fails_later" if is_async else "fails")
 
 
 def test_wrong_use_is_told_at_once():

@@ -1,15 +1,19 @@
 """A checkpoint that is damaged, of another run, or already done is refused before anything of it is loaded."""
 
+import errno
 import json
 from pathlib import Path
 
 import pytest
+from transformers import TrainerCallback
 
-from fastft.errors import LoadError, UsageError
+from fastft.errors import LoadError, SaveError, UsageError
 from fastft.export.folder import find_weights
+from fastft.state import update_state
 from fastft.train import checkpoint
 from fastft.train.record import kept_lines
 from fastft.train.sft.config import SFTConfig
+from fastft.train.sft.run import sft
 from fastft.train.sft.trainer import SFTTrainer
 
 STEPS = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}
@@ -69,15 +73,75 @@ def test_nothing_left_to_train(run, build_model, tokenizer, dataset, settings):
         made.train(resume_from_checkpoint=True)
 
 
-def test_an_earlier_run_in_the_folder_is_told_and_loses_to_the_new_one(
+def test_an_earlier_run_in_the_folder_is_kept_before_the_new_one_begins(
     run, build_model, tokenizer, dataset, settings, capsys
 ):
-    (run / "checkpoint-2").rename(run / "checkpoint-9")
-    trainer(build_model(), tokenizer, dataset, settings, save_total_limit=1).train()
-    said = capsys.readouterr().out
-    assert "checkpoint-9 is of an earlier run" in said
-    assert f"{run} holds an earlier run: this one's weights, records and checkpoints of the same step" in said
+    (run / "notes.txt").write_text("mine")
+    before = {path.relative_to(run): path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    del before[Path("notes.txt")]
+    seen = []
+
+    class Look(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            seen.append((capsys.readouterr().out, checkpoint.checkpoints(run)))
+
+    made = trainer(build_model(), tokenizer, dataset, settings, save_total_limit=1)
+    made.callback_handler.callbacks.insert(0, Look())
+    made.train()
+    ((said, there),) = seen
+    kept = run / "_earlier-1"
+    told = f"fastft: {run} holds an earlier run (finished, 2 steps): it is kept in {kept} ("
+    assert told in said and f"resume='{kept / 'checkpoint-2'}' goes on from it." in said and there == []
+    assert {path.relative_to(kept): path.read_bytes() for path in kept.rglob("*") if path.is_file()} == before
     assert [path.name for path in checkpoint.checkpoints(run)] == ["checkpoint-2"]
+    assert (run / "notes.txt").read_text() == "mine"
+    trainer(build_model(), tokenizer, dataset, settings).train()
+    assert sorted(path.name for path in run.iterdir() if path.name.startswith("_")) == ["_earlier-1", "_earlier-2"]
+    on = trainer(build_model(), tokenizer, dataset, settings, max_steps=3)
+    on.train(resume_from_checkpoint=str(kept / "checkpoint-2"))
+    assert on.state.global_step == 3 and len(json.loads((run / "run.json").read_text())["runs"]) == 2
+
+
+def test_saved_weights_are_kept_with_their_run(build_model, build_rows, tokenizer, tmp_path):
+    options = {"steps": 1, "batch_size": 2, "save_strategy": "no", "compile": False, "disable_tqdm": True}
+    sft(build_model(), tokenizer, build_rows(), tmp_path, **options)
+    names = {path.name for path in tmp_path.iterdir()}
+    weights = (tmp_path / "adapter_model.safetensors").read_bytes()
+    sft(build_model(seed=3), tokenizer, build_rows(), tmp_path, **options)
+    assert {path.name for path in tmp_path.iterdir()} == {*names, "_earlier-1"}
+    assert {path.name for path in (tmp_path / "_earlier-1").iterdir()} == names
+    assert (tmp_path / "_earlier-1" / "adapter_model.safetensors").read_bytes() == weights
+    assert (tmp_path / "adapter_model.safetensors").read_bytes() != weights
+
+
+def test_records_without_weights_are_replaced(build_model, tokenizer, dataset, settings, capsys):
+    for _ in range(2):
+        trainer(build_model(), tokenizer, dataset, settings, save_strategy="no").train()
+    folder = Path(settings["output_dir"])
+    assert (
+        f"{folder / 'run.json'} is of an earlier run that left no weights; it is replaced." in capsys.readouterr().out
+    )
+    assert not [path for path in folder.iterdir() if path.name.startswith("_")]
+
+
+def test_a_base_in_the_folder_is_not_put_aside(run, build_model, tokenizer, dataset, settings):
+    model = build_model()
+    model.get_base_model().config.save_pretrained(run)
+    update_state(model, source=str(run))
+    with pytest.raises(UsageError, match=r"output_dir: expected another folder than that of the base model"):
+        trainer(model, tokenizer, dataset, settings).train()
+    assert [path.name for path in checkpoint.checkpoints(run)] == ["checkpoint-1", "checkpoint-2"]
+
+
+def test_a_folder_that_cannot_be_made_is_told(run, build_model, tokenizer, dataset, settings, monkeypatch):
+    def refused(path, *args, **kwargs):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    made = trainer(build_model(), tokenizer, dataset, settings)
+    monkeypatch.setattr(Path, "mkdir", refused)
+    with pytest.raises(SaveError, match=r"_earlier-1: could not be written: Permission denied"):
+        made.train()
+    assert [path.name for path in checkpoint.checkpoints(run)] == ["checkpoint-1", "checkpoint-2"]
 
 
 def test_other_data_are_told(run, build_model, build_rows, tokenizer, dataset, settings, capsys):
@@ -102,6 +166,7 @@ def test_checkpoints_of_an_earlier_run_are_not_gone_on_with_unless_named(
     again = {"save_steps": 3, "learning_rate": 2e-2}
     second = trainer(build_model(seed=3), tokenizer, dataset, settings, max_steps=3, **again)
     second.train()
+    (run / "_earlier-2" / "checkpoint-5").rename(run / "checkpoint-5")
     capsys.readouterr()
     made = trainer(build_model(seed=3), tokenizer, dataset, settings, max_steps=4, **again)
     made.train(resume_from_checkpoint=True)
@@ -120,6 +185,10 @@ def test_checkpoints_of_an_earlier_run_are_not_gone_on_with_unless_named(
 def test_a_run_without_a_checkpoint_goes_on_from_none_of_another(run, build_model, tokenizer, dataset, settings):
     trainer(build_model(), tokenizer, dataset, settings, save_strategy="no").train()
     made = trainer(build_model(), tokenizer, dataset, settings, max_steps=9)
+    kept = run / "_earlier-1" / "checkpoint-2"
+    with pytest.raises(UsageError, match=f"There is none; resume='{kept}' goes on from an earlier run"):
+        made.train(resume_from_checkpoint=True)
+    kept.rename(run / "checkpoint-2")
     with pytest.raises(UsageError, match=r"checkpoint-2 is of another run.*resume='.*checkpoint-2' goes on"):
         made.train(resume_from_checkpoint=True)
     with pytest.raises(LoadError, match="is of another run"):

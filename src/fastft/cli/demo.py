@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from fastft.cli.output import CheckFailed, JsonOption, print_json
+from fastft.cli.stopping import stoppable
 from fastft.environment import installed
 from fastft.errors import UsageError
 
@@ -35,6 +36,9 @@ def demo(
             show_default=False,
         ),
     ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on where a demonstration into the same folder was interrupted.")
+    ] = False,
     chat: Annotated[
         bool | None, typer.Option("--chat/--no-chat", help="Talk to the result; by default if this is a terminal.")
     ] = None,
@@ -42,7 +46,8 @@ def demo(
 ) -> None:
     """Fine-tune a small model in 4 bits, show its answers before and after, and talk to it.
 
-    Exits with 2 if the loss did not fall, with --grpo if the mean reward did not rise.
+    Exits with 2 if the loss did not fall, with --grpo if the mean reward did not rise; with 130 if it was interrupted
+    (Ctrl-C, or SIGTERM), after it has saved the last whole step.
     """
     missing = [name for name in NEEDED if not installed(name)]
     if missing:
@@ -51,8 +56,11 @@ def demo(
         chat = not json and sys.stdin.isatty() and sys.stdout.isatty()
     given = {name: value for name, value in (("output_dir", output), ("steps", steps)) if value is not None}
     # with --json, what is shown on the way must not mix with the result
-    with contextlib.redirect_stdout(sys.stderr) if json else contextlib.nullcontext():
-        shown = _run(grpo)(**given, chat=chat)
+    with (
+        contextlib.redirect_stdout(sys.stderr) if json else contextlib.nullcontext(),
+        stoppable("the same command with --resume"),
+    ):
+        shown = _run(grpo)(**given, resume=resume, chat=chat)
     if json:
         print_json(shown.to_dict())
     complaint = shown.complaint()

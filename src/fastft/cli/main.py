@@ -69,7 +69,7 @@ def _top(
 ) -> None:
     """Fine-tune open language models with QLoRA, LoRA or full fine-tuning.
 
-    Exit codes: 0 done, 1 an error, 2 a check failed, 3 wrong usage.
+    Exit codes: 0 done, 1 an error, 2 a check failed, 3 wrong usage, 130 interrupted.
     """
 
 

@@ -62,6 +62,7 @@ def run_grpo_demo(
     steps: int = 32,
     sums: int = 40,
     engine: str = "auto",
+    resume: bool = False,
     chat: bool = False,
     seed: int = 0,
     say: Say | None = None,
@@ -70,8 +71,9 @@ def run_grpo_demo(
 
     A step asks 8 questions, 8 times each; an answer whose last number is the sum is rewarded with 1. Writes the
     adapter, the picture of reward, KL and length, sample completions and the run record into `output_dir`. `sums`
-    held-out sums are asked before and after. `engine` is as for `fastft.grpo`, `chat` and `say` as for `run_demo`. The
-    layers run eagerly: of a run this short compiling would be the longer half. Takes a minute or two on two cores.
+    held-out sums are asked before and after. `engine` is as for `fastft.grpo`, `resume`, `chat` and `say` as for
+    `run_demo`. The layers run eagerly: of a run this short compiling would be the longer half. Takes a minute or two on
+    two cores.
     Raises `UsageError` for fewer than `LEAST_STEPS` steps.
     """
     if steps < LEAST_STEPS:
@@ -86,7 +88,7 @@ def run_grpo_demo(
         "What earned more than the other answers to its question becomes likelier; what earned less, less likely.\n"
         f"GRPO for {steps} steps, each of {QUESTIONS} questions with {ANSWERS} answers ...\n"
     )
-    result = _train(model, tokenizer, output_dir, steps, engine, seed)
+    result = _train(model, tokenizer, output_dir, steps, engine, resume, seed)
     folder = Path(result.output_dir)
     say(_samples(folder / "completions.jsonl"))
 
@@ -120,7 +122,7 @@ def run_grpo_demo(
     return shown
 
 
-def _train(model: Any, tokenizer: Any, output_dir: str | Path, steps: int, engine: str, seed: int) -> Any:
+def _train(model: Any, tokenizer: Any, output_dir: str | Path, steps: int, engine: str, resume: bool, seed: int) -> Any:
     import fastft
     from fastft import rewards
 
@@ -131,6 +133,7 @@ def _train(model: Any, tokenizer: Any, output_dir: str | Path, steps: int, engin
         [rewards.number("answer")],
         output_dir=output_dir,
         engine=engine,
+        resume=resume,
         steps=steps,
         generations=ANSWERS,
         batch_size=QUESTIONS * ANSWERS,

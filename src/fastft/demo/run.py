@@ -49,6 +49,7 @@ def run_demo(
     steps: int = 80,
     sums: int = 40,
     backend: str | None = None,
+    resume: bool = False,
     chat: bool = False,
     seed: int = 0,
     say: Say | None = None,
@@ -57,8 +58,9 @@ def run_demo(
 
     Writes the adapter, the loss curve and the run record into `output_dir`. `sums` held-out sums are asked before and
     after; `backend` is as for `fastft.compile`, by default "inductor" where a C++ compiler or a GPU is found, else
-    "aot_eager". With `chat` the reader may talk to the result on the terminal. `say` takes each piece of text to show,
-    by default standard output. Takes about half a minute on two cores.
+    "aot_eager". `resume` goes on with a demonstration that was interrupted. With `chat` the reader may talk to the
+    result on the terminal. `say` takes each piece of text to show, by default standard output. Takes about half a
+    minute on two cores.
     """
     import fastft
 
@@ -78,6 +80,7 @@ def run_demo(
         tokenizer,
         train,
         output_dir=output_dir,
+        resume=resume,
         batch_size=BATCH,
         learning_rate=2e-3,
         schedule="cosine",

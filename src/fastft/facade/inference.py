@@ -9,6 +9,7 @@ from attrs import field, frozen
 
 from fastft.environment import installed
 from fastft.errors import LoadError, Problem, UsageError, did_you_mean
+from fastft.noise import between_libraries
 from fastft.state import base_model, get_state
 
 ADAPTER = "fast_generate"  # the name of an adapter that is put on for one call
@@ -214,7 +215,8 @@ def _with_lora(model: Any, lora: LoadedLora, adapted: bool) -> Iterator[Any]:
     if not adapted:
         from peft import PeftModel
 
-        wrapped = PeftModel.from_pretrained(model, lora.lora_path, adapter_name=ADAPTER)
+        with between_libraries():
+            wrapped = PeftModel.from_pretrained(model, lora.lora_path, adapter_name=ADAPTER)
         try:
             yield wrapped
         finally:

@@ -12,7 +12,7 @@ from torch import nn
 
 from fastft.errors import Problem, UsageError, did_you_mean
 from fastft.model.loftq import start_from_residual
-from fastft.noise import quiet
+from fastft.noise import between_libraries, quiet
 from fastft.state import ModelState, base_model, get_state, update_state
 
 Targets = str | Sequence[str] | None
@@ -124,7 +124,7 @@ def _adapt(base: Any, state: ModelState, config: Any, seed: int, loftq: bool) ->
     """Return the PEFT model, drawn with `seed`, and what is to be noted; with `loftq` it starts at NF4's error."""
     from peft import get_peft_model
 
-    with torch.random.fork_rng(devices=cuda_devices(base)), quiet():
+    with torch.random.fork_rng(devices=cuda_devices(base)), quiet(), between_libraries():
         torch.manual_seed(seed)
         adapted = get_peft_model(base, config)
         if not loftq:

@@ -23,7 +23,7 @@ from fastft.model.quantize import (
 )
 from fastft.model.tokenizer import load_tokenizer, settle_special_tokens
 from fastft.model.tokens import extend_vocabulary, missing_tokens
-from fastft.noise import quiet
+from fastft.noise import between_libraries, quiet
 from fastft.registry.spec import ModelSpec
 from fastft.state import base_model, get_state, update_state
 
@@ -319,7 +319,7 @@ def _load_adapter(request: _Request, folder: Path) -> tuple[Any, Any]:
     tokenizer = _finish(request, model, tokenizer)
     update_state(model, added_tokens=tuple(new))
     try:
-        with torch.random.fork_rng(devices=cuda_devices(model)):
+        with torch.random.fork_rng(devices=cuda_devices(model)), between_libraries():
             torch.manual_seed(DEFAULT_SEED)
             model = PeftModel.from_pretrained(model, str(folder), is_trainable=True)
             # read once more for what PEFT only warns about: weights that are not in the file

@@ -4,15 +4,16 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from attrs import frozen
+from attrs import field, frozen
 
 
 @frozen
 class Failure:
-    """A row that a reward did not score, and why."""
+    """A row that a reward did not score, and why; `error` is the exception that it raised, None if it raised none."""
 
     row: int
     why: str
+    error: Exception | None = field(default=None, eq=False, repr=False)
 
 
 def checked(returned: Any, rows: int) -> tuple[list[float | None], list[Failure]]:

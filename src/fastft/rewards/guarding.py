@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from attrs import frozen
+from attrs import evolve, frozen
 
 from fastft.errors import Problem, RewardError, UsageError
 from fastft.rewards.checking import Failure, checked
@@ -78,7 +78,7 @@ class Guarded:
                     f"a reward for at least one row in {self._failing_calls} calls",
                     "Correct the function.",
                 )
-            )
+            ) from failures[0].error
         return rewards
 
     def _overdue(self, rows: int, started: float) -> RewardError:
@@ -114,7 +114,7 @@ def guard(functions: Sequence[Any], *, time_limit: float = 600.0, failing_calls:
       concerned are missing (None), which TRL's trainers leave out. After an exception the rows are scored one by one,
       so that only those that raise it are missing. The first failure of each reward is logged with row, value or
       exception and the line that raised it; later ones are counted in `last`.
-    * `failing_calls` calls in a row in which every row failed: `RewardError`.
+    * `failing_calls` calls in a row in which every row failed: `RewardError`, from the exception of the first row.
     * A call that takes longer than `time_limit` seconds: `RewardError`. What can be interrupted: `deadline.within`.
     * `UsageError` about the arguments, such as a column that the data do not have, is raised at once.
 
@@ -203,7 +203,7 @@ def _score(
         raise
     except Exception as error:
         if rows == 1:
-            return [None], [Failure(0, _told(error))]
+            return [None], [_failure(error)]
     else:
         kept.pass_on()
         return checked(returned, rows)
@@ -213,7 +213,7 @@ def _score(
         one = _row(prompts, completions, columns, row)
         (reward,), failed = _score(function, *one)
         rewards.append(reward)
-        failures += [Failure(row, failure.why) for failure in failed]
+        failures += [evolve(failure, row=row) for failure in failed]
     return rewards, failures
 
 
@@ -229,13 +229,13 @@ async def _score_async(
         raise
     except Exception as error:
         if rows == 1:
-            return [None], [Failure(0, _told(error))]
+            return [None], [_failure(error)]
     else:
         kept.pass_on()
         return checked(returned, rows)
     ones = (_row(prompts, completions, columns, row) for row in range(rows))
     scored = await asyncio.gather(*(_score_async(function, *one) for one in ones))
-    failures = [Failure(row, failure.why) for row, (_, failed) in enumerate(scored) for failure in failed]
+    failures = [evolve(failure, row=row) for row, (_, failed) in enumerate(scored) for failure in failed]
     return [rewards[0] for rewards, _ in scored], failures
 
 
@@ -270,6 +270,12 @@ class _Kept:
         """Tell the loggers what was kept."""
         for call in self._calls:
             call()
+
+
+def _failure(error: Exception) -> Failure:
+    """Return the failure of the one row that raised `error`, whose traceback then begins in the reward."""
+    told, inside = _told(error), error.__traceback__ and error.__traceback__.tb_next
+    return Failure(0, told, error.with_traceback(inside or error.__traceback__))
 
 
 def _told(error: Exception) -> str:

@@ -180,6 +180,8 @@ class VLLMEngine(Engine):
             self._llm.sleep(level=2)
         self._llm.llm_engine.engine_core.shutdown()
         self._llm = self._request = None
+        if self._sleeps:
+            _forget_pools()
         shutil.rmtree(self._folder, ignore_errors=True)
         from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
@@ -296,6 +298,21 @@ def _start(model: Any, arguments: Mapping[str, Any]) -> Any:
                 raise EngineError(f"engine 'vllm' did not start: {words}. {_REMEDY}") from error
     finally:
         shutil.rmtree(where, ignore_errors=True)
+
+
+def _forget_pools() -> None:
+    """Let vLLM's allocator for engines that sleep serve another: a process has one, and it refuses a second engine.
+
+    Asleep, an engine's memory is given back already, but stays in the allocator's books. Its pools stay referred to,
+    under other names: a pool that goes would have that memory freed once more.
+    """
+    from vllm.device_allocator.cumem import CuMemAllocator
+
+    allocator = CuMemAllocator.get_instance()
+    allocator.pointer_to_data.clear()
+    pools = allocator.allocator_and_pools
+    for tag in [tag for tag in pools if not tag.startswith("closed")]:
+        pools[f"closed {len(pools)} {tag}"] = pools.pop(tag)
 
 
 @contextmanager

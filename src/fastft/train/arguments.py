@@ -124,29 +124,41 @@ def refuse_early_stopping(args: Any, eval_dataset: Any) -> None:
         )
 
 
-def refuse_values(args: Any) -> None:
-    """Refuse numbers that cannot be meant and choices that there are not, all at once. Raises `UsageError`."""
-    problems = [*_wrong_numbers(args), *_wrong_choices(args)]
-    if problems:
-        raise UsageError(*problems)
+def value_problems(args: Any) -> list[Problem]:
+    """Return the numbers of a config that cannot be meant, and the choices that there are not."""
+    return [*_wrong_numbers(args), *_wrong_choices(args)]
+
+
+# The least that a field may be, None for no bound: of those that count, which are whole numbers, and of the others.
+COUNTS = {
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "eval_accumulation_steps": 1,
+    "early_stopping_patience": 1,
+    "max_length": 2,
+    "max_prompt_length": 1,
+    "max_steps": -1,
+    "save_total_limit": None,
+    "dataset_num_proc": 1,
+    "dataloader_num_workers": 0,
+    "seed": None,
+    "data_seed": None,
+}
+MEASURES = {
+    "num_train_epochs": 0,
+    "learning_rate": 0,
+    "embedding_learning_rate": 0,
+    "loraplus_ratio": 0,
+    "weight_decay": 0,
+    "label_smoothing_factor": 0,
+    "max_unlearnable": 0,
+}
+# Fields that count steps, or say below 1 a share of them all.
+SHARES = ("warmup_steps", "logging_steps", "eval_steps", "save_steps")
 
 
 def _wrong_numbers(args: Any) -> list[Problem]:
-    least = {
-        "per_device_train_batch_size": 1,
-        "per_device_eval_batch_size": 1,
-        "gradient_accumulation_steps": 1,
-        "early_stopping_patience": 1,
-        "max_length": 2,
-        "num_train_epochs": 0,
-        "max_steps": -1,
-        "learning_rate": 0,
-        "embedding_learning_rate": 0,
-        "loraplus_ratio": 0,
-        "weight_decay": 0,
-        "label_smoothing_factor": 0,
-        "max_unlearnable": 0,
-    }
     problems, owner = [], type(args).__name__
     ratio = args.warmup_ratio
     if ratio is not None and not (isinstance(ratio, int | float) and 0 <= ratio < 1):
@@ -154,17 +166,30 @@ def _wrong_numbers(args: Any) -> list[Problem]:
     if args.compute is not None and args.compute not in COMPUTE:
         near = did_you_mean(str(args.compute), COMPUTE)
         problems.append(Problem(f"{owner} compute", args.compute, f"one of {', '.join(COMPUTE)}", near))
-    for name, bound in least.items():
+    for name in (*COUNTS, *MEASURES, *SHARES):
         value = getattr(args, name, None)  # of the shared names, a config has those that mean something in it
-        if value is None:
-            continue
-        if not isinstance(value, int | float) or isinstance(value, bool):
-            problems.append(Problem(f"{owner} {name}", value, "a number", "Write it without quotes."))
-        elif not (value >= bound and math.isfinite(value)):
-            problems.append(Problem(f"{owner} {name}", value, f"a finite number of at least {bound}"))
+        told = None if value is None else _wrong_number(name, value)
+        if told:
+            problems.append(Problem(f"{owner} {name}", value, *told))
     if args.max_steps == 0 and not isinstance(args.max_steps, bool):
         problems.append(Problem(f"{owner} max_steps", 0, "at least 1, or -1 to go by num_train_epochs"))
     return problems
+
+
+def _wrong_number(name: str, value: Any) -> tuple[str, str] | None:
+    """Return what is expected of the field instead of `value`, and the remedy; None where nothing is wrong."""
+    kind, bound = "number" if name in MEASURES else "whole number", {**COUNTS, **MEASURES}.get(name)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return f"a {kind}", "Write it without quotes." if isinstance(value, str) else ""
+    if name in SHARES:
+        fits = math.isfinite(value) and (0 <= value < 1 or value == int(value))
+        return None if fits else ("a whole number of steps, or a share of them all below 1", "")
+    if name in COUNTS and not isinstance(value, int):
+        near = f"Write {value:.0f}." if math.isfinite(value) and value == round(value) else ""
+        return "a whole number" + ("" if bound is None else f" of at least {bound}"), near
+    if bound is not None and not (value >= bound and math.isfinite(value)):
+        return f"a finite number of at least {bound}", ""
+    return None
 
 
 def _wrong_choices(args: Any) -> list[Problem]:

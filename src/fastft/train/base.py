@@ -19,21 +19,29 @@ from typing import Any
 import torch
 from transformers import EarlyStoppingCallback
 
+from fastft.data.bars import bars_if_large
 from fastft.errors import EngineError, Problem, RewardError, SaveError, UsageError
 from fastft.graph.compile import release_weights
 from fastft.graph.planned import PlannedLayers
-from fastft.noise import quiet
+from fastft.noise import between_libraries, quiet
 from fastft.state import base_model, get_state
-from fastft.train import card, checkpoint, flops, hygiene, lineage, memory, optimizers, recomputing
+from fastft.train import card, checkpoint, earlier, flops, hygiene, lineage, memory, optimizers, recomputing, telling
 from fastft.train import resume as resuming
 from fastft.train.compiling import CompileCallback
+from fastft.train.interrupt import Interruption, Stopped
 from fastft.train.record import RecordCallback, Tally
 
 
 @contextlib.contextmanager
-def built(model: Any) -> Iterator[None]:
-    """Hold a model while TRL's constructor runs: what that changes on it (its forward, its dtypes) is put back."""
-    with quiet(), hygiene.own_dtypes(model), hygiene.unpatched(model), hygiene.head_out_of_sight(model):
+def built(model: Any, *data: Any) -> Iterator[None]:
+    """Hold a model while TRL's constructor runs: what that changes on it (its forward, its dtypes) is put back.
+
+    `data` are those of the constructor, which says nothing of them where they are few.
+    """
+    held = hygiene.own_dtypes(model), hygiene.unpatched(model), hygiene.head_out_of_sight(model)
+    with contextlib.ExitStack() as stack:
+        for context in (quiet(), between_libraries(), bars_if_large(*data), *held):
+            stack.enter_context(context)
         yield
 
 
@@ -76,11 +84,13 @@ class Trained:
         *,
         compile: bool,
         recompute: bool,
+        line: telling.Line = telling.log_line,
         **recording: Any,
     ) -> None:
         """Compile the layers and hang up the callbacks.
 
-        `model` is what the user gave, `method` the record's name, `recording` are arguments of `RecordCallback`.
+        `model` is what the user gave, `method` the record's name, `line` what the terminal shows of a log; `recording`
+        are arguments of `RecordCallback`.
         """
         if self.model is not model:  # TRL has wrapped it with the `peft_config` it was given
             base_model(self.model).__dict__.pop("forward", None)
@@ -98,9 +108,12 @@ class Trained:
         self.compiling = CompileCallback(self.recorder.extra)
         self.add_callback(self.compiling)  # before the recorder, which writes what this one adds
         self.add_callback(self.recorder)
+        self.interruption = Interruption()
+        self.add_callback(self.interruption)  # behind the recorder: it ends the run when a step is saved
         if self.args.early_stopping_patience is not None:
             patience, threshold = self.args.early_stopping_patience, self.args.early_stopping_threshold
             self.add_callback(EarlyStoppingCallback(patience, threshold))
+        telling.take_over(self, line)
 
     def _sum_processes(self, counts: torch.Tensor) -> torch.Tensor:
         return self.accelerator.reduce(counts, "sum") if self.args.world_size > 1 else counts
@@ -173,10 +186,19 @@ class Trained:
         resume = kwargs.get("resume_from_checkpoint")
         begun = resuming.check(resume, self.args, self.model, self.recorder.method, self.resume_problems)
         self._own, self.recorder.begun = () if begun is None else (begun,), begun
+        if begun is None:
+            self._put_aside()
         kwargs["resume_from_checkpoint"] = None if begun is None else str(begun)
         try:
-            with quiet(), hygiene.unpatched(self.model):
+            with (
+                quiet(),
+                between_libraries(),
+                hygiene.unpatched(self.model),
+                self.interruption.watched(self.args.world_size == 1),
+            ):
                 return super().train(**kwargs)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(self._stop()) from None
         except torch.OutOfMemoryError as error:
             memory.let_go(error, self.model)
             told = memory.out_of_memory(error, self.model, self._rescue())
@@ -185,13 +207,27 @@ class Trained:
         except (EngineError, RewardError) as error:  # what a trainer depends on failed, not the trainer
             told = type(error)(*error.problems, self._rescue())
             self._record_failure(told)
-            raise told from error
+            raise told from error.__cause__  # not from `error`: it says what `told` says
         except BaseException as error:
             self._record_failure(error)
             raise
         finally:
+            telling.close(self)
             self.compiling.stop()
             release_weights(self.model)
+
+    def _put_aside(self) -> None:
+        """Keep an earlier run of the folder from being replaced by this one, once all processes have looked at it."""
+        self.accelerator.wait_for_everyone()
+        line = earlier.put_aside(Path(self.args.output_dir)) if self.is_world_process_zero() else None
+        if line is not None:
+            print(f"fastft: {line}")
+        self.accelerator.wait_for_everyone()
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate as TRL's trainer does."""
+        with between_libraries():
+            return super().evaluate(*args, **kwargs)
 
     def _record_failure(self, error: BaseException) -> None:
         if self.recorder.record and self.is_world_process_zero():
@@ -200,17 +236,47 @@ class Trained:
 
     def _rescue(self) -> str:
         """Save what was trained up to the last whole step, unless it is saved already, and say where it is."""
+        done, (target, why) = self.state.global_step, self._save_last_step()
+        if target is not None:
+            return f"Step {done}, the last whole one, is saved in {target}; resume={str(target)!r} goes on from it."
+        return f"Step {done} {why}" if why else self._last_checkpoint()
+
+    def _last_checkpoint(self) -> str:
+        return f"The last checkpoint is {self._own[-1]}." if self._own else "No step had been completed."
+
+    def _save_last_step(self) -> tuple[Path | None, str]:
+        """Save what was trained up to the last whole step, unless it is saved already; return where, or why not."""
         done = self.state.global_step
         if not done or self.args.world_size > 1:
-            return f"The last checkpoint is {self._own[-1]}." if self._own else "No step had been completed."
+            return None, ""
         target = Path(self.args.output_dir) / f"checkpoint-{done}"
         try:
             if target not in self._own:  # one of that name may be of an earlier run
                 with quiet():
                     self._save_checkpoint(self.model, None)
         except (SaveError, RuntimeError) as problem:
-            return f"Step {done} could not be saved: {problem}"
-        return f"Step {done}, the last whole one, is saved in {target}; resume={str(target)!r} goes on from it."
+            return None, f"could not be saved: {problem}"
+        return target, ""
+
+    def _stop(self) -> Stopped:
+        """Save the last whole step of an interrupted run if there is time for it, and say how far it came."""
+        asked, folder, steps = self.interruption, Path(self.args.output_dir), self.state.global_step
+        _, why = self._save_last_step() if asked.waits else (None, "it was to stop at once")
+        last = self._own[-1] if self._own else None
+        failed = "" if asked.failed is None else f"{type(asked.failed).__name__}: {asked.failed}"
+        stopped = Stopped(
+            steps=steps,
+            planned=self.state.max_steps,
+            checkpoint=last,
+            whole=bool(steps) and last == folder / f"checkpoint-{steps}",
+            why=why,
+            failed=failed,
+            resume="resume=True" if last is None or last.parent == folder else f"resume={str(last)!r}",
+        )
+        if self.recorder.record and self.is_world_process_zero():
+            with contextlib.suppress(SaveError):
+                self.recorder.finish("interrupted", self.state, self.model, failed or None)
+        return stopped
 
     # ---- saving
 

@@ -127,7 +127,7 @@ def checkpoints(folder: str | Path) -> list[Path]:
 def rotate(folder: str | Path, limit: int | None, best: str | None) -> None:
     """Remove the oldest checkpoints until `limit` are left, never the newest and never `best`.
 
-    Oldest is what was written first: checkpoints of an earlier run may have higher numbers.
+    Oldest is what was written first: checkpoints of a way that was left may have higher numbers.
     """
     if not limit or limit <= 0:
         return

@@ -181,17 +181,17 @@ class RecordCallback(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Write the picture, the manifest and the card."""
         if state.is_world_process_zero:
-            self.record["rewrites"] = rewrites(model)
-            self.predicted = memory.predicted(model)
-            self.finish("stopped early" if state.global_step < state.max_steps else "finished", state)
+            self.finish("stopped early" if state.global_step < state.max_steps else "finished", state, model)
 
-    def finish(self, status: str, state: Any) -> None:
+    def finish(self, status: str, state: Any, model: Any, error: str | None = None) -> None:
         """Write the end of the record with its measurements."""
+        self.record["rewrites"] = rewrites(model)
+        self.predicted = memory.predicted(model)
         self.record |= self.measurements(state)
         name, plot = self.picture
         self.record["picture"] = name
         plot(self.rows, self.folder / name, self.record.get("model", {}).get("name", ""))
-        self.write_record(status)
+        self.write_record(status, error)
 
     def write_record(self, status: str, error: str | None = None) -> None:
         """Write run.json and the card as they are now."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from fastft.errors import Problem, UsageError
 from fastft.model import files
-from fastft.train import lineage
+from fastft.train import earlier, lineage
 
 # What beside the weights is needed to go on with the same curve; torch writes each as a zip archive.
 STATES = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
@@ -29,6 +29,9 @@ def to_resume(resume: bool | str | None, args: Any) -> str | None:
     own, others = lineage.own_and_others(args.output_dir)
     if not own:
         remedy = "There is none; start with resume=False."
+        aside = earlier.last_checkpoint(Path(args.output_dir))
+        if aside is not None:
+            remedy = f"There is none; resume={str(aside)!r} goes on from an earlier run, resume=False starts anew."
         if others:
             remedy = (
                 f"{others[-1]} is of another run than {args.output_dir}/{lineage.RECORD}: resume={str(others[-1])!r} "
@@ -56,15 +59,8 @@ def check(resume: Any, args: Any, model: Any, method: str, own: Callable[[Path],
     """
     resume = args.resume_from_checkpoint if resume is None else resume
     if not resume:
-        own_ones, others = lineage.own_and_others(args.output_dir)
-        earlier = own_ones or others
-        if earlier and args.process_index == 0:
-            print(f"fastft: {earlier[-1]} is of an earlier run; resume={str(earlier[-1])!r} goes on from there.")
-        if (Path(args.output_dir) / "run.json").is_file() and args.process_index == 0:
-            print(
-                f"fastft: {args.output_dir} holds an earlier run: this one's weights, records and checkpoints of the "
-                "same step replace it. Another output_dir keeps it."
-            )
+        if wrong := earlier.problems(Path(args.output_dir), model):
+            raise UsageError(*wrong)
         return None
     folder = Path(to_resume(resume, args))
     if args.world_size > 1:

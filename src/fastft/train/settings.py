@@ -55,7 +55,8 @@ class Settings:
         if self.early_stopping_patience is not None:
             self.metric_for_best_model = self.metric_for_best_model or "eval_loss"
             self.load_best_model_at_end = True
-        arguments.refuse_values(self)
+        if mistakes := self.mistakes():
+            raise UsageError(*mistakes)
         recomputing.settle(self)
         if self.warmup_ratio is not None:  # the older way to say it; a number of steps below 1 is a share of all
             self.warmup_steps, self.warmup_ratio = self.warmup_ratio, None
@@ -64,6 +65,10 @@ class Settings:
         if self.bf16 is None and not self.fp16:
             self.bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         super().__post_init__()
+
+    def mistakes(self) -> list[Problem]:
+        """Return all fields that cannot be meant."""
+        return arguments.value_problems(self)
 
 
 def model_defaults(model: Any, output_dir: str, fields: Mapping[str, Any]) -> dict[str, Any]:

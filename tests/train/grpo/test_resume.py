@@ -1,12 +1,15 @@
 """Checkpoints of GRPO runs: going on from them, and what is left after a failure."""
 
 import json
+import signal
 import time
+import traceback
 from pathlib import Path
 
 import pytest
 import torch
 from grpo_runs import GivenRollouts, as_second, trained
+from transformers import TrainerCallback
 
 from fastft.errors import EngineError, RewardError, UsageError
 from fastft.train import checkpoint
@@ -39,6 +42,26 @@ def test_resumed_is_as_if_never_interrupted(trainer, config, at, settings, tmp_p
     assert all(torch.equal(value, end[name]) for name, value in trained(whole.model).items())
 
 
+def test_interrupted_within_a_generation_it_goes_on_as_if_never(trainer, config):
+    class Ring(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                signal.raise_signal(signal.SIGINT)
+
+    settings = {"max_steps": 6, "steps_per_generation": 2}
+    first = trainer("transformers", **settings)
+    first.add_callback(Ring())
+    with pytest.raises(KeyboardInterrupt, match=r"^stopped after step 3 of 6; saved in .*checkpoint-3; resume=True"):
+        first.train()
+    again = trainer("transformers", **settings)
+    torch.manual_seed(99)
+    again.train(resume_from_checkpoint=True)
+    whole = trainer("transformers", **settings, output_dir=config["output_dir"] + "-whole")
+    whole.train()
+    end = trained(again.model)
+    assert all(torch.equal(value, end[name]) for name, value in trained(whole.model).items())
+
+
 def test_killed_engine_leaves_a_checkpoint_to_go_on_from(trainer, config):
     """The third generation fails: two steps are saved, and go on to the weights of a run that never failed."""
     with pytest.raises(EngineError, match=r"killed\n.*checkpoint-2; resume='.*checkpoint-2' goes on") as caught:
@@ -66,6 +89,24 @@ def test_hung_reward_leaves_a_checkpoint(trainer, config):
         trainer(GivenRollouts(), rewards=[hung], reward_time_limit=2).train()
     assert time.monotonic() - began < 300
     assert [path.name for path in checkpoint.checkpoints(config["output_dir"])] == ["checkpoint-1"]
+
+
+def test_failing_reward_is_one_error_from_its_exception(trainer, caplog):
+    def fails(completions, **columns):
+        return [1 / 0 for _ in completions]
+
+    with pytest.raises(RewardError, match=r"'fails', row 0.*ZeroDivisionError(?s:.*)checkpoint-2") as caught:
+        trainer(GivenRollouts(), rewards=[fails], max_steps=4).train()
+    told = "".join(traceback.format_exception(caught.value))
+    assert told.count("Traceback") == 2 and told.count("\nZeroDivisionError: division by zero") == 1
+    assert told.count("RewardError: reward 'fails'") == 1
+    (line,) = [record.getMessage() for record in caplog.records if "reward" in record.getMessage()]
+    assert line.startswith("reward 'fails' failed for 4 of 4 rows")
+
+
+def test_rows_that_all_rewards_leave_out_are_still_told_by_trl(trainer, caplog):
+    trainer(GivenRollouts(), rewards=[lambda completions, **columns: [None] * 4], max_steps=1).train()
+    assert "All reward functions returned None" in caplog.text
 
 
 @pytest.mark.parametrize("changes", [{"num_generations": 2}, {"gradient_accumulation_steps": 2}], ids=str)

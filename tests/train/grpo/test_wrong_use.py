@@ -40,6 +40,22 @@ def test_mistakes_are_told_together(config):
         assert part in text
 
 
+def test_whole_numbers_are_told_with_all_else(config):
+    wrong = {
+        "per_device_train_batch_size": 2.5,
+        "num_iterations": 1.5,
+        "learning_rate": -1,
+        "max_steps": 1.5,
+        "beta": -1,
+    }
+    with pytest.raises(UsageError) as caught:
+        GRPOConfig(**{**config, **wrong})
+    assert sorted(problem.where for problem in caught.value.problems) == sorted(f"GRPOConfig {name}" for name in wrong)
+    with pytest.raises(UsageError) as caught:
+        GRPOConfig(**{**config, "num_generations": 3, "temperature": 0, "learning_rate": -1})
+    assert len(caught.value.problems) == 3
+
+
 def test_trainer_tells_what_is_missing_together(config, build_model):
     with pytest.raises(UsageError) as caught:
         GRPOTrainer(build_model(), [], GRPOConfig(**config, reward_weights=[1.0]))

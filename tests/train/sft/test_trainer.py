@@ -9,6 +9,7 @@ import torch
 import trl
 from datasets import Dataset
 
+from fastft.data import bars
 from fastft.data.collate import collate
 from fastft.errors import DataError, UsageError
 from fastft.train import checkpoint, step
@@ -299,12 +300,15 @@ def test_sft_from_messages_to_result(build_model, tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize("packing", [False, True])
-def test_rows_that_all_fit_are_gone_over_by_no_bar(packing, build_model, tokenizer, dataset, settings, capfd):
-    for length, bars in ((64, 0), (20, 2)):
+def test_rows_that_all_fit_are_gone_over_by_no_bar(
+    packing, build_model, tokenizer, dataset, settings, capfd, monkeypatch
+):
+    monkeypatch.setattr(bars, "LARGE", len(dataset))
+    for length, shown in ((64, 0), (20, 2)):
         args = SFTConfig(**{**settings, "max_length": length, "packing": packing})
         made = SFTTrainer(build_model(), args, train_dataset=dataset, processing_class=tokenizer, compile=False)
         said = capfd.readouterr().err
-        assert sum(bar in said for bar in ("Truncating", "Dropping fully masked")) == bars
+        assert sum(bar in said for bar in ("Truncating", "Dropping fully masked")) == shown
         cut = [ids[:length] for ids in dataset["input_ids"]]
         assert made.args.max_length == length
         assert sum(map(len, made.train_dataset["input_ids"])) == sum(map(len, cut))

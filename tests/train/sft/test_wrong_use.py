@@ -11,6 +11,7 @@ from datasets import Dataset, DatasetDict
 
 from fastft.errors import DataError, SaveError, UsageError
 from fastft.state import update_state
+from fastft.train.arguments import PLAIN
 from fastft.train.sft.config import SFTConfig
 from fastft.train.sft.run import sft
 from fastft.train.sft.trainer import SFTTrainer
@@ -84,6 +85,28 @@ def test_values_that_cannot_be_meant(tmp_path):
     assert {problem.where for problem in caught.value.problems} == {f"SFTConfig {name}" for name in wrong}
     for near in ("'adamw_8bit'", "'cosine'", "'steps'", "'wandb'", "without quotes"):
         assert near in str(caught.value)
+
+
+def test_what_counts_is_a_whole_number(build_model, tokenizer, build_rows, tmp_path):
+    wrong = {
+        "batch_size": 2.5, "steps": 10.0, "accumulate": 1.5, "eval_batch_size": 0.5, "max_length": 64.5, "seed": 1.5,
+        "keep_checkpoints": 2.5, "log_every": 1.5, "save_every": float("inf"), "warmup_steps": 2.5, "packing": True,
+        "cuda_graphs": "alway", "epochs": -1,
+    }  # fmt: skip
+    with pytest.raises(UsageError) as caught:
+        sft(build_model(), tokenizer, build_rows(), output_dir=tmp_path, **wrong)
+    told = {problem.where.removeprefix("SFTConfig "): str(problem) for problem in caught.value.problems}
+    assert told.keys() == {PLAIN.get(name, name) for name in wrong} - {"packing"}
+    assert "expected a whole number of at least 1, got 2.5" in told["per_device_train_batch_size"]
+    assert told["max_steps"].endswith("expected a whole number of at least -1, got 10.0. Write 10.")
+    assert "a whole number of steps, or a share of them all below 1, got 1.5" in told["logging_steps"]
+    assert not list(tmp_path.iterdir())
+
+
+def test_shares_and_whole_numbers_are_taken(tmp_path):
+    good = {"warmup_steps": 0.1, "logging_steps": 5.0, "save_steps": 0.5, "num_train_epochs": 1.5, "max_steps": -1}
+    made = SFTConfig(output_dir=str(tmp_path), **good)
+    assert {name: getattr(made, name) for name in good} == good
 
 
 def test_the_length_is_that_of_the_loaded_model(build_model, tokenizer, dataset, settings, capsys):

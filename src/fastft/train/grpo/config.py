@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import trl
 from torch import distributed
 
-from fastft.errors import Problem, UsageError
+from fastft.errors import Problem
 from fastft.train import arguments, settings
 
 LOSSES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "luspo", "sapo", "vespo")
@@ -31,13 +31,21 @@ IDLE = {
     "unsloth_grpo_mini_batch": "per_device_train_batch_size and merge_micro_batches say what a forward pass has",
 }
 # Fields that count something; those of the second line may be None.
-COUNTS = ("num_generations", "per_device_train_batch_size", "gradient_accumulation_steps")
+COUNTS = (
+    "num_generations",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "num_iterations",
+    "keep_completions",
+)
 OPTIONAL = (
     "generation_batch_size",
     "steps_per_generation",
     "max_completion_length",
     "max_prompt_length",
     "max_seq_length",
+    "num_generations_eval",
+    "top_k",
 )
 # What of vLLM's SamplingParams is a field of the config.
 SAMPLED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
@@ -99,14 +107,20 @@ class GRPOConfig(settings.Settings, trl.GRPOConfig):
     unsloth_grpo_mini_batch: int | None = dataclasses.field(default=None, metadata={"help": "No effect."})
 
     def __post_init__(self) -> None:
-        wrong = _count_problems(self)
-        if wrong:  # what follows computes with them
-            raise UsageError(*wrong)
-        self._take_older()
-        problems = [*_problems(self), *batch_problems(self, _processes())]
-        if problems:
-            raise UsageError(*problems)
+        if not _count_problems(self):  # it computes with them
+            self._take_older()
         super().__post_init__()
+
+    def mistakes(self) -> list[Problem]:
+        """Return all fields that cannot be meant or served; of a field, what is said of it first."""
+        counts = _count_problems(self)
+        found = [
+            *counts,
+            *_problems(self),
+            *([] if counts else batch_problems(self, _processes())),
+            *super().mistakes(),
+        ]
+        return list({problem.where: problem for problem in reversed(found)}.values())[::-1]
 
     def _take_older(self) -> None:
         for name, why in IDLE.items():

@@ -1,12 +1,13 @@
 """Prompts for reinforcement learning: rows with a `prompt` and the columns that rewards look at."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from glob import glob
 from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
 from fastft.data import check
+from fastft.data.bars import bars_if_large
 from fastft.data.files import told_of
 from fastft.data.sources import SUFFIXES, open_named
 from fastft.errors import DataError, Problem, did_you_mean, short
@@ -30,8 +31,33 @@ def prompt_datasets(given: Mapping[str, Any], tokenizer: Any, chat: bool = True)
         told = ", ".join(f"{name}: {'texts' if are else 'conversations'}" for name, are in texts.items())
         remedy = "Rewards get completions in the form of the prompts. A text is [{'role': 'user', 'content': text}]."
         raise DataError(Problem("prompts and eval", told, "texts in both, or conversations in both", remedy))
-    turned = {name: rows.map(_as_turn) if texts[name] else rows for name, rows in made.items()}
-    return turned, all(texts.values())
+    return {name: _turned(rows) if texts[name] else rows for name, rows in made.items()}, all(texts.values())
+
+
+def _turned(rows: Any) -> Any:
+    with bars_if_large(rows):
+        return rows.map(_as_turn)
+
+
+def within_length(
+    rows: Any, name: str, limit: int | None, sizes_of: Callable[[Sequence[Any]], list[int]]
+) -> tuple[Any, int]:
+    """Return the rows whose prompt has at most `limit` tokens (None: all), and the tokens of the longest of them.
+
+    `sizes_of` returns the tokens of each of some prompts. Says how many are left out; raises `DataError` if all are.
+    """
+    sizes = []
+    for part in rows.select_columns(["prompt"]).iter(batch_size=256):
+        sizes += sizes_of(part["prompt"])
+    kept = [number for number, size in enumerate(sizes) if limit is None or size <= limit]
+    if not kept:
+        told, allowed = f"{min(sizes)} to {max(sizes)} tokens", f"one of at most max_prompt_length={limit}"
+        raise DataError(Problem(f"{name} prompts", told, allowed, "Raise max_prompt_length, or shorten the prompts."))
+    if len(kept) < len(sizes):
+        lost = len(sizes) - len(kept)
+        print(f"fastft: {name}: {lost} of {len(sizes)} prompts are longer than max_prompt_length={limit}: left out.")
+        rows = rows.select(kept)
+    return rows, max(sizes[number] for number in kept)
 
 
 def _listed(prompts: Any, name: str) -> Any:

@@ -61,6 +61,7 @@ def grpo(
     batch_size (completions of a forward pass), accumulate, learning_rate, schedule, optimizer, seed, log_every,
     save_every, report_to, or any field of `GRPOConfig`; or a whole `config`. `resume` is True (the last checkpoint)
     or a checkpoint's folder. Leaves model, checkpoints, record, curves and sample completions in `output_dir`.
+    Ctrl-C ends it with the step that is running, saved; a second one at once (docs/how-to/resume.md).
     Raises `UsageError`, `DataError`, `EngineError`, `RewardError`, `SaveError`.
     """
     arguments.refuse_pair(model, tokenizer)

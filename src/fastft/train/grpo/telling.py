@@ -4,7 +4,12 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import PrinterCallback, ProgressCallback, Trainer
+from fastft.train.telling import log_line
+
+
+def line(step: int, logs: Mapping[str, Any]) -> str:
+    """Return the line of a log: a short one where it is of a step."""
+    return step_line(step, logs) if "reward" in logs else log_line(step, logs)
 
 
 def step_line(step: int, logs: Mapping[str, Any]) -> str:
@@ -28,34 +33,3 @@ def step_line(step: int, logs: Mapping[str, Any]) -> str:
 def _number(value: float | None) -> str:
     """Return a mean reward in words: it is None or NaN where no completion was given a number."""
     return "missing" if value is None or math.isnan(value) else f"{value:.3f}"
-
-
-class StepProgress(ProgressCallback):
-    """transformers' bar, with short lines of steps beside it."""
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Write a line of a step; other logs as transformers does."""
-        if "reward" not in logs:
-            super().on_log(args, state, control, logs, **kwargs)
-        elif state.is_world_process_zero and self.training_bar is not None:
-            self.training_bar.write(step_line(state.global_step, logs))
-
-
-class StepPrinter(PrinterCallback):
-    """transformers' printing, with short lines of steps."""
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Print a line of a step; other logs as transformers does."""
-        if "reward" not in logs:
-            super().on_log(args, state, control, logs, **kwargs)
-        elif state.is_local_process_zero:
-            print(step_line(state.global_step, logs), flush=True)
-
-
-def shorten(trainer: Trainer) -> None:
-    """Let a trainer say short lines; a callback of the user's own is left as it is."""
-    for plain, short in ((ProgressCallback, StepProgress), (PrinterCallback, StepPrinter)):
-        for callback in list(trainer.callback_handler.callbacks):
-            if type(callback) is plain:
-                trainer.remove_callback(callback)
-                trainer.add_callback(short())

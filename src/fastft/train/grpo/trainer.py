@@ -18,7 +18,7 @@ from fastft.errors import DataError, Problem, UsageError
 from fastft.graph.compile import release_weights
 from fastft.graph.planned import PlannedLayers
 from fastft.memory.plan import Plan
-from fastft.noise import quiet
+from fastft.noise import kept_back, quiet
 from fastft.rewards import guard
 from fastft.rewards.guarding import calls_of
 from fastft.rollout import make_engine
@@ -26,7 +26,7 @@ from fastft.rollout.base import Engine, Sampling
 from fastft.state import base_model, get_state
 from fastft.train import arguments, checkpoint, plots, settings
 from fastft.train.base import Trained, built, load_named, take_recompute
-from fastft.train.grpo import batching, checks, groups, rollouts, telling
+from fastft.train.grpo import batching, checks, groups, prompts, rollouts, telling
 from fastft.train.grpo import kept as kept_rollouts
 from fastft.train.grpo.config import LEGACY, GRPOConfig
 from fastft.train.grpo.phases import Phases
@@ -89,7 +89,7 @@ class GRPOTrainer(Trained, trl.GRPOTrainer):
         # With an adapter and a beta TRL would copy the adapter; the reference here is the model without it.
         adapted = hasattr(model, "peft_config") or kwargs.get("peft_config") is not None
         beta, args.beta = args.beta, 0.0 if adapted else args.beta
-        with built(model):
+        with built(model, kwargs.get("train_dataset"), kwargs.get("eval_dataset")):
             super().__init__(model, functions, args, **kwargs)
         self.beta = args.beta = beta
         self.reward_funcs = guard(self.reward_funcs, time_limit=args.reward_time_limit)  # environments bring their own
@@ -107,9 +107,9 @@ class GRPOTrainer(Trained, trl.GRPOTrainer):
             picture=("reward.png", plots.plot_rewards),
             measure=self._measure,
             told=batching.NAMES,
+            line=telling.line,
         )
         self.add_callback(_Bookkeeping(self))
-        telling.shorten(self)
         self._handed_over: int | None = None
         self.engine = self._start_engine(engine if engine is not None else self._configured_engine())
         self._corrects = args.vllm_importance_sampling_correction and self.engine.name != "transformers"
@@ -148,21 +148,10 @@ class GRPOTrainer(Trained, trl.GRPOTrainer):
         return longest
 
     def _within_length(self, rows: Any, name: str) -> tuple[Any, int]:
-        limit, sizes = self.args.max_prompt_length, []
-        for part in rows.select_columns(["prompt"]).iter(batch_size=256):
-            sizes += [len(ids) for ids in self._tokenize_prompts(part["prompt"])[0]]
-        kept = [number for number, size in enumerate(sizes) if limit is None or size <= limit]
-        if not kept:
-            told, allowed = f"{min(sizes)} to {max(sizes)} tokens", f"one of at most max_prompt_length={limit}"
-            remedy = "Raise max_prompt_length, or shorten the prompts."
-            raise DataError(Problem(f"{name} prompts", told, allowed, remedy))
-        if len(kept) < len(sizes):
-            lost = len(sizes) - len(kept)
-            print(
-                f"fastft: {name}: {lost} of {len(sizes)} prompts are longer than max_prompt_length={limit}: left out."
-            )
-            rows = rows.select(kept)
-        return rows, max(sizes[number] for number in kept)
+        def sizes_of(texts: Any) -> list[int]:
+            return [len(ids) for ids in self._tokenize_prompts(texts)[0]]
+
+        return prompts.within_length(rows, name, self.args.max_prompt_length, sizes_of)
 
     def settle_batches(self, planned: PlannedLayers, where: torch.device) -> None:
         """Make micro-batches of an update one, as far as `groups.merged` says, and say so."""
@@ -269,10 +258,19 @@ class GRPOTrainer(Trained, trl.GRPOTrainer):
         return self._buffered_inputs[self._step % self.args.steps_per_generation]
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Any:
-        with self.phases("rewards"):
+        with self.phases("rewards"), kept_back(trl.GRPOTrainer.__module__, self._told_already):
             made = super()._calculate_rewards(*args, **kwargs)
         self._count_failures()
         return made
+
+    def _told_already(self, line: str) -> bool:
+        """Say whether TRL's line is on rows without any reward where the guard has told which reward failed, and how.
+
+        Where none failed, all functions have left the row out: then the line is news.
+        """
+        return "All reward functions returned None" in line and any(
+            call.failures for _, call in calls_of(self.reward_funcs)
+        )
 
     def _count_failures(self) -> None:
         """Add up, until the next log, the rows that each reward failed for and those that it left without a reward."""

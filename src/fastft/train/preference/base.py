@@ -51,7 +51,7 @@ class Preferring(Trained):
         arguments.refuse_early_stopping(args, kwargs.get("eval_dataset"))
         recompute = take_recompute(args, compile)
         self.before(model, args, kwargs)
-        with built(model), same_trainable(model):
+        with built(model, kwargs.get("train_dataset"), kwargs.get("eval_dataset")), same_trainable(model):
             super().__init__(**{"model": model, "args": args, **kwargs})
         self.after()
         self.equip(model, self.METHOD, compile=compile, recompute=recompute)

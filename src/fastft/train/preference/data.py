@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from fastft.data import check
+from fastft.data.bars import bars_if_large
 from fastft.data.files import told_of
 from fastft.data.recognise import canonical, recognise
 from fastft.data.sources import open_named
@@ -28,7 +29,8 @@ def preference_dataset(rows: Any, tokenizer: Any, kinds: Sequence[Sequence[str]]
             rows = canonical(rows, recognise(rows))
     elif chat and set(VERDICTS) <= columns:
         made = as_dataset(rows, kinds, name)
-        return made.map(_turns) if isinstance(next(iter(made))["prompt"], str) else made
+        with bars_if_large(made):
+            return made.map(_turns) if isinstance(next(iter(made))["prompt"], str) else made
     return as_dataset(rows, kinds, name)
 
 
@@ -42,8 +44,9 @@ def mixed_verdicts(rows: Any, seed: int) -> Any:
     if not hasattr(rows, "__len__"):
         return rows
     if set(PAIRS) <= set(rows.column_names):
-        rows = rows if "prompt" in rows.column_names else rows.map(extract_prompt)
-        rows = unpair_preference_dataset(rows)
+        with bars_if_large(rows):
+            rows = rows if "prompt" in rows.column_names else rows.map(extract_prompt)
+            rows = unpair_preference_dataset(rows)
     return rows.shuffle(seed=seed)
 
 
@@ -91,7 +94,8 @@ def without_long_prompts(rows: Any, column: str, limit: int | None, name: str) -
     """
     if limit is None or rows is None:
         return rows
-    kept = rows.filter(lambda row: len(row[column]) <= limit)
+    with bars_if_large(rows):
+        kept = rows.filter(lambda row: len(row[column]) <= limit)
     tell_left_out(rows, kept, name, f"a prompt of more than max_prompt_length={limit} tokens")
     return kept
 

@@ -8,14 +8,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from trl.experimental import cpo, orpo
 
+from fastft.data.bars import bars_if_large
 from fastft.errors import Problem, UsageError
+from fastft.noise import between_libraries
 from fastft.train import settings, step
 from fastft.train.preference import data as preference_data
 from fastft.train.preference.base import Preferring
 from fastft.train.preference.config import PreferenceSettings, has_no_effect
 from fastft.train.preference.sequence_logprobs import SequenceLogprobs, sequence_logprobs
+
+with between_libraries():
+    from trl.experimental import cpo, orpo
 
 TOKEN_METRICS = ("logits/chosen", "logits/rejected")
 
@@ -72,7 +76,8 @@ class ReferenceFree(Preferring):
         if config is not None:  # TRL would change the dtypes of a quantised model on the way
             from peft import get_peft_model
 
-            kwargs["model"] = get_peft_model(model, config)
+            with between_libraries():
+                kwargs["model"] = get_peft_model(model, config)
         args.remove_unused_columns = False  # the collator makes the batch of other columns than the model's
 
     def after(self) -> None:
@@ -84,7 +89,9 @@ class ReferenceFree(Preferring):
                 continue
             short = name.removesuffix("_dataset")
             if limit:  # the mean over an empty answer would be no number
-                given, rows = rows, rows.filter(_has_answers, input_columns=["chosen_labels", "rejected_labels"])
+                given = rows
+                with bars_if_large(given):
+                    rows = given.filter(_has_answers, input_columns=["chosen_labels", "rejected_labels"])
                 preference_data.tell_left_out(given, rows, short, f"a prompt that fills max_length={limit}")
             rows = preference_data.without_long_prompts(rows, self.PROMPT, self.args.max_prompt_length, short)
             setattr(self, name, rows)

@@ -82,8 +82,8 @@ def preference(
 
     `options`: beta, max_length, max_prompt_length, epochs, steps, batch_size, learning_rate, accumulate, schedule,
     optimizer, seed, log_every, save_every, eval_every, report_to, or any field of the loss's config; or a whole
-    `config`. `resume` is True (the run's last checkpoint) or a checkpoint's folder. Raises `UsageError`, `DataError`,
-    `SaveError`.
+    `config`. `resume` is True (the run's last checkpoint) or a checkpoint's folder. Ctrl-C ends it with the step
+    that is running, saved; a second one at once (docs/how-to/resume.md). Raises `UsageError`, `DataError`, `SaveError`.
     """
     if loss not in LOSSES:
         near = arguments.did_you_mean(str(loss), LOSSES)

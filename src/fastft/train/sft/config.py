@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import trl
 
 from fastft.data import columns
-from fastft.errors import Problem, UsageError, did_you_mean
+from fastft.errors import Problem, did_you_mean
 from fastft.state import get_state
 from fastft.train import arguments, settings
 from fastft.train.cuda_graphs import MODES
@@ -55,10 +55,15 @@ class SFTConfig(settings.Settings, trl.SFTConfig):
     def __post_init__(self) -> None:
         if self.max_seq_length is not None:
             self.max_length, self.max_seq_length = self.max_seq_length, None
-        if self.cuda_graphs not in MODES:
-            remedy = did_you_mean(str(self.cuda_graphs), MODES)
-            raise UsageError(Problem("SFTConfig cuda_graphs", self.cuda_graphs, f"one of {', '.join(MODES)}", remedy))
         super().__post_init__()
+
+    def mistakes(self) -> list[Problem]:
+        """Return all fields that cannot be meant."""
+        if self.cuda_graphs in MODES:
+            return super().mistakes()
+        remedy = did_you_mean(str(self.cuda_graphs), MODES)
+        wrong = Problem("SFTConfig cuda_graphs", self.cuda_graphs, f"one of {', '.join(MODES)}", remedy)
+        return [wrong, *super().mistakes()]
 
 
 def make_config(

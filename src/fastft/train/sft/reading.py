@@ -7,6 +7,7 @@ from typing import Any
 from attrs import evolve, frozen
 
 from fastft.data import check, inputs
+from fastft.data.bars import bars_if_large
 from fastft.data.chat import chat_dataset
 from fastft.data.files import told_of
 from fastft.data.kinds import PLAIN, Recognised
@@ -204,7 +205,8 @@ def _formatted(rows: Any, function: Callable[[Any], str]) -> inputs.Input:
 
     if hasattr(rows, "map"):
         columns = rows.column_names or list(next(iter(rows), {}))
-        made = rows.map(text_of, remove_columns=columns)
+        with bars_if_large(rows):
+            made = rows.map(text_of, remove_columns=columns)
     else:
         made = [text_of(row) for row in rows]
     return _texts(made, "text", "of formatting_func")

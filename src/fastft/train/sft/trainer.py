@@ -68,7 +68,7 @@ class SFTTrainer(Trained, trl.SFTTrainer):
         args.dataset_text_field = str(args.dataset_text_field)
         if not self._reading.skip and not given_ids:  # else TRL would exchange the template, and format once more
             args.assistant_only_loss, kwargs["formatting_func"] = False, None
-        with built(model):
+        with built(model, kwargs.get("train_dataset"), kwargs.get("eval_dataset")):
             super().__init__(model, args, **kwargs)
         args.assistant_only_loss = self._reading.assistant_only
         self.model_accepts_loss_kwargs = True

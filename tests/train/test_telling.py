@@ -1,0 +1,115 @@
+"""What a short run says: its lines with numbers as numbers, and nothing that only other libraries are to hear."""
+
+import ast
+import io
+import subprocess
+import sys
+import warnings
+
+import pytest
+
+import fastft
+from fastft.demo import MODEL_FOLDER
+from fastft.noise import between_libraries
+from fastft.train import telling
+
+QUIET = {"steps": 1, "batch_size": 4, "compile": False, "log_every": 1}
+PAIRS = [{"prompt": f"{n} and one is", "chosen": f" {n + 1}", "rejected": " 9"} for n in range(6)]
+ROWS = [{"prompt": f"{n} and one is", "completion": f" {n + 1}"} for n in range(6)]
+
+
+def test_a_line_has_numbers():
+    logs = {
+        "loss": 7.104892253875732,
+        "learning_rate": 2e-05,
+        "n": 158,
+        "epoch": 1.0,
+        "total_flos": 1.0,
+        "x": "a" * 200,
+    }
+    line = telling.log_line(3, logs)
+    assert line.startswith("{'loss': 7.105, 'learning_rate': 2e-05, 'n': 158, 'epoch': 1.0, 'x': 'aaa")
+    assert line.endswith("... (200 characters)'}")
+    assert telling.log_line(1, {"loss": float("nan")}) == "{'loss': nan}"
+
+
+def begun():
+    model, tokenizer = fastft.load(MODEL_FOLDER)
+    return fastft.add_lora(model), tokenizer
+
+
+def run_sft(folder, **options):
+    fastft.sft(*begun(), ROWS, folder, eval=ROWS, **QUIET, **options)
+
+
+def run_grpo(folder, **options):
+    def even(completions, **columns):
+        return [float(len(text) % 2) for text in completions]
+
+    options |= {"generations": 4, "accumulate": 1, "max_new_tokens": 4, "engine": "transformers"}
+    fastft.grpo(*begun(), ROWS, [even], folder, **QUIET, **options)
+
+
+def preferring(loss):
+    def run(folder, **options):
+        fastft.preference(*begun(), PAIRS, folder, loss=loss, **QUIET, **options)
+
+    return run
+
+
+RUNS = {"sft": run_sft, "grpo": run_grpo, **{loss: preferring(loss) for loss in ("dpo", "kto", "orpo", "cpo")}}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_nobody_elses_warnings_and_no_bars_of_few_rows(name, tmp_path, capsys):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        RUNS[name](tmp_path / "run")
+    told = [str(warning.message) for warning in caught]
+    assert not [text for text in told if "gradient_checkpointing" in text or "trl.experimental" in text]
+    shown = capsys.readouterr()
+    bars = ("Map", "Filter", "Tokenizing", "Extracting", "Dropping", "Adding", "Truncating")
+    assert not [bar for bar in bars if bar in shown.err]
+    lines = [line for line in shown.out.splitlines() if line.startswith("{'")]
+    assert lines and all(type(value) in (float, int) for line in lines for value in ast.literal_eval(line).values())
+
+
+def test_printed_lines_have_numbers_too(tmp_path, capsys):
+    run_sft(tmp_path / "run", disable_tqdm=True)
+    first, *_ = [line for line in capsys.readouterr().out.splitlines() if line.startswith("{'")]
+    logged = ast.literal_eval(first)
+    assert type(logged["loss"]) is float and logged["epoch"] == 0.5
+
+
+def test_importing_the_trainers_without_a_reference_warns_nobody():
+    code = "import fastft; fastft.ORPOTrainer"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "experimental" not in done.stderr
+
+
+def test_only_these_warnings_are_kept_back():
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with between_libraries():
+            warnings.warn(
+                "`gradient_checkpointing_enable` is deprecated and will be removed", FutureWarning, stacklevel=1
+            )
+            warnings.warn("`something` is deprecated", FutureWarning, stacklevel=1)
+        warnings.warn("`gradient_checkpointing_enable` is deprecated and will be removed", FutureWarning, stacklevel=1)
+    assert [str(warning.message).split("`")[1] for warning in caught] == ["something", "gradient_checkpointing_enable"]
+
+
+def test_a_run_that_fails_closes_its_bars(build_model, tokenizer, dataset, settings, monkeypatch):
+    args = fastft.SFTConfig(**{**settings, "disable_tqdm": False})
+    made = fastft.SFTTrainer(build_model(), args, train_dataset=dataset, processing_class=tokenizer, compile=False)
+    bar = next(one for one in made.callback_handler.callbacks if isinstance(one, telling.Progress))
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+
+    def fails(*args, **kwargs):
+        assert bar.training_bar is not None
+        raise ArithmeticError
+
+    monkeypatch.setattr(made, "training_step", fails)
+    with pytest.raises(ArithmeticError):
+        made.train()
+    assert bar.training_bar is None
