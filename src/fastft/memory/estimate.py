@@ -23,6 +23,10 @@ COMPUTE = ("exact", "fp8", "fp8+head")
 # into them, by that of the exact ones; of the loss head likewise, computed from the rates of its GEMMs. In widths a
 # token, the gradients of gate and up in fp8, and those of queries, keys and values.
 FP8_TIME, FP8_HEAD_TIME, FP8_WIDE, FP8_ATTENTION = 0.62, 0.56, 1.0, 0.5
+# Of weights kept as fp8 factors, the bytes of a weight: values as rows and as columns. The 4 bytes of a row's scale are
+# left out. Making factors of NF4 in passing takes so many times as long as reading and writing their bytes (one profile
+# of Llama 8B on an H200: 13.8 ms of a step).
+FP8_COPY, FP8_MADE = 2, 2.7
 # A number in 8 bits, and its share of the scale of 64 of them in fp32; what the forward of a feed-forward holds while
 # it makes them, in widths a token: gate, up and their product. What making and reading them takes longer than in 16
 # bits, as bytes a width and token that pass through the memory (docs/benchmarks/2026-11-27-kernels.md).
@@ -66,7 +70,8 @@ LORA_SHARE, REST_SHARE, AGAIN_SHARE, HEAD_SHARE = 0.09, 0.09, 0.08, -0.14
 class Mode:
     """What a layer keeps (a name of `LEVELS`), and whether that waits in CPU memory.
 
-    `dequantised`: its NF4 weights are kept in 16 bits beside themselves, and not dequantised in every step.
+    `dequantised`: its NF4 weights are kept in 16 bits beside themselves, and not dequantised in every step; or as fp8
+    factors where the step has those.
     """
 
     level: str = "keep"
@@ -74,8 +79,17 @@ class Mode:
     dequantised: bool = False
 
     def __str__(self) -> str:
+        return self.told()
+
+    def told(self, fp8: bool = False) -> str:
+        """Return the mode in words; `fp8`: of a step with fp8 factors."""
         moved = ", moved to the CPU" if self.offload else ""
-        return self.level + moved + (", weights dequantised" if self.dequantised else "")
+        return self.level + moved + (f", {copies_name(fp8)}" if self.dequantised else "")
+
+
+def copies_name(fp8: bool) -> str:
+    """Return what copies of NF4 weights are called; `fp8`: in a step with fp8 factors."""
+    return "weights in fp8" if fp8 else "weights dequantised"
 
 
 @frozen
@@ -84,7 +98,7 @@ class Setup:
 
     `element` is the size in bytes of an activation. `rank` is LoRA's, 0 without; `trained` the number of trained
     parameters and `gradients`, `optimizer` their bytes. `full`: every weight is trained. `compute`: of `COMPUTE`.
-    `nf4_weights`: by layer, how many weights are in NF4 under an adapter, which can be kept dequantised; () for none.
+    `nf4_weights`: by layer, how many weights are in NF4 under an adapter, of which copies can be kept; () for none.
     `head`: of `HEADS`; `answers`: with "logprobs", the most tokens of a batch that have one, None for all of them.
     `norm`: of `NORMS`, how the norm before the head is computed.
     `eight_bits`: gate and up, where a layer keeps them, are kept in 8 bits; None: they cannot be.
@@ -110,8 +124,8 @@ class Setup:
 
     @property
     def keepable(self) -> bool:
-        """Say whether any weights can be kept dequantised: not with fp8 factors, which are made of NF4 itself."""
-        return any(self.nf4_weights) and not self.fp8
+        """Say whether any weights can be kept dequantised, or as fp8 factors."""
+        return any(self.nf4_weights)
 
     def kept_weights(self, modes: Sequence[Mode]) -> list[int]:
         """Return how many weights the layers of these modes keep dequantised, the first layer's first."""
@@ -120,7 +134,7 @@ class Setup:
 
     def dequantised_bytes(self, modes: Sequence[Mode]) -> int:
         """Return what the weights take that layers of these modes keep dequantised."""
-        return self.element * sum(self.kept_weights(modes))
+        return (FP8_COPY if self.fp8 else self.element) * sum(self.kept_weights(modes))
 
     @property
     def fp8(self) -> bool:
@@ -233,7 +247,7 @@ def _inner_ranks(setup: Setup, again: frozenset[str]) -> int:
 def temporary_bytes(setup: Setup, mode: Mode, kept: int = 0) -> int:
     """Return the most that the backward of one layer holds besides what was kept, in bytes.
 
-    `kept`: how many of its weights are kept dequantised.
+    `kept`: of how many of its weights there are copies.
     """
     shape, again, e = setup.shape, LEVELS[mode.level].again, setup.element
     wide = WIDE_AGAIN if "feed_forward" in again else WIDE_KEPT
@@ -247,8 +261,24 @@ def temporary_bytes(setup: Setup, mode: Mode, kept: int = 0) -> int:
     attention += shape.query + 2 * shape.key if "projection" in again else 0
     attention += FP8_ATTENTION * (shape.query + 2 * shape.key) if setup.fp8 else 0
     made_anew = (setup.quant or setup.fp8) and kept < shape.layer_weights
-    weight = max(given * made for _, given, made in shape.linears) * e if made_anew else 0
+    weight = made_bytes(setup) if made_anew else 0
     return int(setup.tokens * e * max(feed_forward, attention)) + weight
+
+
+def made_bytes(setup: Setup) -> int:
+    """Return the most that weights take which one product of the backward makes anew.
+
+    As fp8 factors all that read one activation are there at once, and those of 16 bits as rows too while they are
+    transposed; dequantised, one weight is.
+    """
+    shape = setup.shape
+    if not setup.fp8:
+        return max(given * made for _, given, made in shape.linears) * setup.element
+    groups: dict[str, list[int]] = {}
+    for role, given, made in shape.linears:
+        groups.setdefault(role, []).append(given * made)
+    rows = setup.quant is None
+    return max(sum(weights) + (max(weights) if rows else 0) for weights in groups.values())
 
 
 def head_bytes(setup: Setup) -> int:
@@ -316,7 +346,7 @@ def _moments(setup: Setup, modes: Sequence[Mode]) -> Iterator[tuple[Part, ...]]:
     def moment(kept: int, temporary: int, gradients: int, optimizer: int = setup.optimizer) -> tuple[Part, ...]:
         return (
             Part("weights", setup.weights),
-            *([Part("weights dequantised", dequantised)] if dequantised else []),
+            *([Part(copies_name(setup.fp8), dequantised)] if dequantised else []),
             Part("adapter", setup.adapter),
             Part("optimizer state", optimizer),
             Part("gradients", gradients),
@@ -382,14 +412,22 @@ def step_seconds(setup: Setup, modes: Sequence[Mode], device: Device) -> float:
 def dequantising_seconds(setup: Setup, mode: Mode, device: Device, kept: int = 0) -> float:
     """Return the seconds in which one layer's weights are dequantised in a step: for each time that they are used.
 
-    All but the `kept`, of which it is not known whether they are used twice or thrice.
+    With fp8, in which NF4 becomes factors, and what is in fp8 is transposed for the backward. All but the `kept`, of
+    which it is not known whether they are used twice or thrice.
     """
     if setup.quant not in BYTES_PER_WEIGHT:
         return 0.0
     again = LEVELS[mode.level].again - (set() if setup.shape.normed_outputs else {"down"})
-    uses = sum(given * made * (3 if role in again else 2) for role, given, made in setup.shape.linears)
-    uses *= 1 - min(1.0, kept / setup.shape.layer_weights)
-    return uses * (BYTES_PER_WEIGHT[setup.quant] + setup.element) / device.bandwidth
+    read = BYTES_PER_WEIGHT[setup.quant]
+    forward = backward = read + setup.element
+    if setup.fp8 and setup.quant == "nf4":
+        forward = backward = FP8_MADE * (read + 1)
+    elif setup.fp8 and setup.quant == "fp8":
+        forward, backward = 0, read + 1
+    passed = sum(
+        given * made * (forward * (1 + (role in again)) + backward) for role, given, made in setup.shape.linears
+    )
+    return passed * (1 - min(1.0, kept / setup.shape.layer_weights)) / device.bandwidth
 
 
 def layer_seconds(setup: Setup, device: Device) -> dict[str, float]:
