@@ -15,6 +15,7 @@ from fastft.kernels import fp8
 from fastft.kernels.nf4 import ref as nf4_ref
 from fastft.memory.estimate import Mode
 from fastft.state import get_state
+from fastft.train import step
 from fastft.train.cuda_graphs import state_of
 
 # Of a layer of the tiny Llama: its NF4 weights, and the rows of all of them, each of which has a scale in fp32.
@@ -190,11 +191,60 @@ def test_inputs_of_a_graph_are_as_the_copies_that_it_gets():
     assert all(one is other for one, other in zip(given, copies, strict=True))  # the inputs come in this order
 
 
-def test_the_head_in_fp8_beside_them_and_a_budget():
+def losses(model, seeds=(0, 1)):
+    """Return loss and gradients of steps through fastft's own loss head."""
+    found = []
+    for seed in seeds:
+        model.zero_grad()
+        loss = step.loss(model, batch(seed))
+        loss.backward()
+        found.append((loss.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None]))
+    return found
+
+
+def same_losses(one, other):
+    pairs = [pair for (a, of_a), (b, of_b) in zip(one, other, strict=True) for pair in ((a, b), *zip(of_a, of_b))]
+    return len(one[0][1]) == len(other[0][1]) > 0 and all(torch.equal(*pair) for pair in pairs)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_heads_factors_are_kept_where_those_of_all_layers_are(autocast, monkeypatch):
+    dtype = torch.bfloat16 if autocast else torch.float32
+    options = {"backend": "eager", "compute": "fp8+head", "batch": (2, 37)}
+    plain = fastft.compile(nf4(num_hidden_layers=1, dtype=dtype), plan="keep", **options)
+    model = fastft.compile(nf4(num_hidden_layers=1, dtype=dtype), plan="fast", **options)
+    planned, head = get_state(model).compiled.planned, model.get_base_model().lm_head
+    head.float()  # what computes is another tensor under autocast
+    plain.get_base_model().lm_head.float()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        wanted, found = losses(plain), losses(model)
+        assert same_losses(wanted, found)
+        kept = planned.weights.of([head.weight])
+        assert [one.shape for one in kept] == [(272, 64), (64, 272), (1,)]  # the vocabulary of 259 is padded
+        assert planned.weights.bytes == LAYER + 2 * 64 * 272 + 4 and planned.weights.changes == 5
+        parts = {part.name: part.bytes for part in planned.predicted().parts}
+        assert parts["weights in fp8"] == 2 * WEIGHTS + 2 * 64 * 259
+        made = []
+        for one in (plain, model):
+            monkeypatch.setattr(fp8, "quantize_whole", lambda *given: made.append(1) or fp8.op.quantize_whole(*given))
+            losses(one, [0])
+        assert made == [1]  # without copies alone
+        state = state_of(model)
+        with torch.no_grad():
+            for one in (plain, model):
+                one.get_base_model().lm_head.weight.mul_(1.5)
+        assert state_of(model) != state
+        again = losses(model)
+        assert same_losses(losses(plain), again) and not same_losses(found, again)
+        release_weights(model)
+        assert planned.weights.bytes == 0 and same_losses(again, losses(model))
+
+
+def test_a_budget_that_is_not_enough_for_all_layers_keeps_nothing_of_the_head():
     model = fastft.compile(nf4(), plan="keep", backend="eager", compute="fp8+head", batch=(2, 37))
     keep = get_state(model).compiled.planned.predicted().peak
     model = fastft.compile(nf4(), plan=keep + 3 * WEIGHTS, backend="eager", compute="fp8+head", batch=(2, 37))
     planned = get_state(model).compiled.planned
     assert fastft.report(model).modes == "1 layer keep; 1 layer keep, weights in fp8"
-    run(model, batch(0))
+    losses(model, [0])
     assert planned.weights.bytes == LAYER

@@ -231,6 +231,20 @@ def test_weights_kept_as_fp8_factors():
     assert of_layer == pytest.approx(2 * 218_103_808 / H200.bandwidth)
 
 
+def test_the_heads_fp8_factors_are_kept_beside_those_of_all_layers():
+    made, whole = setup(compute="fp8+head"), 128256 * 4096
+    fast, keep, mixed = ((Mode(),) * (32 - count) + (Mode(dequantised=True),) * count for count in (32, 0, 31))
+    assert [made.keeps_head(modes) for modes in (fast, keep, mixed)] == [True, False, False]
+    assert not any(setup(compute=compute).keeps_head(fast) for compute in ("exact", "fp8"))
+    assert not evolve(made, head="logprobs").keeps_head(fast)
+    told = {part.name: part.bytes for part in estimate(made, fast, H200).parts}
+    assert told["weights in fp8"] == 2 * (32 * 218_103_808 + whole)
+    assert head_bytes(made) - head_bytes(made, factors=True) == 2 * whole  # there for the step, or all the time
+    seconds = {modes: estimate(made, modes, H200).seconds for modes in (fast, keep, mixed)}
+    a_layer = (seconds[keep] - seconds[mixed]) / 31
+    assert 1e3 * (seconds[mixed] - seconds[fast] - a_layer) == pytest.approx(1.1, rel=0.25)
+
+
 def test_dequantised_weights_save_less_time_a_byte_than_anything_that_is_kept():
     made = setup(1)
 

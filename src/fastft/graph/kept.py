@@ -3,10 +3,11 @@
 A rewritten graph of a layer whose mode says so has more inputs for each NF4 weight under an adapter: one for the weight
 dequantised, or, where its products have fp8 factors, three for those. Whoever calls the graph hands the copies in,
 found by the weights it hands in anyway; so one graph still serves all layers. The packed weight stays what the model
-holds, saves and exports: a copy is no parameter and no buffer, and is gone with its weight.
+holds, saves and exports: a copy is no parameter and no buffer, and is gone with its weight. The loss head's weight may
+have a copy as fp8 factors beside them, for which the loss asks itself.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -43,16 +44,16 @@ class KeptInput:
 
 @frozen(eq=False)
 class Copies:
-    """The copies of one weight by dtype, and what they were made of: `marks` are those of that moment.
+    """The copies of one weight by form, and what they were made of: `marks` are those of that moment.
 
-    A copy is the weight [n, k] in a dtype; in `FACTORS` the values [n, k], the scales of the rows [n] in fp32 and the
-    values as [k, n], as `fp8.weight_columns` takes them. `state` is held so that no other tensor takes its place in
-    memory and passes for it.
+    The form of a packed weight is a dtype: the copy is the weight [n, k] in it, or in `FACTORS` the values [n, k], the
+    scales of the rows [n] in fp32 and the values as [k, n], as `fp8.weight_columns` takes them. `state` is held so that
+    no other tensor takes its place in memory and passes for it.
     """
 
     state: tuple[Tensor, ...]
     marks: tuple[Any, ...]
-    tensors: dict[torch.dtype, tuple[Tensor, ...]] = field(factory=dict)
+    tensors: dict[Hashable, tuple[Tensor, ...]] = field(factory=dict)
 
 
 def marks(weight: Tensor, state: Sequence[Tensor]) -> tuple[Any, ...]:
@@ -80,23 +81,38 @@ class KeptWeights:
         Raises RuntimeError where they would have to be made while a CUDA graph is recorded: they would be filled by the
         replays alone.
         """
-        now = [marks(one.weight, one.state) for one in packed]
-        found = [self.copies.get(one.weight) for one in packed]
+        parts = [(one.weight, one.state) for one in packed]
+        return self._kept(parts, dtype, lambda: _made(packed, dtype))
+
+    def of_head(self, weight: Tensor, dtype: torch.dtype, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """Return what `make` makes of a head's weight in `dtype`, from before or made now; raises as `together`."""
+        return self._kept([(weight, ())], ("head", dtype), lambda: [make()])[0]
+
+    @torch.no_grad()
+    def _kept(
+        self,
+        parts: Sequence[tuple[Tensor, tuple[Tensor, ...]]],
+        form: Hashable,
+        make: Callable[[], list[tuple[Tensor, ...]]],
+    ) -> list[tuple[Tensor, ...]]:
+        """Return the copies in a form of weights with these states; if one is not there or not current, make all."""
+        now = [marks(*part) for part in parts]
+        found = [self.copies.get(weight) for weight, _ in parts]
         current = [copies is not None and copies.marks == mark for copies, mark in zip(found, now, strict=True)]
-        if not all(there and dtype in copies.tensors for there, copies in zip(current, found, strict=True)):
+        if not all(there and form in copies.tensors for there, copies in zip(current, found, strict=True)):
             if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
                 raise RuntimeError("a weight of which copies are kept has no current one, and a recording makes none")
-            for place, (one, mark) in enumerate(zip(packed, now, strict=True)):  # let go of before they are made anew
+            for place, (weight, state) in enumerate(parts):  # let go of before they are made anew
                 if current[place]:
-                    found[place].tensors.pop(dtype, None)
+                    found[place].tensors.pop(form, None)
                 else:  # with all that were made of what it was
-                    self.copies.pop(one.weight, None)
-                    found[place] = self.copies[one.weight] = Copies(one.state, mark)
-                self.read[one.weight] = True
+                    self.copies.pop(weight, None)
+                    found[place] = self.copies[weight] = Copies(state, now[place])
+                self.read[weight] = True
             self.changes += 1
-            for copies, made in zip(found, _made(packed, dtype), strict=True):
-                copies.tensors[dtype] = made
-        return [copies.tensors[dtype] for copies in found]
+            for copies, made in zip(found, make(), strict=True):
+                copies.tensors[form] = made
+        return [copies.tensors[form] for copies in found]
 
     def of(self, weights: Iterable[Tensor]) -> list[Tensor]:
         """Return the copies that there are of these weights."""
@@ -128,7 +144,6 @@ class KeptWeights:
         return sum(tensor.nbytes for tensor in self.of(list(self.copies.keys())))
 
 
-@torch.no_grad()
 def _made(packed: Sequence[Packed[Tensor]], dtype: torch.dtype) -> list[tuple[Tensor, ...]]:
     """Return the copies of weights of one k. As factors, the values as [k, n_i] and the scales lie side by side."""
     packed = [evolve(one, weight=one.weight.detach()) for one in packed]

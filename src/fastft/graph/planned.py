@@ -139,6 +139,11 @@ class PlannedLayers:
         return evolve(sizes, nf4_weights=tuple(counts), eight_bits=eight_bits)
 
     @property
+    def keeps_head(self) -> bool:
+        """Say whether the loss head's fp8 factors are kept."""
+        return self.sizes is not None and self.sizes.keeps_head(self.modes)
+
+    @property
     def fewer(self) -> int:
         """Return how many layers have linears whose weights could be kept dequantised and that no rewrite took."""
         return sum(not all(self.weights.may_read(linear.weight) for linear in found) for found in self.keepable)

@@ -25,8 +25,9 @@ COMPUTE = ("exact", "fp8", "fp8+head")
 FP8_TIME, FP8_HEAD_TIME, FP8_WIDE, FP8_ATTENTION = 0.62, 0.56, 1.0, 0.5
 # Of weights kept as fp8 factors, the bytes of a weight: values as rows and as columns. The 4 bytes of a row's scale are
 # left out. Making factors of NF4 in passing takes so many times as long as reading and writing their bytes (one profile
-# of Llama 8B on an H200: 13.8 ms of a step).
-FP8_COPY, FP8_MADE = 2, 2.7
+# of Llama 8B on an H200: 13.8 ms of a step). Those of the loss head take the bytes of its weight in 16 bits, read for
+# its largest number and for its values, and these written, read and written transposed (there 1.1 ms).
+FP8_COPY, FP8_MADE, FP8_HEAD_MADE = 2, 2.7, 2 + 2 + 1 + 1 + 1
 # A number in 8 bits, and its share of the scale of 64 of them in fp32; what the forward of a feed-forward holds while
 # it makes them, in widths a token: gate, up and their product. What making and reading them takes longer than in 16
 # bits, as bytes a width and token that pass through the memory (docs/benchmarks/2026-11-27-kernels.md).
@@ -132,9 +133,14 @@ class Setup:
         counts = self.nf4_weights if self.keepable else (0,) * len(modes)
         return [count if mode.dequantised else 0 for mode, count in zip(modes, counts)]
 
+    def keeps_head(self, modes: Sequence[Mode]) -> bool:
+        """Say whether the loss head's fp8 factors are kept: beside layers of which all keep theirs."""
+        return self.fp8_head and bool(modes) and all(mode.dequantised for mode in modes)
+
     def dequantised_bytes(self, modes: Sequence[Mode]) -> int:
-        """Return what the weights take that layers of these modes keep dequantised."""
-        return (FP8_COPY if self.fp8 else self.element) * sum(self.kept_weights(modes))
+        """Return what the copies of weights take that are kept with layers of these modes."""
+        head = FP8_COPY * self.shape.vocabulary * self.shape.hidden if self.keeps_head(modes) else 0
+        return (FP8_COPY if self.fp8 else self.element) * sum(self.kept_weights(modes)) + head
 
     @property
     def fp8(self) -> bool:
@@ -281,10 +287,13 @@ def made_bytes(setup: Setup) -> int:
     return max(sum(weights) + (max(weights) if rows else 0) for weights in groups.values())
 
 
-def head_bytes(setup: Setup) -> int:
-    """Return what the last norm, the head and their gradients hold at once, in bytes."""
+def head_bytes(setup: Setup, factors: bool = False) -> int:
+    """Return what the last norm, the head and their gradients hold at once, in bytes.
+
+    `factors`: those of the head in fp8 are there anyway.
+    """
     kept, backward = norm_bytes(setup)
-    return max(backward, kept + (logprob_bytes(setup) if setup.head == "logprobs" else _loss_bytes(setup)))
+    return max(backward, kept + (logprob_bytes(setup) if setup.head == "logprobs" else _loss_bytes(setup, factors)))
 
 
 def norm_bytes(setup: Setup) -> tuple[int, int]:
@@ -294,12 +303,12 @@ def norm_bytes(setup: Setup) -> tuple[int, int]:
     return wide * kept, wide * (FUSED_WIDTHS * e if setup.norm == "fused" else NORM_BYTES)
 
 
-def _loss_bytes(setup: Setup) -> int:
+def _loss_bytes(setup: Setup, factors: bool) -> int:
     shape, e = setup.shape, setup.element
     logits = min(CHUNK_BYTES, setup.tokens * shape.vocabulary * e)
     trained = shape.vocabulary * shape.hidden * 4 if setup.full else 0
     if setup.fp8_head:  # the weight as rows and as columns, and a chunk's gradient
-        trained += 2 * shape.vocabulary * shape.hidden + logits // e
+        trained += (0 if factors else FP8_COPY * shape.vocabulary * shape.hidden) + logits // e
     return int(setup.tokens * shape.hidden * HEAD_WIDTHS * e) + logits + trained
 
 
@@ -355,7 +364,7 @@ def _moments(setup: Setup, modes: Sequence[Mode]) -> Iterator[tuple[Part, ...]]:
             Part("workspace", WORKSPACE),
         )
 
-    yield moment(sum(saved) + max(moved, default=0), head_bytes(setup), 0)
+    yield moment(sum(saved) + max(moved, default=0), head_bytes(setup, setup.keeps_head(modes)), 0)
     if setup.eight_bits:
         wide = int(EIGHT_BITS_MADE * setup.tokens * setup.element * setup.shape.intermediate)
         yield moment(sum(saved) + max(moved, default=0), wide, 0)
@@ -405,6 +414,8 @@ def step_seconds(setup: Setup, modes: Sequence[Mode], device: Device) -> float:
         total += taken
     head = 2 * setup.head_tokens * setup.shape.vocabulary * setup.shape.hidden / device.flops
     head *= FP8_HEAD_TIME if setup.fp8_head else 1
+    if setup.fp8_head and not setup.keeps_head(modes):
+        total += FP8_HEAD_MADE * setup.shape.vocabulary * setup.shape.hidden / device.bandwidth
     products = 2 + setup.full * (2 if setup.head == "logprobs" else 1)
     return total + head * products * (1 + HEAD_SHARE)
 
