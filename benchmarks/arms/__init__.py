@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from attrs import frozen
+from attrs import evolve, frozen
 
 from fastft.memory.plan import named_part
 
@@ -48,22 +48,31 @@ def _peft(name: str, title: str, *options: str, needs: tuple[str, ...] = ()) -> 
     return Arm(name, title, "benchmarks.arms.peft", ("peft", "bitsandbytes", *needs), options=options)
 
 
+# What stands before the colon of an arm with a memory plan -> its title, and options beside the plan.
+PLANNED = {
+    "fastft": ("fastft, {}",),
+    "fastft-replay": ('fastft, cuda_graphs="always", {}', "always"),
+    "fastft-fp8": ('fastft, {}, compute="fp8"', "fp8"),
+    "fastft-fp8-head": ('fastft, {}, compute="fp8+head"', "fp8+head"),
+}
+
+
+def _fastft(kind: str, plan: str, name: str = "") -> Arm:
+    title, *more = PLANNED[kind]
+    arm = Arm(name or kind, title.format(f'plan="{plan}"'), "benchmarks.arms.fastft", options=(plan, *more))
+    return evolve(arm, exact=not (arm.fp8 or named_part(plan)[1]))
+
+
 _LIGER = ("liger_kernel",)
 _UNSLOTH = ("unsloth", "unsloth_zoo", "bitsandbytes")
 
 ARMS: Mapping[str, Arm] = {
     arm.name: arm
     for arm in (
-        Arm("fastft", 'fastft, plan="keep"', "benchmarks.arms.fastft", options=("keep",)),
+        _fastft("fastft", "keep"),
         Arm("fastft-launch", "fastft without CUDA graphs", "benchmarks.arms.fastft", options=("keep", "never")),
-        Arm(
-            "fastft-fp8", 'fastft, plan="keep", compute="fp8"', "benchmarks.arms.fastft", options=("keep", "fp8"),
-            exact=False,
-        ),
-        Arm(
-            "fastft-fp8-head", 'fastft, plan="keep", compute="fp8+head"', "benchmarks.arms.fastft",
-            options=("keep", "fp8+head"), exact=False,
-        ),
+        _fastft("fastft-fp8", "keep"),
+        _fastft("fastft-fp8-head", "keep"),
         Arm("fastft-auto", 'fastft, plan="auto"', "benchmarks.arms.fastft", options=("auto",)),
         Arm("fastft-min", 'fastft, plan="min"', "benchmarks.arms.fastft", options=("min",)),
         _peft("peft", "transformers + PEFT, eager"),
@@ -86,9 +95,6 @@ ARMS: Mapping[str, Arm] = {
     )
 }  # fmt: skip
 
-# What stands before the colon of an arm with a memory plan -> its title, and options beside the plan.
-PLANNED = {"fastft": ("fastft",), "fastft-replay": ('fastft, cuda_graphs="always"', "always")}
-
 DEFAULT_ARMS = (
     "fastft", "fastft-min", "peft", "peft-checkpoint", "peft-compile", "peft-liger", "peft-liger-checkpoint", "unsloth",
     "unsloth-none",
@@ -98,14 +104,13 @@ DEFAULT_ARMS = (
 def find_arm(name: str) -> Arm | None:
     """Return the arm called `name`, None if there is none.
 
-    "fastft:PLAN" is fastft with that memory plan, "fastft-replay:PLAN" with CUDA graphs wherever they can be recorded;
-    "module:NAME" an arm of one's own, a module with `prepare`.
+    "fastft:PLAN" is fastft with that memory plan, "fastft-replay:PLAN" with CUDA graphs wherever they can be recorded,
+    "fastft-fp8:PLAN" and "fastft-fp8-head:PLAN" with fp8 factors; "module:NAME" is an arm of one's own, a module with
+    `prepare`.
     """
     kind, _, plan = name.partition(":")
     if kind in PLANNED and plan:
-        title, *options = PLANNED[kind]
-        exact = not named_part(plan)[1]
-        return Arm(name, f'{title}, plan="{plan}"', "benchmarks.arms.fastft", options=(plan, *options), exact=exact)
+        return _fastft(kind, plan, name)
     if name.startswith("module:"):
         return Arm(name, "an arm of one's own", name.removeprefix("module:"))
     if name == REFERENCE:

@@ -223,6 +223,11 @@ def test_wrong_usage_names_every_mistake(tmp_path):
 def test_arms():
     assert set(DEFAULT_ARMS) <= set(ARMS)
     assert find_arm("fastft-replay:24GB").options == ("24GB", "always") and find_arm("peft:24GB") is None
+    with_head = find_arm("fastft-fp8-head:fast")
+    assert with_head.options == ("fast", "fp8+head") and not with_head.exact
+    assert with_head.title == 'fastft, plan="fast", compute="fp8+head"'
+    assert find_arm("fastft-fp8:24GB").options == ("24GB", "fp8") and not find_arm("fastft-fp8:24GB").exact
+    assert find_arm("fastft-fp8").options == ("keep", "fp8") and find_arm("fastft-replay:24GB").exact
     assert find_arm("fastft:24GB").options == ("24GB",) and find_arm("fastft:") is None and find_arm("x") is None
 
 

@@ -46,13 +46,17 @@ def test_weights_that_stay_dequantised_are_told(folder, capsys):
     assert found["time_relative_to_keep"] < 1
 
 
-@pytest.mark.parametrize(
-    ("arguments", "why"),
-    [(("--quant", "none"), "no layer has NF4 weights under an adapter"),
-     (("--compute", "fp8"), "NF4 weights become fp8 factors")],
-)  # fmt: skip
-def test_a_plan_that_is_another_says_so(arguments, why, folder, capsys):
-    given = (folder, "--gpu", "H200", *arguments, "--plan")
+def test_weights_that_stay_in_fp8_are_told(folder, capsys):
+    given = (folder, "--gpu", "H200", "--length", 4096, "--batch", 2, "--plan", "fast", "--compute", "fp8")
+    code, out = told(capsys, *given)
+    assert code == 0 and "32 layers keep, weights in fp8\n" in out.out and "weights in fp8         13.96" in out.out
+    found = json.loads(told(capsys, *given, "--json")[1].out)
+    assert found["layers"] == "32 layers keep, weights in fp8" and found["notes"] == []
+
+
+@pytest.mark.parametrize("arguments", [("--quant", "none"), ("--quant", "fp8", "--compute", "fp8")])
+def test_a_plan_that_is_another_says_so(arguments, folder, capsys):
+    given, why = (folder, "--gpu", "H200", *arguments, "--plan"), "no layer has NF4 weights under an adapter"
     said = f"no weight is kept dequantised, plan 'fast' is 'keep': {why}"
     _, out = told(capsys, *given, "fast")
     assert said in out.out and "32 layers keep\n" in out.out

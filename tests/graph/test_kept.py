@@ -6,56 +6,20 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import batch, in_nf4, make, run, with_lora
+from nf4_models import compiled, nf4, same
+from tiny import batch, make, run
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastft
 from fastft.graph.compile import FEWER_KEPT, release_weights, uncompile
-from fastft.graph.kept import KeptWeights, finder, kept_input
+from fastft.graph.kept import KeptWeights, Packed, finder, kept_inputs
 from fastft.graph.passes import context
-from fastft.graph.twin import tiny_model
 from fastft.graph.verify import Verdict
 from fastft.kernels.nf4 import nf4_dequantize
 from fastft.memory.estimate import Mode, estimate
-from fastft.memory.offload import Offloader
 from fastft.state import get_state
 from fastft.train import cuda_graphs
 from fastft.train.cuda_graphs import SETTLED, Replayer, state_of
-
-# Whole blocks in a row: bitsandbytes dequantises others otherwise on a CPU, and proofs then refuse, rightly.
-SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
-
-
-def nf4(family="llama", dtype=torch.float32, dense=(), nested=True, lora=None, **changes):
-    """Return a tiny model with LoRA whose layers' linears are in NF4, but for those whose last name is in `dense`.
-
-    `lora`: further arguments of its config.
-    """
-    kinds = {"layer_types": ["sliding_attention", "full_attention"]} if family == "gemma3_text" else {}
-    model = tiny_model(family, dtype=dtype, **{**SIZES, **kinds, **changes})
-    model.set_attn_implementation("eager")
-    return with_lora(in_nf4(model, dense, nested), dtype, **(lora or {})).train()
-
-
-def compiled(modes=None, plan="keep", backend="eager", **changes):
-    """Return a compiled model, its layers in `modes` if they are given, and its plan."""
-    torch._dynamo.reset()
-    model = fastft.compile(nf4(**changes), plan=plan, backend=backend)
-    planned = get_state(model).compiled.planned
-    if modes is not None:
-        planned.chosen = tuple(modes)
-        planned.offloader = Offloader(torch.device("cpu"), least_bytes=1 << 12)
-    return model, planned
-
-
-def same(one, other):
-    """Say whether logits, loss and every gradient of two steps have the same bits."""
-    return (
-        torch.equal(one[0], other[0])
-        and torch.equal(one[1], other[1])
-        and one[2].keys() == other[2].keys()
-        and all(torch.equal(gradient, other[2][name]) for name, gradient in one[2].items())
-    )
 
 
 def packed(model):
@@ -137,9 +101,6 @@ def test_without_nf4_weights_the_plan_is_keep_and_says_so():
     model = fastft.compile(make("llama", torch.float32, True), plan="fast", backend="eager")
     assert fastft.report(model).modes == "2 layers keep"
     assert "plan 'fast' is 'keep': no layer has NF4 weights" in str(fastft.report(model))
-    model = fastft.compile(nf4(dtype=torch.float32), plan="fast", backend="eager", compute="fp8")
-    assert fastft.report(model).modes == "2 layers keep"
-    assert "NF4 weights become fp8 factors" in str(fastft.report(model))
 
 
 def two_adapters(model):
@@ -271,13 +232,19 @@ def test_copies_go_when_they_are_let_go_and_come_again():
     assert alive.count() == 0 and same(first, run(model, batch(0)))
 
 
+def copy_of(weights, weight, state, dtype):
+    """Return the copy of the weight that `quantised` gives, from before or made now."""
+    ((copy,),) = weights.together([Packed(weight, tuple(state), 8, 16)], dtype)
+    return copy
+
+
 class KeptCopies:
     """Counts which of the copies that there are now are alive later."""
 
     def __init__(self, weights):
         import weakref
 
-        self.references = [weakref.ref(copy) for one in weights.copies.values() for copy in one.tensors.values()]
+        self.references = [weakref.ref(copy) for copy in weights.of(list(weights.copies.keys()))]
         assert self.references
 
     def count(self):
@@ -304,7 +271,7 @@ def test_a_copy_follows_its_weight():
 
     def holds(weight):
         """Say whether the copy, which need be no other tensor, is what the weight means now."""
-        seen.append(weights.copy(weight, state, 8, 16, torch.float32))
+        seen.append(copy_of(weights, weight, state, torch.float32))
         return torch.equal(seen[-1], wanted(weight, state, torch.float32))
 
     assert holds(weight) and holds(weight) and seen[0] is seen[1] and weights.changes == 1
@@ -341,12 +308,12 @@ def test_a_weight_that_is_read_in_two_dtypes_has_a_copy_in_each():
     weights, dtypes = KeptWeights(), (torch.float32, torch.bfloat16)
     for _ in range(3):
         for dtype in dtypes:
-            assert torch.equal(weights.copy(weight, state, 8, 16, dtype), wanted(weight, state, dtype))
+            assert torch.equal(copy_of(weights, weight, state, dtype), wanted(weight, state, dtype))
     assert weights.changes == 2 and weights.bytes == (4 + 2) * 128
     assert [copy.dtype for copy in weights.of([weight])] == list(dtypes)
     with torch.no_grad():
         weight.copy_(255 - weight)
-    weights.copy(weight, state, 8, 16, torch.float32)
+    copy_of(weights, weight, state, torch.float32)
     assert weights.bytes == 4 * 128  # what was made of the bytes before is of no use
 
 
@@ -357,9 +324,10 @@ def test_a_graph_may_read_a_weight_in_two_dtypes():
     with FakeTensorMode() as mode:
         nodes[0].meta["example_value"] = mode.from_tensor(weight)
     kept = []
-    read = [kept_input(kept, nodes[0], nodes[1:], 8, 16, dtype) for dtype in (torch.float32, torch.bfloat16) * 2]
+    packed = Packed(nodes[0], tuple(nodes[1:]), 8, 16)
+    read = [kept_inputs(kept, [packed], dtype) for dtype in (torch.float32, torch.bfloat16) * 2]
     assert read[:2] == read[2:] and len(kept) == 2
-    graph.output(tuple(read[:2]))
+    graph.output(tuple(node for nodes in read[:2] for node in nodes[0]))
     module, weights = torch.fx.GraphModule({}, graph), KeptWeights()
     copies = finder(graph, kept, weights)
     for _ in range(2):
@@ -373,15 +341,15 @@ def test_a_recording_makes_no_copy(monkeypatch):
     weights = KeptWeights()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    with pytest.raises(RuntimeError, match="kept dequantised has no current copy"):
-        weights.copy(weight, state, 8, 16, torch.float32)
+    with pytest.raises(RuntimeError, match="of which copies are kept has no current one"):
+        copy_of(weights, weight, state, torch.float32)
     assert len(weights.copies) == 0 == weights.changes
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    made = weights.copy(weight, state, 8, 16, torch.float32)
+    made = copy_of(weights, weight, state, torch.float32)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert weights.copy(weight, state, 8, 16, torch.float32) is made  # what is there is read
-    with pytest.raises(RuntimeError, match="kept dequantised"):
-        weights.copy(weight, state, 8, 16, torch.bfloat16)
+    assert copy_of(weights, weight, state, torch.float32) is made  # what is there is read
+    with pytest.raises(RuntimeError, match="has no current one"):
+        copy_of(weights, weight, state, torch.bfloat16)
     assert weights.bytes == 4 * 128
 
 

@@ -119,7 +119,7 @@ SHAPES = [(16, 64), (80, 192), (33, 128), (64, 320)]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("kind", ["nested", "single", "dense", "held"])
+@pytest.mark.parametrize("kind", ["nested", "single", "dense", "held", "turned"])
 def test_both_layouts_of_a_weight(shape, kind, poisoned_empty):
     n, k = shape
     if kind in ("nested", "single"):
@@ -130,9 +130,10 @@ def test_both_layouts_of_a_weight(shape, kind, poisoned_empty):
     else:
         weight, state = normal(n, k, scale=0.1), []
         wide, largest = weight, weight.abs().amax(1)
-    if kind == "held":
+    if kind in ("held", "turned"):
         q, scale = ref.quantize_rows([weight])
         weight, state = q.view(torch.uint8), [scale.view(-1)]
+        state += [weight.t().contiguous()] if kind == "turned" else []
     want = ref.weight_rows(weight, state, n, k)
     assert torch.allclose(want[1], largest / 448, rtol=1e-6)
     rows = fp8.weight_rows(weight, state, n, k)
@@ -144,6 +145,51 @@ def test_both_layouts_of_a_weight(shape, kind, poisoned_empty):
     plain = fp8.dequantize(*want, torch.float32)
     assert torch.equal(plain, want[0].float() * want[1][:, None])
     assert (plain - wide).abs().max() <= 2.0**-4 * wide.abs().max()
+
+
+def held_in_both_layouts(sizes, k):
+    """Return weights [n_i, k] in fp8 whose state has the transposed values too, columns of one matrix, and that."""
+    made = [fp8.quantize_rows([normal(n, k, seed=i, scale=k**-0.5)]) for i, n in enumerate(sizes)]
+    whole, scales = fp8.weight_columns([q for q, _ in made], [[scale] for _, scale in made], list(sizes), k)
+    own = zip(scales.split(sizes), whole.split(sizes, dim=1), strict=True)
+    return [q for q, _ in made], [list(state) for state in own], whole
+
+
+def test_columns_that_lie_side_by_side_are_taken_as_they_are():
+    sizes, k = (32, 16, 48), 64
+    weights, states, whole = held_in_both_layouts(sizes, k)
+
+    def columns(*places):
+        return fp8.weight_columns(*([part[i] for i in places] for part in (weights, states, sizes)), k)
+
+    found, scales = columns(0, 1, 2)
+    assert found.data_ptr() == whole.data_ptr() and found.shape == (k, 96) and found.is_contiguous()
+    assert scales.data_ptr() == states[0][0].data_ptr() and scales.shape == (96,)
+    for places in ((0,), (0, 2), (1, 2), (2, 1, 0), (1, 1)):  # some, and in another order: copied together
+        found, scales = columns(*places)
+        assert found.data_ptr() != whole.data_ptr() and found.is_contiguous()
+        want = torch.cat([weights[i].view(torch.uint8) for i in places]).t()
+        assert torch.equal(found.view(torch.uint8), want)
+        assert torch.equal(scales, torch.cat([states[i][0] for i in places]))
+    states[1][0] = states[1][0].clone()  # scales that lie elsewhere
+    found, scales = columns(0, 1, 2)
+    assert torch.equal(found.view(torch.uint8), whole.view(torch.uint8)) and scales.shape == (96,)
+
+
+@pytest.mark.parametrize("used", [(0, 1, 2), (0, 2)])
+def test_weights_in_both_layouts_give_the_same_bits(used):
+    sizes, k, m, dtype = (32, 16, 48), 64, 21, DTYPES[-1]
+    weights, states, _ = held_in_both_layouts(sizes, k)
+    x = normal(m, k, dtype=dtype).requires_grad_()
+    a = [normal(4, k, seed=7 + i, scale=0.1).requires_grad_() for i in range(3)]
+    b = [normal(n, 4, seed=17 + i, scale=0.1).requires_grad_() for i, n in enumerate(sizes)]
+    results = []
+    for given in (states, [state[:1] for state in states]):
+        ys = lora.lora_linears(x, weights, [None] * 3, a, b, [2.0] * 3, given, fp8=True)
+        dys = [normal(m, sizes[i], seed=20 + i, dtype=dtype) for i in used]
+        leaves = [x, *(a[i] for i in used), *(b[i] for i in used)]
+        results.append([*ys, *torch.autograd.grad([ys[i] for i in used], leaves, dys)])
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 
 
 @pytest.mark.skipif(not KERNEL, reason="no Triton here; the interpreter test runs it")
@@ -316,10 +362,13 @@ def test_feed_forward(packed, quant, poisoned_empty):
     assert all(ratio < 0.12 for ratio in ratios)
 
 
-@pytest.mark.parametrize("quant", ["dense", "nested"])
+@pytest.mark.parametrize("quant", ["dense", "nested", "turned"])
 def test_opcheck(quant):
     n, k, dtype = 32, 64, DTYPES[0]
     weight, state = (normal(n, k, dtype=dtype), []) if quant == "dense" else random_nf4(n, k)
+    if quant == "turned":
+        (weight,), ((scale, turned),), _ = held_in_both_layouts((n,), k)
+        weight, state = weight.view(torch.uint8), [scale, turned.view(torch.uint8)]  # opcheck compares no fp8 on a CPU
     x = normal(3, 5, k, dtype=dtype).requires_grad_()
     a, b = normal(4, k).requires_grad_(), normal(n, 4).requires_grad_()
     counts = [len(state)]

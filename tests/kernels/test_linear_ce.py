@@ -141,7 +141,7 @@ def test_no_gradient_is_made_without_gradient_mode():
     want = linear_ce.linear_cross_entropy(*inputs)
     real = torch.ops.fastft.linear_cross_entropy.default
     with torch.no_grad():
-        outputs = real(inputs[0].reshape(-1, 24), *inputs[1:2], inputs[2].reshape(-1), inputs[3], None,
+        outputs = real(inputs[0].reshape(-1, 24), *inputs[1:2], inputs[2].reshape(-1), inputs[3], None, [],
                        1.0, 0.0, 0.0, -100, -1, 0, False, False, False, False)  # fmt: skip
         shapes = [t.numel() for t in outputs[1:4]]
         loss = linear_ce.linear_cross_entropy(*inputs)
@@ -152,7 +152,7 @@ def test_no_gradient_is_made_without_gradient_mode():
 def test_gradients_that_were_not_made_are_an_error_not_a_zero():
     hidden, weight, labels, _ = make(shape=(9,))
     loss = torch.ops.fastft.linear_cross_entropy(
-        hidden, weight, labels, None, None, 1.0, 0.0, 0.0, -100, -1, 0, False, True, False, False
+        hidden, weight, labels, None, None, [], 1.0, 0.0, 0.0, -100, -1, 0, False, True, False, False
     )[0]
     with pytest.raises(RuntimeError, match=r"need \[True, True, False\]"):
         loss.backward()
@@ -264,10 +264,11 @@ def test_opcheck(bias):
     hidden, weight, labels, offset = make(shape=(9,), bias=bias)
     op = torch.ops.fastft.linear_cross_entropy
     torch.library.opcheck(
-        op, (hidden, weight, labels, offset, None, 0.5, 3.0, 0.1, -100, -1, 4, False, True, True, bias)
+        op, (hidden, weight, labels, offset, None, [], 0.5, 3.0, 0.1, -100, -1, 4, False, True, True, bias)
     )
     torch.library.opcheck(
-        op, (hidden.detach(), weight.detach(), labels, None, torch.tensor(3), 1.0, 0.0, 0.0, -100, 8, 0, *[False] * 4)
+        op,
+        (hidden.detach(), weight.detach(), labels, None, torch.tensor(3), [], 1.0, 0.0, 0.0, -100, 8, 0, *[False] * 4),
     )
     factor = torch.tensor(0.3, device=DEVICE)
     for dtype in (FP32, FP16):
@@ -281,7 +282,7 @@ def test_can_be_emitted_as_graph_nodes():
     def node(h, w, y, b):
         h, y = h.reshape(-1, 24), y.reshape(-1)
         settings = (1.0, 3.0, 0.0, -100, -1, 0, False, True, True, True)
-        return torch.ops.fastft.linear_cross_entropy(h, w, y, b, None, *settings)[0]
+        return torch.ops.fastft.linear_cross_entropy(h, w, y, b, None, [], *settings)[0]
 
     for function in (lambda *args: linear_ce.ref.linear_cross_entropy(*args, softcap=3.0), node):
         graph = torch.fx.Graph()

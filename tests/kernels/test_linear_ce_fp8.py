@@ -155,10 +155,26 @@ def test_what_it_refuses():
     assert linear_ce.fp8_obstacle(hidden, weight, None) == ""
 
 
-def test_opcheck():
+def test_factors_that_were_kept_give_the_same_bits():
+    inputs = make()
+    factors = linear_ce.fp8_factors(inputs[1])
+    want, got = (
+        run(linear_ce.linear_cross_entropy, *inputs, fp8=True, **given) for given in ({}, {"factors": factors})
+    )
+    assert torch.equal(want[0], got[0]) and torch.equal(want[1], got[1])
+    exact = run(linear_ce.linear_cross_entropy, *inputs, factors=factors)  # of no use without fp8
+    assert torch.equal(exact[1], run(linear_ce.linear_cross_entropy, *inputs)[1])
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_opcheck(kept):
     hidden, weight, labels = make(rows=9, masked=(2,))
     settings = (0.5, 3.0, 0.1, -100, -1, 4, True, True, False, False)
-    torch.library.opcheck(torch.ops.fastft.linear_cross_entropy, (hidden, weight, labels, None, None, *settings))
+    rows, columns, scale = linear_ce.fp8_factors(weight)
+    factors = [rows.view(torch.uint8), columns.view(torch.uint8), scale] if kept else []  # it compares no fp8 on a CPU
+    torch.library.opcheck(
+        torch.ops.fastft.linear_cross_entropy, (hidden, weight, labels, None, None, factors, *settings)
+    )
 
 
 @pytest.mark.gpu

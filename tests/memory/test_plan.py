@@ -11,6 +11,7 @@ from fastft.errors import UsageError
 from fastft.memory.devices import device_of, find_device, parse_bytes
 from fastft.memory.estimate import (
     Mode,
+    dequantising_seconds,
     estimate,
     head_bytes,
     logprob_bytes,
@@ -19,6 +20,7 @@ from fastft.memory.estimate import (
     saved_bytes,
     setup_of,
     step_seconds,
+    temporary_bytes,
 )
 from fastft.memory.levels import LEVELS
 from fastft.memory.oom import message
@@ -210,6 +212,39 @@ def test_layers_that_keep_different_numbers_of_weights():
     assert keep.seconds - every.seconds == pytest.approx(dequantising * (31 / 3 + 1) / 32)
 
 
+def test_weights_kept_as_fp8_factors():
+    """8B: values as rows and as columns, a byte each; made anew they took 13.8 ms of a step on an H200."""
+    made, fast, keep = setup(compute="fp8"), named_modes("fast", 32, True), named_modes("keep", 32)
+    told = {part.name: part.bytes for part in estimate(made, fast, H200).parts}
+    assert told["weights in fp8"] == made.dequantised_bytes(fast) == 32 * 2 * 218_103_808
+    assert "weights dequantised" not in told and describe_modes(fast, fp8=True) == "32 layers keep, weights in fp8"
+    assert evolve(made, element=4).dequantised_bytes(fast) == made.dequantised_bytes(fast)
+    saved = estimate(made, keep, H200).seconds - estimate(made, fast, H200).seconds
+    assert saved * 1e3 == pytest.approx(13.8, rel=0.05)
+    # Gate and up are factors of one product of the backward: both are there at once where they are made anew.
+    both = 2 * 4096 * 14336
+    assert temporary_bytes(made, Mode()) - temporary_bytes(made, Mode(), 218_103_808) == both
+    held, dense = (temporary_bytes(setup(quant=quant, compute="fp8"), Mode()) for quant in ("fp8", None))
+    assert held == temporary_bytes(made, Mode()) == dense - both // 2
+    # Held in fp8 they are transposed alone, once for the backward: a byte read and one written.
+    of_layer = dequantising_seconds(setup(quant="fp8", compute="fp8"), Mode(), H200)
+    assert of_layer == pytest.approx(2 * 218_103_808 / H200.bandwidth)
+
+
+def test_the_heads_fp8_factors_are_kept_beside_those_of_all_layers():
+    made, whole = setup(compute="fp8+head"), 128256 * 4096
+    fast, keep, mixed = ((Mode(),) * (32 - count) + (Mode(dequantised=True),) * count for count in (32, 0, 31))
+    assert [made.keeps_head(modes) for modes in (fast, keep, mixed)] == [True, False, False]
+    assert not any(setup(compute=compute).keeps_head(fast) for compute in ("exact", "fp8"))
+    assert not evolve(made, head="logprobs").keeps_head(fast)
+    told = {part.name: part.bytes for part in estimate(made, fast, H200).parts}
+    assert told["weights in fp8"] == 2 * (32 * 218_103_808 + whole)
+    assert head_bytes(made) - head_bytes(made, factors=True) == 2 * whole  # there for the step, or all the time
+    seconds = {modes: estimate(made, modes, H200).seconds for modes in (fast, keep, mixed)}
+    a_layer = (seconds[keep] - seconds[mixed]) / 31
+    assert 1e3 * (seconds[mixed] - seconds[fast] - a_layer) == pytest.approx(1.1, rel=0.25)
+
+
 def test_dequantised_weights_save_less_time_a_byte_than_anything_that_is_kept():
     made = setup(1)
 
@@ -229,8 +264,9 @@ def test_the_plan_fast_and_who_does_not_keep_weights():
 
     assert modes("fast") == named_modes("fast", 32, True) == (Mode(dequantised=True),) * 32 == modes("130GB")
     assert modes("auto") == modes("fast") and modes("keep") == named_modes("fast", 32) == (Mode(),) * 32
-    for changes in ({"quant": None}, {"quant": "int8"}, {"quant": "fp8"}, {"compute": "fp8"}):
+    for changes in ({"quant": None}, {"quant": "int8"}, {"quant": "fp8"}, {"quant": "fp8", "compute": "fp8"}):
         assert modes("fast", **changes) == modes("130GB", **changes) == (Mode(),) * 32
+    assert modes("fast", compute="fp8") == modes("auto", compute="fp8+head") == modes("fast")
     first = remedies(setup(), modes("fast"), 140 * GB)[0]
     assert first.name == 'plan="keep"' and first.saves > 31 * 2 * 218_103_808
 

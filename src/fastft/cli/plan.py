@@ -84,7 +84,7 @@ def collect(
     made = plans.planned(setup, plan, limit, device)
     positions = positions_of(config)
     notes = (
-        plans.fast_is_keep(plan, made.modes, plans.FP8_FACTORS if setup.nf4_weights else plans.NO_NF4),
+        plans.fast_is_keep(plan, made.modes, plans.NO_NF4),
         plans.not_in_eight_bits(plan, "without adapters the rewrite that does so is not taken" if full else ""),
         _too_long(length, positions),
     )
@@ -97,7 +97,7 @@ def collect(
         "budget_bytes": limit,
         "budget_of": "gpu" if limit == usable else "plan",
         "fits": made.fits,
-        **_told(made, bool(setup.eight_bits)),
+        **_told(made, bool(setup.eight_bits), setup.fp8),
         "notes": [note for note in notes if note],
         **_lengths(plans.longest(setup, plan, limit, device), positions),
         "remedies": []
@@ -168,7 +168,7 @@ def _too_long(length: int, positions: int | None) -> str:
     return f"the model goes to {positions} tokens (max_position_embeddings), fewer than {length}: {remedy}"
 
 
-def _told(made: Any, eight_bits: bool) -> dict[str, Any]:
+def _told(made: Any, eight_bits: bool, fp8: bool) -> dict[str, Any]:
     """Return a plan and its prediction as plain values."""
     from attrs import asdict
 
@@ -178,7 +178,7 @@ def _told(made: Any, eight_bits: bool) -> dict[str, Any]:
         "parts": [{"name": part.name, "bytes": part.bytes} for part in made.estimate.parts],
         "peak_bytes": made.estimate.peak,
         "host_bytes": made.estimate.host,
-        "layers": describe_modes(made.modes, eight_bits),
+        "layers": describe_modes(made.modes, eight_bits, fp8),
         "modes": [asdict(mode) for mode in made.modes],
         "step_seconds": made.estimate.seconds,
         "time_relative_to_keep": made.estimate.relative,

@@ -12,7 +12,7 @@ from torch import fx, nn
 import fastft.kernels
 from fastft.graph.capture import bind, find_unit
 from fastft.graph.keepable import left_packed
-from fastft.graph.kept import KeptInput, KeptWeights, finder
+from fastft.graph.kept import KeptInput, KeptWeights, examples, finder
 from fastft.graph.passes.context import Context
 from fastft.graph.pipeline import rewrite
 from fastft.graph.recompute import TagPass
@@ -30,7 +30,7 @@ class Settings:
     """How graphs are rewritten and lowered. `plan` is what was asked for, `level` what one version of a layer keeps.
 
     `compute` is "exact", or "fp8" where large products may have fp8 factors. `dequantised`: this version of a layer
-    reads copies of its NF4 weights that are kept dequantised. `eight_bits`: gate and up are kept in 8 bits.
+    reads copies of its NF4 weights, dequantised or as fp8 factors. `eight_bits`: gate and up are kept in 8 bits.
     `norm_alone`: the form, of `implementations`, of a norm that is a graph of its own.
     """
 
@@ -49,7 +49,7 @@ class Settings:
 class RewritingBackend:
     """A backend for `torch.compile`: one object per compiled model, which remembers what it proved and did.
 
-    `units`: the modules that are compiled with it. `weights`: the copies of NF4 weights that are kept dequantised.
+    `units`: the modules that are compiled with it. `weights`: the copies of NF4 weights that are kept.
     """
 
     root: nn.Module
@@ -89,7 +89,7 @@ class RewritingBackend:
         if kept is None:
             return lower(new, example_inputs, settings)
         copies = finder(new.graph, kept, self.weights, left_packed(new.graph, binding, kept))
-        lowered = lower(new, [*example_inputs, *(one.node.meta["example_value"] for one in kept)], settings)
+        lowered = lower(new, [*example_inputs, *examples(kept)], settings)
         return lambda *inputs: lowered(*inputs, *copies(inputs))
 
 

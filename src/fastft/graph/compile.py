@@ -36,7 +36,7 @@ CACHES = ("cache", "past_key_values")
 
 
 FEWER_KEPT = (
-    "layers that keep fewer weights dequantised than planned, or none: {}; some linears of theirs were not replaced"
+    "layers that keep fewer copies of weights than planned, or none: {}; some linears of theirs were not replaced"
 )
 
 
@@ -110,12 +110,13 @@ def compile(
     returned as it is, and `report(model)` says so. Calling it again replaces what an earlier call installed.
 
     plan: what is kept for the backward pass. "keep": results of matrix products and of attention. "fast": NF4 weights
-    too, dequantised, 2 bytes each in bf16, until `uncompile` or the end of a trainer's run. "min": the layers' inputs.
-    "offload": attention's outputs too, in CPU memory. A number of bytes, or "24GB": as fast as a step of that peak can
-    be, weights and optimizer included. "auto": what the model's state says, else what the GPU has free but for a
-    reserve of 1 GiB and 3 %, and but for a quarter where weights are kept dequantised; "keep" on a CPU. With "+8bit"
-    behind it ("keep+8bit", "24GB+8bit") gate and up of the feed-forwards, the most of what "keep" keeps, are kept in 8
-    bits a number (a scale for 64). The forward stays exact, gradients do not: about 1 % off for evenly spread values.
+    too, dequantised or as fp8 factors, 2 bytes each in bf16, until `uncompile` or the end of a trainer's run. "min":
+    the layers' inputs. "offload": attention's outputs too, in CPU memory. A number of bytes, or "24GB": as fast as a
+    step of that peak can be, weights and optimizer included. "auto": what the model's state says, else what the GPU has
+    free but for a reserve of 1 GiB and 3 %, and but for a quarter where weights are kept so; "keep" on a CPU. With
+    "+8bit" behind it ("keep+8bit", "24GB+8bit") gate and up of the feed-forwards, the most of what "keep" keeps, are
+    kept in 8 bits a number (a scale for 64). The forward stays exact, gradients do not: about 1 % off for evenly spread
+    values.
     batch: (rows, length) of the largest batch to come, which a budget is solved for; None: the first one. A larger one
     later solves it again.
     backend: "inductor", or "aot_eager" and "eager" for debugging.
@@ -391,7 +392,7 @@ def uncompile(model: nn.Module) -> nn.Module:
 
 
 def release_weights(model: nn.Module) -> None:
-    """Let go of the dequantised copies of NF4 weights that `model` keeps; a further training step makes them again."""
+    """Let go of the copies of NF4 weights that `model` keeps; a further training step makes them again."""
     compiled = get_state(model).compiled
     if compiled is not None and compiled.planned is not None:
         compiled.planned.weights.clear()

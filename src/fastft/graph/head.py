@@ -106,6 +106,18 @@ def head_in_fp8(model: Any, obstacle: Callable[[], str]) -> bool:
     return not why
 
 
+def kept_factors(model: Any, own: Tensor, weight: Tensor, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """Return what `make` makes of a head's weight for products in fp8, if the plan keeps that; else ().
+
+    `own`: the module's weight, of which `weight` is made in the dtype of computation. One that is gathered from shards
+    is another each time.
+    """
+    planned = get_state(unwrapped(model)).compiled.planned
+    if planned is None or not planned.keeps_head or hasattr(own, "full_tensor"):
+        return ()
+    return planned.weights.of_head(own, weight.dtype, make)
+
+
 def plain_linear(module: nn.Module) -> nn.Linear | None:
     """Return `module` if its output is nothing but `x W^T + b` of floating-point weights, else None."""
     if type(module).forward is not nn.Linear.forward or "forward" in module.__dict__ or hasattr(module, "_hf_hook"):

@@ -1,6 +1,6 @@
 """What can be kept otherwise than it is, asked before any graph is there: it is for linears that a rewrite takes.
 
-NF4 weights dequantised, and gate and up in 8 bits.
+NF4 weights dequantised or as fp8 factors, and gate and up in 8 bits.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -11,14 +11,14 @@ from fastft.graph.capture import Binding, is_instance_of
 from fastft.graph.kept import KeptInput
 from fastft.graph.passes.feed_forward import fusable_linears
 from fastft.graph.passes.lora import is_lora_linear, is_nf4_linear, obstacle
-from fastft.memory.plan import FP8_FACTORS, NO_NF4
+from fastft.memory.plan import NO_NF4
 from fastft.registry.spec import GluPoint, ModelSpec
 
 
 def keepable_linears(
-    layers: Sequence[nn.Module], spec: ModelSpec, disable: Collection[str] = (), compute: str = "exact"
+    layers: Sequence[nn.Module], spec: ModelSpec, disable: Collection[str] = ()
 ) -> tuple[tuple[tuple[nn.Module, ...], ...], str]:
-    """Return the linears of each layer whose weights can be kept dequantised, and why not one can be; "" if one can.
+    """Return the linears of each layer whose weights can be kept so, and why not one can be; "" if one can.
 
     A proof may refuse one later (`left_packed`).
     """
@@ -27,7 +27,7 @@ def keepable_linears(
         linears = _nf4_lora_linears(layer.named_modules())
         gated = _feed_forwards(layer, spec) if "feed_forward" not in disable else ()
         whole = {id(linear) for module, point in gated for linear in fusable_linears(module, point)}
-        whys = [_reason(m, id(m) in whole, disable, compute) for m in linears]
+        whys = [_reason(m, id(m) in whole, disable) for m in linears]
         found.append(tuple(m.base_layer for m, why in zip(linears, whys, strict=True) if not why))
         reasons += whys
     return tuple(found), "" if any(found) else next(iter(reasons), NO_NF4)
@@ -49,7 +49,7 @@ def left_packed(graph: fx.Graph, binding: Binding, kept: Collection[KeptInput]) 
     """Return the inputs of a rewritten graph that take NF4 weights under an adapter that computes, and no copies."""
     linears = _nf4_lora_linears(binding.modules.values())
     weights = {id(m.base_layer.weight) for m in linears if not (m.disable_adapters or m.merged)}
-    copied = {one.weight for one in kept}
+    copied = {packed.weight for one in kept for packed in one.packed}
     inputs = [node for node in graph.nodes if node.op == "placeholder" and node not in copied]
     return [node for node in inputs if id(binding.tensors.get(node.name)) in weights]
 
@@ -58,9 +58,7 @@ def _nf4_lora_linears(modules: Iterable[tuple[str, nn.Module]]) -> list[nn.Modul
     return [module for name, module in modules if is_lora_linear(name, module) and is_nf4_linear(module.base_layer)]
 
 
-def _reason(linear: nn.Module, in_whole: bool, disable: Collection[str], compute: str) -> str:
-    if compute != "exact":
-        return FP8_FACTORS
+def _reason(linear: nn.Module, in_whole: bool, disable: Collection[str]) -> str:
     if "lora" in disable:
         return "" if in_whole else "the rewrite 'lora' is disabled"
     return obstacle(linear)

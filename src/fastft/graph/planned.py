@@ -40,6 +40,8 @@ GB = 10**9
 class PlannedLayers:
     """The modes chosen for a model's layers, first to last, and the largest batch they were chosen for.
 
+    `fp8`: the step has fp8 factors, and copies of weights are such.
+
     `sizes` is None where the config does not tell them; a budget is then refused. `fits` is False where even the
     smallest plan is predicted to need more than the budget. `weights` are the copies of layers whose mode says
     `dequantised`; `keepable` are the linears of each layer whose weights can be kept so, `why_not` what is in the way
@@ -60,6 +62,7 @@ class PlannedLayers:
     why_not: str = ""
     wants_eight_bits: bool | None = False
     graphs: list[GraphReport] = field(factory=list)
+    fp8: bool = False
 
     @classmethod
     def of(
@@ -92,11 +95,11 @@ class PlannedLayers:
                 raise
             sizes = None
         name = torch.cuda.get_device_name(where) if where.type == "cuda" else ""
-        keepable, why_not = keepable_linears(layers, spec, disable, compute)
+        keepable, why_not = keepable_linears(layers, spec, disable)
         modes = named_modes(plan if budget is None else "keep", len(layers), any(keepable))
         made = cls(
             plan, modes, sizes, budget, find_device(name), keepable=keepable, why_not=why_not,
-            wants_eight_bits=eight_bits,
+            wants_eight_bits=eight_bits, fp8=compute != "exact",
         )  # fmt: skip
         if batch is not None:
             made.see(*batch, where)
@@ -116,7 +119,7 @@ class PlannedLayers:
 
     def described(self) -> str:
         """Return in words what the layers keep."""
-        return describe_modes(self.modes, self.eight_bits)
+        return describe_modes(self.modes, self.eight_bits, self.fp8)
 
     @property
     def eight_bits(self) -> bool:
@@ -134,6 +137,11 @@ class PlannedLayers:
         counts = (sum(linear.out_features * linear.in_features for linear in linears) for linears in read)
         eight_bits = None if self.wants_eight_bits is None else self.eight_bits
         return evolve(sizes, nf4_weights=tuple(counts), eight_bits=eight_bits)
+
+    @property
+    def keeps_head(self) -> bool:
+        """Say whether the loss head's fp8 factors are kept."""
+        return self.sizes is not None and self.sizes.keeps_head(self.modes)
 
     @property
     def fewer(self) -> int:

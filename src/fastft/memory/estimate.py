@@ -23,6 +23,11 @@ COMPUTE = ("exact", "fp8", "fp8+head")
 # into them, by that of the exact ones; of the loss head likewise, computed from the rates of its GEMMs. In widths a
 # token, the gradients of gate and up in fp8, and those of queries, keys and values.
 FP8_TIME, FP8_HEAD_TIME, FP8_WIDE, FP8_ATTENTION = 0.62, 0.56, 1.0, 0.5
+# Of weights kept as fp8 factors, the bytes of a weight: values as rows and as columns. The 4 bytes of a row's scale are
+# left out. Making factors of NF4 in passing takes so many times as long as reading and writing their bytes (one profile
+# of Llama 8B on an H200: 13.8 ms of a step). Those of the loss head take the bytes of its weight in 16 bits, read for
+# its largest number and for its values, and these written, read and written transposed (there 1.1 ms).
+FP8_COPY, FP8_MADE, FP8_HEAD_MADE = 2, 2.7, 2 + 2 + 1 + 1 + 1
 # A number in 8 bits, and its share of the scale of 64 of them in fp32; what the forward of a feed-forward holds while
 # it makes them, in widths a token: gate, up and their product. What making and reading them takes longer than in 16
 # bits, as bytes a width and token that pass through the memory (docs/benchmarks/2026-11-27-kernels.md).
@@ -66,7 +71,8 @@ LORA_SHARE, REST_SHARE, AGAIN_SHARE, HEAD_SHARE = 0.09, 0.09, 0.08, -0.14
 class Mode:
     """What a layer keeps (a name of `LEVELS`), and whether that waits in CPU memory.
 
-    `dequantised`: its NF4 weights are kept in 16 bits beside themselves, and not dequantised in every step.
+    `dequantised`: its NF4 weights are kept in 16 bits beside themselves, and not dequantised in every step; or as fp8
+    factors where the step has those.
     """
 
     level: str = "keep"
@@ -74,8 +80,17 @@ class Mode:
     dequantised: bool = False
 
     def __str__(self) -> str:
+        return self.told()
+
+    def told(self, fp8: bool = False) -> str:
+        """Return the mode in words; `fp8`: of a step with fp8 factors."""
         moved = ", moved to the CPU" if self.offload else ""
-        return self.level + moved + (", weights dequantised" if self.dequantised else "")
+        return self.level + moved + (f", {copies_name(fp8)}" if self.dequantised else "")
+
+
+def copies_name(fp8: bool) -> str:
+    """Return what copies of NF4 weights are called; `fp8`: in a step with fp8 factors."""
+    return "weights in fp8" if fp8 else "weights dequantised"
 
 
 @frozen
@@ -84,7 +99,7 @@ class Setup:
 
     `element` is the size in bytes of an activation. `rank` is LoRA's, 0 without; `trained` the number of trained
     parameters and `gradients`, `optimizer` their bytes. `full`: every weight is trained. `compute`: of `COMPUTE`.
-    `nf4_weights`: by layer, how many weights are in NF4 under an adapter, which can be kept dequantised; () for none.
+    `nf4_weights`: by layer, how many weights are in NF4 under an adapter, of which copies can be kept; () for none.
     `head`: of `HEADS`; `answers`: with "logprobs", the most tokens of a batch that have one, None for all of them.
     `norm`: of `NORMS`, how the norm before the head is computed.
     `eight_bits`: gate and up, where a layer keeps them, are kept in 8 bits; None: they cannot be.
@@ -110,17 +125,22 @@ class Setup:
 
     @property
     def keepable(self) -> bool:
-        """Say whether any weights can be kept dequantised: not with fp8 factors, which are made of NF4 itself."""
-        return any(self.nf4_weights) and not self.fp8
+        """Say whether any weights can be kept dequantised, or as fp8 factors."""
+        return any(self.nf4_weights)
 
     def kept_weights(self, modes: Sequence[Mode]) -> list[int]:
         """Return how many weights the layers of these modes keep dequantised, the first layer's first."""
         counts = self.nf4_weights if self.keepable else (0,) * len(modes)
         return [count if mode.dequantised else 0 for mode, count in zip(modes, counts)]
 
+    def keeps_head(self, modes: Sequence[Mode]) -> bool:
+        """Say whether the loss head's fp8 factors are kept: beside layers of which all keep theirs."""
+        return self.fp8_head and bool(modes) and all(mode.dequantised for mode in modes)
+
     def dequantised_bytes(self, modes: Sequence[Mode]) -> int:
-        """Return what the weights take that layers of these modes keep dequantised."""
-        return self.element * sum(self.kept_weights(modes))
+        """Return what the copies of weights take that are kept with layers of these modes."""
+        head = FP8_COPY * self.shape.vocabulary * self.shape.hidden if self.keeps_head(modes) else 0
+        return (FP8_COPY if self.fp8 else self.element) * sum(self.kept_weights(modes)) + head
 
     @property
     def fp8(self) -> bool:
@@ -233,7 +253,7 @@ def _inner_ranks(setup: Setup, again: frozenset[str]) -> int:
 def temporary_bytes(setup: Setup, mode: Mode, kept: int = 0) -> int:
     """Return the most that the backward of one layer holds besides what was kept, in bytes.
 
-    `kept`: how many of its weights are kept dequantised.
+    `kept`: of how many of its weights there are copies.
     """
     shape, again, e = setup.shape, LEVELS[mode.level].again, setup.element
     wide = WIDE_AGAIN if "feed_forward" in again else WIDE_KEPT
@@ -247,14 +267,33 @@ def temporary_bytes(setup: Setup, mode: Mode, kept: int = 0) -> int:
     attention += shape.query + 2 * shape.key if "projection" in again else 0
     attention += FP8_ATTENTION * (shape.query + 2 * shape.key) if setup.fp8 else 0
     made_anew = (setup.quant or setup.fp8) and kept < shape.layer_weights
-    weight = max(given * made for _, given, made in shape.linears) * e if made_anew else 0
+    weight = made_bytes(setup) if made_anew else 0
     return int(setup.tokens * e * max(feed_forward, attention)) + weight
 
 
-def head_bytes(setup: Setup) -> int:
-    """Return what the last norm, the head and their gradients hold at once, in bytes."""
+def made_bytes(setup: Setup) -> int:
+    """Return the most that weights take which one product of the backward makes anew.
+
+    As fp8 factors all that read one activation are there at once, and those of 16 bits as rows too while they are
+    transposed; dequantised, one weight is.
+    """
+    shape = setup.shape
+    if not setup.fp8:
+        return max(given * made for _, given, made in shape.linears) * setup.element
+    groups: dict[str, list[int]] = {}
+    for role, given, made in shape.linears:
+        groups.setdefault(role, []).append(given * made)
+    rows = setup.quant is None
+    return max(sum(weights) + (max(weights) if rows else 0) for weights in groups.values())
+
+
+def head_bytes(setup: Setup, factors: bool = False) -> int:
+    """Return what the last norm, the head and their gradients hold at once, in bytes.
+
+    `factors`: those of the head in fp8 are there anyway.
+    """
     kept, backward = norm_bytes(setup)
-    return max(backward, kept + (logprob_bytes(setup) if setup.head == "logprobs" else _loss_bytes(setup)))
+    return max(backward, kept + (logprob_bytes(setup) if setup.head == "logprobs" else _loss_bytes(setup, factors)))
 
 
 def norm_bytes(setup: Setup) -> tuple[int, int]:
@@ -264,12 +303,12 @@ def norm_bytes(setup: Setup) -> tuple[int, int]:
     return wide * kept, wide * (FUSED_WIDTHS * e if setup.norm == "fused" else NORM_BYTES)
 
 
-def _loss_bytes(setup: Setup) -> int:
+def _loss_bytes(setup: Setup, factors: bool) -> int:
     shape, e = setup.shape, setup.element
     logits = min(CHUNK_BYTES, setup.tokens * shape.vocabulary * e)
     trained = shape.vocabulary * shape.hidden * 4 if setup.full else 0
     if setup.fp8_head:  # the weight as rows and as columns, and a chunk's gradient
-        trained += 2 * shape.vocabulary * shape.hidden + logits // e
+        trained += (0 if factors else FP8_COPY * shape.vocabulary * shape.hidden) + logits // e
     return int(setup.tokens * shape.hidden * HEAD_WIDTHS * e) + logits + trained
 
 
@@ -316,7 +355,7 @@ def _moments(setup: Setup, modes: Sequence[Mode]) -> Iterator[tuple[Part, ...]]:
     def moment(kept: int, temporary: int, gradients: int, optimizer: int = setup.optimizer) -> tuple[Part, ...]:
         return (
             Part("weights", setup.weights),
-            *([Part("weights dequantised", dequantised)] if dequantised else []),
+            *([Part(copies_name(setup.fp8), dequantised)] if dequantised else []),
             Part("adapter", setup.adapter),
             Part("optimizer state", optimizer),
             Part("gradients", gradients),
@@ -325,7 +364,7 @@ def _moments(setup: Setup, modes: Sequence[Mode]) -> Iterator[tuple[Part, ...]]:
             Part("workspace", WORKSPACE),
         )
 
-    yield moment(sum(saved) + max(moved, default=0), head_bytes(setup), 0)
+    yield moment(sum(saved) + max(moved, default=0), head_bytes(setup, setup.keeps_head(modes)), 0)
     if setup.eight_bits:
         wide = int(EIGHT_BITS_MADE * setup.tokens * setup.element * setup.shape.intermediate)
         yield moment(sum(saved) + max(moved, default=0), wide, 0)
@@ -375,6 +414,8 @@ def step_seconds(setup: Setup, modes: Sequence[Mode], device: Device) -> float:
         total += taken
     head = 2 * setup.head_tokens * setup.shape.vocabulary * setup.shape.hidden / device.flops
     head *= FP8_HEAD_TIME if setup.fp8_head else 1
+    if setup.fp8_head and not setup.keeps_head(modes):
+        total += FP8_HEAD_MADE * setup.shape.vocabulary * setup.shape.hidden / device.bandwidth
     products = 2 + setup.full * (2 if setup.head == "logprobs" else 1)
     return total + head * products * (1 + HEAD_SHARE)
 
@@ -382,14 +423,22 @@ def step_seconds(setup: Setup, modes: Sequence[Mode], device: Device) -> float:
 def dequantising_seconds(setup: Setup, mode: Mode, device: Device, kept: int = 0) -> float:
     """Return the seconds in which one layer's weights are dequantised in a step: for each time that they are used.
 
-    All but the `kept`, of which it is not known whether they are used twice or thrice.
+    With fp8, in which NF4 becomes factors, and what is in fp8 is transposed for the backward. All but the `kept`, of
+    which it is not known whether they are used twice or thrice.
     """
     if setup.quant not in BYTES_PER_WEIGHT:
         return 0.0
     again = LEVELS[mode.level].again - (set() if setup.shape.normed_outputs else {"down"})
-    uses = sum(given * made * (3 if role in again else 2) for role, given, made in setup.shape.linears)
-    uses *= 1 - min(1.0, kept / setup.shape.layer_weights)
-    return uses * (BYTES_PER_WEIGHT[setup.quant] + setup.element) / device.bandwidth
+    read = BYTES_PER_WEIGHT[setup.quant]
+    forward = backward = read + setup.element
+    if setup.fp8 and setup.quant == "nf4":
+        forward = backward = FP8_MADE * (read + 1)
+    elif setup.fp8 and setup.quant == "fp8":
+        forward, backward = 0, read + 1
+    passed = sum(
+        given * made * (forward * (1 + (role in again)) + backward) for role, given, made in setup.shape.linears
+    )
+    return passed * (1 - min(1.0, kept / setup.shape.layer_weights)) / device.bandwidth
 
 
 def layer_seconds(setup: Setup, device: Device) -> dict[str, float]:

@@ -41,7 +41,7 @@ def message(
         rows = table(setup, modes)
         width = max(len(name) for name, _ in rows)
         lines += [f"  {name.ljust(width)}  {amount.rjust(7)}" for name, amount in rows]
-        lines.append(f"  ({describe_modes(modes, bool(setup.eight_bits))})")
+        lines.append(f"  ({describe_modes(modes, bool(setup.eight_bits), setup.fp8)})")
         found = remedy_lines(setup, modes, budget)
         lines += ["What would make it smaller, the cheapest first:", *(f"  {line}" for line in found)] if found else []
     else:

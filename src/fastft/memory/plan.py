@@ -34,7 +34,6 @@ HOST_SHARE = 0.5
 COPIES_SHARE = 0.75
 # Why weights are not kept dequantised.
 NO_NF4 = "no layer has NF4 weights under an adapter"
-FP8_FACTORS = "NF4 weights become fp8 factors"
 
 
 @frozen
@@ -305,14 +304,15 @@ def remedies(setup: Setup, modes: Sequence[Mode], budget: int | None = None) -> 
     return tuple(found)
 
 
-def describe_modes(modes: Sequence[Mode], eight_bits: bool = False) -> str:
+def describe_modes(modes: Sequence[Mode], eight_bits: bool = False, fp8: bool = False) -> str:
     """Return the modes in words, first layers first: "12 layers min, moved to the CPU; 20 layers keep".
 
     eight_bits: the layers that keep gate and up keep them in 8 bits, which is said of these.
+    fp8: copies of weights are fp8 factors.
     """
     runs = [(mode, len(list(same))) for mode, same in groupby(modes)]
     narrow = " (gate and up in 8 bits, not exact)" if eight_bits else ""
     return "; ".join(
-        f"{count} layer{'s' if count > 1 else ''} {mode}{narrow if keeps_wide(mode.level) else ''}"
+        f"{count} layer{'s' if count > 1 else ''} {mode.told(fp8)}{narrow if keeps_wide(mode.level) else ''}"
         for mode, count in runs
     )

@@ -43,7 +43,7 @@ def predicted(model: Any) -> dict[str, Any]:
 
 
 def let_go(error: BaseException, model: Any) -> None:
-    """Free what a step that failed held: tensors in the frames of `error`, gradients, and weights kept dequantised."""
+    """Free what a step that failed held: tensors in the frames of `error`, gradients, and copies of weights."""
     traceback.clear_frames(error.__traceback__)
     release_weights(model)
     model.zero_grad(set_to_none=True)

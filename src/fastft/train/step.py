@@ -14,7 +14,16 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fastft.graph import attention
-from fastft.graph.head import Head, find_head, head_check, head_in_fp8, linear_operands, plain_linear, unwrapped
+from fastft.graph.head import (
+    Head,
+    find_head,
+    head_check,
+    head_in_fp8,
+    kept_factors,
+    linear_operands,
+    plain_linear,
+    unwrapped,
+)
 from fastft.state import base_model
 
 IGNORE = -100
@@ -55,9 +64,10 @@ def loss(
         head_in_fp8(model, lambda: why)
         nll = _chunked_nll(head, hidden, targets, label_smoothing)
         return _weighted(nll, loss_type).sum() / items
-    from fastft.kernels.linear_ce import fp8_obstacle, linear_cross_entropy
+    from fastft.kernels.linear_ce import fp8_factors, fp8_obstacle, linear_cross_entropy
 
     hidden, weight, bias = linear_operands(plain, hidden)
+    fp8 = head_in_fp8(model, lambda: fp8_obstacle(hidden, weight, bias))
     return linear_cross_entropy(
         hidden,
         weight,
@@ -69,7 +79,8 @@ def loss(
         ignore_index=IGNORE,
         num_items=items,
         valid_rows=batch.get("valid_rows"),
-        fp8=head_in_fp8(model, lambda: fp8_obstacle(hidden, weight, bias)),
+        fp8=fp8,
+        factors=kept_factors(model, plain.weight, weight, lambda: fp8_factors(weight)) if fp8 else (),
     )
 
 

@@ -36,7 +36,7 @@ class Context:
     `implementations` says per rule whether a region becomes a fused "op" or "torch" code. `verdicts` remembers what
     was proved, by the region's structure, its parameters' sizes, the replacement's constants and the precision it was
     computed in; it lives as long as one compiled model. `compute`: "fp8" lets replacements that have such a form take
-    it. `kept`: the inputs that take dequantised copies of NF4 weights, filled by the passes; None where weights are not
+    it. `kept`: the inputs that take copies of NF4 weights, filled by the passes; None where weights are not
     kept so. `eight_bits`: replacements that can are to keep their widest results in 8 bits.
     """
 
@@ -100,7 +100,8 @@ class Replacement:
     """A function that computes a region's outputs from `arguments` (nodes and constants), and what it claims.
 
     `fp8`: the same computation with fp8 factors, or the reason why there is none. `kept_arguments`: gives the same
-    arguments with the copies of NF4 weights, which hold what the function would make of them, in the weights' places.
+    arguments with the copies of NF4 weights, which hold what the function would make of them, in the weights' places;
+    its second argument says whether that are fp8 factors.
     `eight_bits`: whether function and fp8, if it is one, take `eight_bits=True`: to keep what they widen in 8 bits.
     """
 
@@ -111,7 +112,7 @@ class Replacement:
     same_rounding: bool = True
     inputs: Mapping[fx.Node, torch.Tensor] = field(factory=dict)
     fp8: Callable[..., object] | str = "it has no such form"
-    kept_arguments: Callable[[list[KeptInput]], tuple[object, ...]] | None = None
+    kept_arguments: Callable[[list[KeptInput], bool], tuple[object, ...]] | None = None
     eight_bits: bool = False
 
 
@@ -152,8 +153,8 @@ def replace_if_proved(
     if verdict.ok:
         origins = stack_from or [region.nodes[0]] * len(region.outputs)
         arguments = replacement.arguments
-        if compute == "exact" and context.kept is not None and replacement.kept_arguments is not None:
-            arguments = replacement.kept_arguments(context.kept)
+        if context.kept is not None and replacement.kept_arguments is not None:
+            arguments = replacement.kept_arguments(context.kept, compute == "fp8")
         emit(graph_module.graph, function, arguments, region.nodes, origins, region.outputs)
         erase(graph_module.graph, region.nodes)
     rule, name, implementation = replacement.rule, region.name, replacement.implementation

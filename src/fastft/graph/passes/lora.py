@@ -8,7 +8,7 @@ from attrs import evolve, frozen
 from torch import fx, nn
 
 from fastft.graph.capture import QUANT_STATE
-from fastft.graph.kept import KeptInput, kept_input
+from fastft.graph.kept import FACTORS, KeptInput, Packed, kept_inputs
 from fastft.graph.passes.context import Context, Replacement, refused, replace_if_proved
 from fastft.graph.regions import NotARegionError, Region, collect, make_region
 from fastft.graph.report import Rewrite
@@ -245,7 +245,7 @@ def fused_linears(
         implementation,
         same_rounding=False,
         fp8=not_fp8 or cast(partial(op, fp8=True)),
-        kept_arguments=lambda kept: arguments(*kept_weights(projections, kept, dtype)),
+        kept_arguments=lambda kept, in_fp8: arguments(*kept_weights(projections, kept, FACTORS if in_fp8 else dtype)),
         eight_bits=eight_bits and implementation == "op",
     )
 
@@ -258,10 +258,22 @@ def held_weights(projections: Sequence[Projection]) -> tuple[list[fx.Node], list
 def kept_weights(
     projections: Sequence[Projection], kept: list[KeptInput], dtype: torch.dtype
 ) -> tuple[list[fx.Node], list[list[fx.Node]]]:
-    """Return the same with a dequantised copy in place of every NF4 weight, which has no state then."""
+    """Return the same with a copy in place of every NF4 weight: dequantised, without a state, or as fp8 factors.
+
+    Factors of weights that read one activation are made together: its gradient is one product with all of them.
+    """
     weights, states = held_weights(projections)
+    together: dict[object, list[int]] = {}
     for i, p in enumerate(projections):
         if p.nf4:
-            n, k = p.out_features, p.a.meta["example_value"].shape[1]
-            weights[i], states[i] = kept_input(kept, p.weight, p.quant_state, n, k, dtype), []
+            together.setdefault(p.x if dtype == FACTORS else i, []).append(i)
+    for places in together.values():
+        group = [_packed(projections[i]) for i in places]
+        for i, (copy, *rest) in zip(places, kept_inputs(kept, group, dtype), strict=True):
+            weights[i], states[i] = copy, rest
     return weights, states
+
+
+def _packed(projection: Projection) -> Packed[fx.Node]:
+    k = projection.a.meta["example_value"].shape[1]
+    return Packed(projection.weight, projection.quant_state, projection.out_features, k)

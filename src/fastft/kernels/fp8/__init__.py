@@ -9,5 +9,6 @@ from fastft.kernels.fp8.op import obstacle as obstacle
 from fastft.kernels.fp8.op import product as product
 from fastft.kernels.fp8.op import quantize_rows as quantize_rows
 from fastft.kernels.fp8.op import quantize_whole as quantize_whole
+from fastft.kernels.fp8.op import side_by_side as side_by_side
 from fastft.kernels.fp8.op import weight_columns as weight_columns
 from fastft.kernels.fp8.op import weight_rows as weight_rows

@@ -81,7 +81,7 @@ def weight_rows(weight: Tensor, state: list[Tensor], n: int, k: int) -> tuple[Te
     """Return a frozen weight in fp8 [n, k] and the scales of its rows, fp32 [n].
 
     weight, state: [n, k] and []; packed NF4 bytes and its state as `lora_linears` takes it; or, held in fp8 (or as the
-    bytes of that), [n, k] and [scales [n] fp32], which are given back.
+    bytes of that), [n, k] and [scales [n] fp32], which are given back, or [scales, the same values as [k, n]].
     """
     if ref.held(weight, n, k) or not use_triton(weight):
         return ref.weight_rows(weight, state, n, k)
@@ -101,8 +101,14 @@ def weight_columns(
 ) -> tuple[Tensor, Tensor]:
     """Return weights one under the other, transposed: fp8 [k, sum of n_i] and the scales of their rows [sum of n_i].
 
-    weights, states: as `weight_rows` takes them, n_i = sizes[i]. The values are those of `weight_rows`.
+    weights, states: as `weight_rows` takes them, n_i = sizes[i]. The values are those of `weight_rows`. What is held
+    as [k, n_i] is copied together, and given back as it is where it lies so already (`side_by_side`).
     """
+    turned = [ref.held_turned(*given, k) for given in zip(weights, states, sizes)]
+    if all(columns is not None for columns in turned):
+        whole, scales = side_by_side(turned), side_by_side([state[0] for state in states])
+        if whole is not None and scales is not None:
+            return whole, scales
     device, width = weights[0].device, sum(sizes)
     out = torch.empty(k, width, dtype=ref.FP8, device=device)
     scale = torch.empty(width, dtype=torch.float32, device=device)
@@ -114,8 +120,24 @@ def weight_columns(
     return out, scale
 
 
+def side_by_side(parts: list[Tensor]) -> Tensor | None:
+    """Return the contiguous tensor [..., sum of n_i] of which the parts [..., n_i] are all columns in order, if any."""
+    first, width = parts[0], sum(part.shape[-1] for part in parts)
+    start, storage = first.data_ptr(), first.untyped_storage().data_ptr()
+    strides = (width, 1)[-first.dim() :]
+    for part in parts:
+        if part.data_ptr() != start or part.untyped_storage().data_ptr() != storage or part.stride() != strides:
+            return None
+        start += part.shape[-1] * part.element_size()
+    return first.as_strided((*first.shape[:-1], width), strides)
+
+
 def _transposed_into(weight: Tensor, state: list[Tensor], n: int, k: int, out: Tensor, scale: Tensor) -> None:
-    if use_triton(weight):
+    turned = ref.held_turned(weight, state, n, k)
+    if turned is not None:
+        out.view(torch.uint8).copy_(turned.view(torch.uint8))
+        made = state[0]
+    elif use_triton(weight):
         from fastft.kernels.fp8 import triton as kernels
 
         if state and not ref.held(weight, n, k):

@@ -39,6 +39,11 @@ def held(weight: Tensor, n: int, k: int) -> bool:
     return weight.element_size() == 1 and weight.numel() == n * k
 
 
+def held_turned(weight: Tensor, state: list[Tensor], n: int, k: int) -> Tensor | None:
+    """Return the values [k, n] that a weight held in fp8 has beside its own [n, k], None where it has none."""
+    return state[1].view(FP8) if held(weight, n, k) and len(state) == 2 else None
+
+
 def weight_rows(weight: Tensor, state: list[Tensor], n: int, k: int) -> tuple[Tensor, Tensor]:
     """Return a frozen weight in fp8 [n, k] and the scale of each row, fp32 [n].
 

@@ -11,6 +11,8 @@ Rows without a label are dropped before the first GEMM where their number is kno
 kept, the kernel writes zeros for those.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -46,6 +48,7 @@ def linear_cross_entropy(
     valid_rows: int | None = None,
     chunk_rows: int | None = None,
     fp8: bool = False,
+    factors: Sequence[Tensor] = (),
 ) -> Tensor:
     """Return the sum of the cross entropies of softcap * tanh(scale * (hidden W^T + bias) / softcap), per item.
 
@@ -58,7 +61,8 @@ def linear_cross_entropy(
     valid_rows: an upper bound on the number of labelled rows that the caller knows without asking the device; a bound
     that is too low makes the loss NaN. chunk_rows: rows whose logits are held at once, by default a heuristic.
     fp8: the two products with the weight have fp8 factors, but for each row's label (`linear_ce.quantized`); for a
-    weight without gradient that `fp8_obstacle` lets pass, else UsageError.
+    weight without gradient that `fp8_obstacle` lets pass, else UsageError. factors: what `fp8_factors` made of the
+    weight in the dtype of hidden, where a caller has kept that; otherwise it is made here.
 
     A label outside [0, V) raises UsageError on a CPU, and makes loss and gradients NaN on a GPU, where nothing can be
     raised without waiting for the device; nothing is read out of bounds. Without gradient mode no gradient is made.
@@ -80,7 +84,7 @@ def linear_cross_entropy(
         num_items = hidden.new_full((), float(num_items), dtype=work_dtype(hidden.dtype))  # a fill: no copy, no wait
     return torch.ops.fastft.linear_cross_entropy(
         hidden.reshape(-1, hidden.shape[-1]), weight, labels.reshape(-1), bias, num_items,
-        float(scale), float(softcap), float(label_smoothing), ignore_index,
+        list(factors) if fp8 else [], float(scale), float(softcap), float(label_smoothing), ignore_index,
         -1 if valid_rows is None else valid_rows, chunk_rows or 0, fp8, *needs,
     )[0]  # fmt: skip
 
@@ -136,6 +140,7 @@ def _linear_cross_entropy(
     labels: Tensor,
     bias: Tensor | None,
     num_items: Tensor | None,
+    factors: list[Tensor],
     scale: float,
     softcap: float,
     label_smoothing: float,
@@ -164,12 +169,13 @@ def _linear_cross_entropy(
     num_items = num_items.to(hidden.device, work_dtype(hidden.dtype)).reshape(())
     factor, unit = _split_power_of_two(1 / num_items)
     with torch.autocast(hidden.device.type, enabled=False):
-        given = (rows.contiguous(), weight, targets.long(), bias, factor, settings, chunk_rows, fused)
+        rows, given = rows.contiguous(), (targets.long(), bias, factor, settings, chunk_rows, fused)
         if fp8:
-            losses, dhidden = _fp8_chunks(*given, needs_hidden)
+            head = Fp8Head.kept(weight, factors) if factors else Fp8Head.of(weight)
+            losses, dhidden = _fp8_chunks(rows, head, *given, needs_hidden)
             dweight, dbias = (torch.empty(0, dtype=losses.dtype, device=hidden.device) for _ in range(2))
         else:
-            losses, dhidden, dweight, dbias = _chunks(*given, (needs_hidden, needs_weight, needs_bias))
+            losses, dhidden, dweight, dbias = _chunks(rows, weight, *given, (needs_hidden, needs_weight, needs_bias))
     if needs_hidden and kept is not None:
         dhidden = torch.zeros(hidden.shape, dtype=hidden.dtype, device=hidden.device).index_copy_(0, kept, dhidden)
     loss = losses.sum() / num_items
@@ -209,7 +215,7 @@ def _chunks(
 
 def _fp8_chunks(
     hidden: Tensor,
-    weight: Tensor,
+    head: Fp8Head,
     labels: Tensor,
     bias: Tensor | None,
     factor: Tensor,
@@ -219,20 +225,19 @@ def _fp8_chunks(
     gradient: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return (losses [n], dhidden) with fp8 factors, a chunk of rows at a time in buffers that all chunks use."""
-    n, vocab = hidden.shape[0], weight.shape[0]
+    n, vocab = hidden.shape[0], head.weight.shape[0]
     height = chunk_rows or heuristic_rows(
         n, vocab, hidden.element_size(), cuda=hidden.is_cuda, gpu_bytes=GPU_LOGITS_BYTES
     )
     losses = torch.empty(n, dtype=work_dtype(hidden.dtype), device=hidden.device)
     dhidden = torch.empty(hidden.shape if gradient else 0, dtype=hidden.dtype, device=hidden.device)
-    head = Fp8Head.of(weight)
     logits, made = head.buffers(min(height, n), hidden.dtype)
     with launch_on(hidden):
         for start in range(0, n, height):
             part = slice(start, min(start + height, n))
             rows = part.stop - start
             target = labels[part].clamp(0, vocab - 1)
-            own = weight[target]
+            own = head.weight[target]
             chunk = head.logits(hidden[part], bias, target, own, logits[:rows])
             into = Quantized(made.values[:rows], made.scale[:rows], made.slope[:rows])
             if fused:
@@ -252,8 +257,8 @@ def _fp8_chunks(
 
 @_linear_cross_entropy.register_fake
 def _(
-    hidden, weight, labels, bias, num_items, scale, softcap, label_smoothing, ignore_index, valid_rows, chunk_rows,
-    fp8, needs_hidden, needs_weight, needs_bias,
+    hidden, weight, labels, bias, num_items, factors, scale, softcap, label_smoothing, ignore_index, valid_rows,
+    chunk_rows, fp8, needs_hidden, needs_weight, needs_bias,
 ):  # fmt: skip
     made = fake_gradients(hidden, weight, (needs_hidden, needs_weight, needs_bias))
     return (
@@ -284,7 +289,7 @@ def _setup_context(ctx, inputs, output):
     weight, bias = inputs[1], inputs[3]
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output[1:])
-    ctx.made = inputs[-3:]
+    ctx.made, ctx.factors = inputs[-3:], len(inputs[5])
     ctx.dtypes = (inputs[0].dtype, weight.dtype, None if bias is None else bias.dtype)
 
 
@@ -295,15 +300,16 @@ def _backward(ctx, d_loss, *_):
             f"fastft::linear_cross_entropy makes its gradients in the forward: (hidden, weight, bias) need {needed}, "
             f"but it was called with {list(ctx.made)}"
         )
+    others = ([None] * ctx.factors, *(None for _ in range(10)))
     if d_loss is None:
-        return (None,) * 15
+        return *(None,) * 5, *others
     *made, unit = ctx.saved_tensors
     factor = d_loss * unit
     dh, dw, db = (
         torch.ops.fastft.scale_gradient(value, factor, dtype) if need else None
         for value, dtype, need in zip(made, ctx.dtypes, needed)
     )
-    return (dh, dw, None, db, *(None for _ in range(11)))
+    return dh, dw, None, db, None, *others
 
 
 _linear_cross_entropy.register_autograd(_backward, setup_context=_setup_context)

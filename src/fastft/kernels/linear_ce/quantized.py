@@ -33,9 +33,14 @@ class Fp8Head:
 
     @classmethod
     def of(cls, weight: Tensor) -> "Fp8Head":
-        """Quantise a weight [V, D], D a multiple of `fp8.MULTIPLE`, to which V is padded."""
-        padded = ceil_div(weight.shape[0], fp8.MULTIPLE) * fp8.MULTIPLE
-        return cls(weight, *fp8.quantize_whole(weight, padded))
+        """Quantise a weight [V, D], D a multiple of `fp8.MULTIPLE`."""
+        return cls(weight, *fp8_factors(weight))
+
+    @classmethod
+    def kept(cls, weight: Tensor, factors: list[Tensor]) -> "Fp8Head":
+        """Return the same from what `fp8_factors` made of the weight (or the bytes of that)."""
+        rows, columns, scale = factors
+        return cls(weight, rows.view(fp8.ref.FP8), columns.view(fp8.ref.FP8), scale)
 
     def buffers(self, height: int, dtype: torch.dtype) -> tuple[Tensor, Quantized]:
         """Return memory for the logits [height, P] of a chunk and for their gradient."""
@@ -60,6 +65,12 @@ class Fp8Head:
         dtype = own.dtype
         others = fp8.product(made.values, made.scale[:, None], self.columns, self.scale, dtype)
         return torch.addcmul(others, made.slope.to(dtype)[:, None], own)
+
+
+def fp8_factors(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return a frozen head weight [V, D] in fp8 as rows and as columns, V padded to `fp8.MULTIPLE`, and its scale."""
+    padded = ceil_div(weight.shape[0], fp8.MULTIPLE) * fp8.MULTIPLE
+    return fp8.quantize_whole(weight, padded)
 
 
 def quantize_(dlogits: Tensor, target: Tensor, into: Quantized) -> None:

@@ -35,7 +35,8 @@ def lora_linears(
     x: [..., K]. weights: [N_i, K] each, or the packed bytes of an NF4 weight. biases: [N_i] or None. a: [r_i, K].
     b: [N_i, r_i]; ranks and scales may differ, and a rank of 0 is a linear without an adapter. quant_states: for each
     projection [] (dense), [absmax], or [absmax, code2, absmax2, offset] as `nf4_dequantize` takes them; or, for a
-    weight [N_i, K] that is held in fp8 (or as its bytes), [scales of its rows, fp32 [N_i]].
+    weight [N_i, K] that is held in fp8 (or as its bytes), [scales of its rows, fp32 [N_i]], which the same values as
+    [K, N_i] may follow: with fp8 the gradient then need not transpose them.
     out_features: N_i, needed by nobody but callers that know it; by default the rows of b.
 
     Everything is computed in the dtype of x (under autocast: in autocast's dtype), to which weights, biases and
@@ -86,8 +87,8 @@ def _check(
     k = x.shape[-1]
     for i in range(count):
         n, r = (b[i].shape[0] if out_features is None else out_features[i]), a[i].shape[0]
-        if len(states[i]) not in (0, 1, 4):
-            problems.append(Problem(f"quant_states[{i}]", len(states[i]), "0, 1 or 4 tensors"))
+        if len(states[i]) not in (0, 1, 2, 4):
+            problems.append(Problem(f"quant_states[{i}]", len(states[i]), "0, 1, 2 or 4 tensors"))
         if not states[i] and tuple(weights[i].shape) != (n, k):
             problems.append(Problem(f"weights[{i}]", tuple(weights[i].shape), f"shape {(n, k)}"))
         if tuple(a[i].shape) != (r, k):
