@@ -184,6 +184,11 @@ RATIOS = {
         ("fastft:fast", "unsloth-none", "1.10", "1.00"),
         ("fastft", "unsloth-none", "1.09", "0.80"),
     ],
+    "llama-8b-nf4-3": [
+        ("fastft-fp8-head:fast", "unsloth-none", "1.62", "1.02"),
+        ("fastft:39.6GB", "unsloth-none", "1.01", "0.55"),
+        ("fastft:10.1GB", "unsloth", "1.30", "0.94"),
+    ],
     "llama-1b-nf4": [
         ("fastft-replay:fast", "unsloth-none", "1.31", "1.04"),
         ("fastft-replay:keep+8bit", "unsloth-none", "1.27", "0.65"),
@@ -194,12 +199,13 @@ RATIOS = {
         ("fastft-replay:keep+8bit", "unsloth-none", "1.23", "0.69"),
         ("fastft-replay:2.5GB", "unsloth", "1.63", "1.02"),
     ],
+    "llama-1b-nf4-3": [("fastft-replay:keep+8bit", "unsloth-none", "1.21", "0.69")],
 }
 
 
 @pytest.mark.parametrize("stem", RATIOS)
 def test_readme_results_are_those_of_the_benchmark(stem):
-    """The table's numbers and ratios are those of the files, and so are the ratios of the second 1B run below it."""
+    """The table's numbers and ratios are those of the files, and so are those of the later 1B runs below it."""
     text = part("README.md", "## Results")
     data = json.loads((ROOT / f"docs/benchmarks/2026-11-27-{stem}.json").read_text("utf-8"))
     rows = {row["arm"]: row for row in data["cells"]}
@@ -208,9 +214,10 @@ def test_readme_results_are_those_of_the_benchmark(stem):
         ours, theirs = rows[arm], rows[other]
         assert f"{ours['tokens_per_second'] / theirs['tokens_per_second']:.2f}" == speed, arm
         assert f"{ours['peak_gb'] / theirs['peak_gb']:.2f}" == memory, arm
-        assert ours["parity"]["loss_difference"] < 5e-5 and ours["parity"]["grad_norm_difference"] < 8e-4
+        loss = 6e-4 if arm.startswith("fastft-fp8") else 5e-5
+        assert ours["parity"]["loss_difference"] < loss and ours["parity"]["grad_norm_difference"] < 8e-4
         first, second = (f"| {row['tokens_per_second']:,} | {row['peak_gb']} |" for row in (ours, theirs))
-        if stem.endswith("-2"):
+        if stem in ("llama-1b-nf4-2", "llama-1b-nf4-3"):
             assert re.search(rf"\b{speed} times\s+in\s+{memory}\b", text), arm
         else:
             assert f"{first} {speed} | {memory} |" in text and f"{second} | |" in text, arm

@@ -1,5 +1,6 @@
 """vLLM in this process and as a server, against transformers: a job of its own, `scripts/test --vllm`."""
 
+import copy
 import json
 import os
 import random
@@ -27,10 +28,9 @@ pytestmark = [
 # The last has more tokens than a block of the cache, which are 128 on a CPU.
 TEXTS = ["What is 12 + 13?", "Hello", "The cat sat on the mat, and then it went to sleep under the table and " * 8]
 GREEDY = Sampling(14, temperature=0.0)
-# vLLM's LoRA kernels on a GPU compute in 16 bits; log-probabilities then differ by what bf16 rounds. Of one
-# completion, the most that they may differ by in the mean, and at most.
+# vLLM's LoRA kernels on a GPU compute in 16 bits, in which the model's own forward pass is some way off as well.
 GPU = torch.cuda.is_available()
-DTYPE, MEAN, MOST = ("bfloat16", 0.06, 0.3) if GPU else ("float32", 1e-4, 1e-4)
+DTYPE = "bfloat16" if GPU else "float32"
 
 
 def loaded(adapter=True, **changes):
@@ -53,7 +53,7 @@ def change(model, seed):
 
 
 def trainer_says(model, prompt, completion, sampling):
-    """Log-probabilities of a completion in one plain forward pass of the training model, and the largest ones."""
+    """Log-probabilities of a completion in one plain forward pass of the training model, fp64 [tokens]."""
     ids = torch.tensor([[*prompt, *completion.ids]], device=model.device)
     with torch.no_grad():
         logits = model(input_ids=ids, use_cache=False).logits[0].double().cpu()
@@ -61,25 +61,43 @@ def trainer_says(model, prompt, completion, sampling):
     if sampling.top_k:
         least = logits.topk(sampling.top_k).values[:, -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)
-    told = logits.log_softmax(-1)
-    return told.gather(1, torch.tensor(completion.ids)[:, None])[:, 0].tolist(), told.amax(1).tolist()
+    return logits.log_softmax(-1).gather(1, torch.tensor(completion.ids)[:, None])[:, 0]
 
 
-def check_near(told, own):
-    gaps = [abs(one - other) for one, other in zip(told, own, strict=True)]
-    assert sum(gaps) / len(gaps) <= MEAN and max(gaps) <= MOST, gaps
+def in_fp32(model):
+    """Return a copy that computes in fp32 with the numbers that the model's weights stand for."""
+    wide = copy.deepcopy(model).float()
+    for module in wide.modules():
+        if hasattr(module, "compute_dtype"):
+            module.compute_dtype = torch.float32
+    return wide
+
+
+def check_log_probabilities(model, prompts, rows, sampling):
+    """In fp32 those of the model; in 16 bits as near to those of the model in fp32 as its own pass in 16 bits."""
+    pairs = [(prompt, completion) for prompt, row in zip(prompts, rows, strict=True) for completion in row]
+    told = torch.cat([torch.tensor(completion.logprobs, dtype=torch.float64) for _, completion in pairs])
+    own = torch.cat([trainer_says(model, *pair, sampling) for pair in pairs])
+    if not GPU:
+        torch.testing.assert_close(told, own, rtol=0, atol=1e-4)
+        return
+    wide = in_fp32(model)
+    true = torch.cat([trainer_says(wide, *pair, sampling) for pair in pairs])
+    kept = true.isfinite() & own.isfinite()  # rounded, another token may be the last of the top_k
+    assert kept.double().mean() > 0.9
+    errors, allowed = (told - true)[kept].abs(), (own - true)[kept].abs()
+    assert errors.mean() <= 1.5 * allowed.mean() + 0.02, (errors, allowed)
+    assert errors.max() <= 2 * allowed.max() + 0.1, (errors, allowed)
 
 
 def check_equal_to_transformers(engine, model, prompts):
     reference = TransformersEngine()
     reference.hand_over(model)
     ours, theirs = (e.generate(prompts, GREEDY, count=2) for e in (engine, reference))
-    for prompt, row, expected in zip(prompts, ours, theirs):
-        assert GPU or [c.ids for c in row] == [c.ids for c in expected]  # rounded, the two nearest tokens may tie
+    check_log_probabilities(model, prompts, ours, GREEDY)
+    for row, expected in zip(ours, theirs, strict=True):
         assert row[0].ids == row[1].ids
-        own, best = trainer_says(model, prompt, row[0], GREEDY)
-        check_near(row[0].logprobs, own)
-        check_near(own, best)
+        assert GPU or [c.ids for c in row] == [c.ids for c in expected]  # rounded, the two nearest tokens may tie
     return [row[0].ids for row in ours]
 
 
@@ -145,9 +163,7 @@ def test_sampled_log_probabilities_are_the_trainers(lora, changes):
     assert GPU or rows == engine.generate(prompts, sampling, count=4)  # rounded, a draw may fall on the other side
     assert rows != engine.generate(prompts, Sampling(12, seed=6, **changes), count=4)
     assert all(len({c.ids for c in row}) > 1 for row in rows)
-    for prompt, row in zip(prompts, rows):
-        for completion in row:
-            check_near(completion.logprobs, trainer_says(model, prompt, completion, sampling)[0])
+    check_log_probabilities(model, prompts, rows, sampling)
 
 
 def test_completions_end_at_the_stop_token(lora):
@@ -183,7 +199,9 @@ def test_what_it_cannot_serve_is_refused_before_anything_changes(lora):
         engine.hand_over(dora)
     with pytest.raises(UsageError, match="at most 236"):
         engine.generate([[5] * 250], Sampling(20))
-    assert [row[0].ids for row in engine.generate(prompts, GREEDY)] == before
+    after = engine.generate(prompts, GREEDY)
+    assert GPU or [row[0].ids for row in after] == before
+    check_log_probabilities(model, prompts, after, GREEDY)
 
 
 @pytest.mark.skipif(not GPU, reason="on a CPU vLLM serves fp32 as well")
@@ -234,12 +252,14 @@ def test_fast_generate_samples_with_vllm(lora, tmp_path):
     attached = fastft.state.get_state(model).rollouts
     try:
         assert attached.engine.name == "vllm"
-        assert [a.outputs[0].text for a in before] == fastft.generate(model, tokenizer, TEXTS[:2], max_new_tokens=8)
+        expected = fastft.generate(model, tokenizer, TEXTS[:2], max_new_tokens=8)
+        assert GPU or [a.outputs[0].text for a in before] == expected
         model = fastft.FastLanguageModel.get_peft_model(model, r=8)
         change(model, 5)
         model.save_lora(tmp_path / "lora")
         adapted = ask(model.load_lora(tmp_path / "lora"))
-        assert [a.outputs[0].text for a in adapted] == fastft.generate(model, tokenizer, TEXTS[:2], max_new_tokens=8)
+        expected = fastft.generate(model, tokenizer, TEXTS[:2], max_new_tokens=8)
+        assert GPU or [a.outputs[0].text for a in adapted] == expected
         assert ask() == before != adapted
         assert make_engine("vllm", model, tokenizer) is attached.engine  # a trainer takes the same one
     finally:
@@ -287,9 +307,7 @@ def test_a_server_of_its_own(server):
     sampling = Sampling(6, temperature=0.7, top_k=9, seed=3)
     rows = engine.generate(prompts, sampling, count=3)
     assert GPU or rows == engine.generate(prompts, sampling, count=3)
-    for prompt, row in zip(prompts, rows):
-        for completion in row:
-            check_near(completion.logprobs, trainer_says(model, prompt, completion, sampling)[0])
+    check_log_probabilities(model, prompts, rows, sampling)
     process.terminate()
     process.wait(timeout=60)
     with pytest.raises(EngineError, match=r"cannot be reached.*untouched"):
@@ -313,4 +331,4 @@ def test_grpo_samples_with_it(lora, tmp_path):
     )  # fmt: skip
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     gaps = [value for row in rows for name, value in row.items() if "logprob" in name and "mean" in name]
-    assert len(lengths) == 3 and len(gaps) >= 3 and max(gaps) < MEAN
+    assert len(lengths) == 3 and len(gaps) >= 3 and max(gaps) < (0.1 if GPU else 1e-4)
