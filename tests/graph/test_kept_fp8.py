@@ -43,7 +43,7 @@ def test_steps_have_the_same_bits_with_copies_and_without(family, dtype, nested,
     assert told.modes == "2 layers keep, weights in fp8" and told.notes == () == told.not_in_fp8() == told.refused()
     assert len(told.in_fp8()) == len(planned.weights.copies) == (8 if family == "phi3" else 14)
     assert planned.weights.changes == 2 * 4  # made once: what reads one activation together
-    assert all(list(one.tensors) == [FACTORS] for one in planned.weights.copies.values())
+    assert all([form[0] for form in one.tensors] == [FACTORS] for one in planned.weights.copies.values())
     predicted = {part.name: part.bytes for part in planned.predicted().parts}["weights in fp8"]
     rows = sum(linear.out_features for layer in planned.keepable for linear in layer)
     assert predicted == planned.setup.dequantised_bytes(planned.modes) == planned.weights.bytes - 4 * rows
@@ -168,8 +168,12 @@ def test_copies_of_a_group_lie_side_by_side_and_are_counted_once():
     assert fp8.side_by_side([turned for _, _, turned in copies]).shape == (64, 96)
     assert fp8.side_by_side([scale for _, scale, _ in copies]).shape == (96,)
     assert weights.bytes == 2 * 64 * 96 + 4 * 96 and weights.changes == 1
-    alone = weights.together(group[:1], FACTORS)  # what is there serves, whatever it was made with
-    assert all(one is other for one, other in zip(alone[0], copies[0], strict=True)) and weights.changes == 1
+    again = weights.together(group, FACTORS)
+    assert all(one is other for one, other in zip(again[1], copies[1], strict=True)) and weights.changes == 1
+    (alone,) = weights.together(group[:1], FACTORS)  # for a graph that reads it alone: no slice of a wider matrix
+    assert [part.stride() for part in alone] == [(64, 1), (1,), (32, 1)] and copies[0][2].stride() == (96, 1)
+    assert torch.equal(alone[2].view(torch.uint8), copies[0][2].view(torch.uint8)) and weights.changes == 2
+    assert all(one is other for one, other in zip(weights.together(group, FACTORS)[0], copies[0], strict=True))
 
 
 def test_inputs_of_a_graph_are_as_the_copies_that_it_gets():

@@ -98,6 +98,21 @@ def test_devices_by_memory_and_by_name():
     assert device_of("24GB").memory == 24 * GB and device_of("24GB").flops == 0
     assert device_of("H100").name == "H100" and find_device("NVIDIA H100 PCIe").name == "H100 PCIe"
     assert find_device("NVIDIA GeForce RTX 4090").name == "RTX 4090" and find_device("Radeon") is None
+    for other in ("A1000", "RTX A1000", "GH200", "H2000", "NVIDIA GeForce RTX 4090 Laptop GPU", "A30", "NVIDIA H20"):
+        assert find_device(other) is None, other
+    assert [find_device(f"NVIDIA {name}").name for name in ("L40", "L4", "L40S", "RTX A6000")] == [
+        "L40", "L4", "L40S", "A6000"
+    ]  # fmt: skip
+    for text, name, gib in (
+        ("NVIDIA A100-PCIE-40GB", "A100 40GB", 39.2),
+        ("A100 40 GB", "A100 40GB", 39.2),
+        ("NVIDIA A100-SXM4-80GB", "A100", 79.2),
+        ("Tesla V100-PCIE-32GB", "V100 32GB", 31.36),
+        ("NVIDIA H100 80GB HBM3", "H100", 79.2),
+    ):
+        found = device_of(text)
+        assert found.name == name and found.memory == pytest.approx(gib * 2**30, rel=1e-6)
+        assert found.capability == find_device(name.split()[0]).capability
     with pytest.raises(UsageError, match=r"gpu: expected an amount of memory such as 24GB .* got 'Voodoo'"):
         device_of("Voodoo")
 

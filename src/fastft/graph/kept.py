@@ -46,8 +46,9 @@ class KeptInput:
 class Copies:
     """The copies of one weight by form, and what they were made of: `marks` are those of that moment.
 
-    The form of a packed weight is a dtype: the copy is the weight [n, k] in it, or in `FACTORS` the values [n, k], the
-    scales of the rows [n] in fp32 and the values as [k, n], as `fp8.weight_columns` takes them. `state` is held so that
+    The form of a packed weight is a dtype: the copy is the weight [n, k] in it. Or it is `FACTORS` and the rows of all
+    weights made together: the values [n, k], the scales of the rows [n] in fp32 and the values as [k, n], as
+    `fp8.weight_columns` takes them. `state` is held so that
     no other tensor takes its place in memory and passes for it.
     """
 
@@ -82,7 +83,9 @@ class KeptWeights:
         replays alone.
         """
         parts = [(one.weight, one.state) for one in packed]
-        return self._kept(parts, dtype, lambda: _made(packed, dtype))
+        # A graph knows the strides of what it is given: those of slices are the rows of all weights made together.
+        form = (dtype, sum(one.n for one in packed)) if dtype == FACTORS else dtype
+        return self._kept(parts, form, lambda: _made(packed, dtype))
 
     def of_head(self, weight: Tensor, dtype: torch.dtype, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         """Return what `make` makes of a head's weight in `dtype`, from before or made now; raises as `together`."""

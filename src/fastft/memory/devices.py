@@ -2,7 +2,7 @@
 
 import re
 
-from attrs import frozen
+from attrs import evolve, frozen
 
 from fastft.errors import Problem, UsageError
 
@@ -10,6 +10,7 @@ UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 # Less than this is no memory of a GPU, and no budget: a unit was left out.
 LEAST_AMOUNT = 1 << 20
+_SIZE = re.compile(r"\b(\d+) ?GB\b", re.IGNORECASE)
 _AMOUNT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
 
 
@@ -33,14 +34,16 @@ def _device(name: str, gib: float, peak: float, bandwidth: float, pcie: float, c
     return Device(name, int(gib * 2**30), 0.7 * peak * 1e12, 0.85 * bandwidth * 1e9, pcie * 1e9, capability)
 
 
-# Names are matched as parts of what the driver calls the device, the first that fits; sizes as the driver tells them.
+# Names are whole words of what the driver calls the device, the first that fits; sizes as the driver tells them.
 DEVICES = (
     _device("B200", 178, 2250, 8000, 50, (10, 0)),
     _device("H200", 139.8, 989, 4800, 50, (9, 0)),
     _device("H100 PCIe", 79.2, 756, 2000, 50, (9, 0)),
+    _device("H100 NVL", 93.1, 835, 3938, 50, (9, 0)),
     _device("H100", 79.2, 989, 3350, 50, (9, 0)),
     _device("A100", 79.2, 312, 2000, 24, (8, 0)),
     _device("L40S", 44.4, 362, 864, 24, (8, 9)),
+    _device("L40", 44.4, 181, 864, 24, (8, 9)),
     _device("L4", 22.0, 121, 300, 12, (8, 9)),
     _device("A10G", 22.0, 70, 600, 24, (8, 6)),
     _device("A10", 22.0, 125, 600, 24, (8, 6)),
@@ -62,8 +65,24 @@ def parse_bytes(text: str) -> int | None:
 
 
 def find_device(name: str) -> Device | None:
-    """Return the known device whose name is part of `name`, case ignored; None for one that is not known."""
-    return next((device for device in DEVICES if device.name.lower() in name.lower()), None)
+    """Return the known device whose name stands in `name`, case ignored; None for one that is not known.
+
+    Where `name` says another size ("A100-PCIE-40GB"), the device has that: the driver tells some 2 % less than it. A
+    laptop's card is another than the one that it is named after.
+    """
+    words = name.lower()
+    found = next((device for device in DEVICES if _stands_in(device.name.lower(), words)), None)
+    if found is None or "laptop" in words:
+        return None
+    said = _SIZE.search(name)
+    size = int(said[1]) << 30 if said else found.memory
+    if 0.9 < found.memory / size < 1.1:
+        return found
+    return evolve(found, name=f"{found.name} {said[1]}GB", memory=int(0.98 * size))
+
+
+def _stands_in(name: str, words: str) -> bool:
+    return re.search(rf"(?<![a-z0-9]){re.escape(name)}(?![a-z0-9])", words) is not None
 
 
 def device_of(text: str) -> Device:

@@ -23,14 +23,24 @@ _LOGGERS = ("log_extra", "log_metric")
 
 @frozen
 class Call:
-    """What one call of a reward came to: its rows, those that failed, those without a reward (failed ones among them),
-    and wall-clock seconds.
+    """What one call of a reward came to: its number of rows, which of them failed, which have no reward (failed ones
+    among them), and wall-clock seconds.
     """
 
     rows: int
-    failures: int
-    missing: int
+    failed: tuple[int, ...]
+    unscored: tuple[int, ...]
     seconds: float
+
+    @property
+    def failures(self) -> int:
+        """The number of rows that failed."""
+        return len(self.failed)
+
+    @property
+    def missing(self) -> int:
+        """The number of rows without a reward."""
+        return len(self.unscored)
 
 
 class Guarded:
@@ -56,7 +66,9 @@ class Guarded:
         return self._settle(rewards, failures, started)
 
     def _settle(self, rewards: list[float | None], failures: list[Failure], started: float) -> list[float | None]:
-        self.last = Call(len(rewards), len(failures), rewards.count(None), time.monotonic() - started)
+        unscored = tuple(row for row, reward in enumerate(rewards) if reward is None)
+        failed = tuple(failure.row for failure in failures)
+        self.last = Call(len(rewards), failed, unscored, time.monotonic() - started)
         if failures and not self._told:
             self._told = True
             _log.warning(

@@ -11,6 +11,7 @@ import torch
 from grpo_runs import GivenRollouts, as_second, trained
 from transformers import TrainerCallback
 
+import fastft
 from fastft.errors import EngineError, RewardError, UsageError
 from fastft.train import checkpoint
 
@@ -109,6 +110,50 @@ def test_rows_that_all_rewards_leave_out_are_still_told_by_trl(trainer, caplog):
     assert "All reward functions returned None" in caplog.text
 
 
+def test_a_row_that_all_leave_out_is_news_beside_one_that_failed(trainer, caplog):
+    """Row 0 fails in one reward and is scored by the other; row 1 has no reward of either, and failed in none."""
+
+    seen = []
+
+    def one(completions, completion_ids, **columns):
+        seen[:] = completion_ids
+        return [1.0, None, 1.0, 1.0]
+
+    def other(completions, completion_ids, **columns):
+        if any(ids == seen[0] for ids in completion_ids):
+            raise ValueError("row 0")
+        return [None if ids == seen[1] else 1.0 for ids in completion_ids]
+
+    trainer(GivenRollouts(), rewards=[one, other], max_steps=1).train()
+    assert "reward 'other' failed for 1 of 4 rows" in caplog.text
+    assert "All reward functions returned None" in caplog.text
+
+
+def test_merging_is_no_other_batch_to_a_checkpoint(trainer, config, build_model, capsys):
+    """Apart and then as one, as on a GPU with more memory free: nothing is told, the weights are those of one run."""
+    settings = {"gradient_accumulation_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    settings |= {"optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 0.0, "lr_scheduler_type": "constant"}
+
+    def run(steps, merge, resume=False):
+        model = fastft.compile(build_model(), plan="keep", backend="eager")
+        made = trainer(
+            GivenRollouts(), model=model, compile=True, max_steps=steps, merge_micro_batches=merge, **settings
+        )
+        made.train(resume_from_checkpoint=resume)
+        return made
+
+    apart = run(1, False)
+    assert (apart.recorder.record["merged"], apart.args.per_device_train_batch_size) == (1, 4)
+    capsys.readouterr()
+    again = run(2, True, str(Path(config["output_dir"]) / "checkpoint-1"))
+    told = capsys.readouterr().out
+    assert again.recorder.record["merged"] == 2 and "as one of 8" in told and "other batches" not in told
+    config["output_dir"] += "-whole"
+    whole = run(2, True)
+    for name, value in trained(whole.model).items():
+        torch.testing.assert_close(trained(again.model)[name], value, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("changes", [{"num_generations": 2}, {"gradient_accumulation_steps": 2}], ids=str)
 def test_other_batches_are_told_between_generations(trainer, config, capsys, changes):
     trainer(GivenRollouts(), save_strategy="steps", save_steps=3, max_steps=3).train()
@@ -173,7 +218,7 @@ def test_another_number_of_processes_is_another_batch(trainer, second, config, w
     if waiting:
         with pytest.raises(UsageError, match=r"Completions wait in .*checkpoint-3") as caught:
             made.train(resume_from_checkpoint=True)
-        assert [(p.where, p.value) for p in caught.value.problems] == [("Second world_size", 2)]
+        assert [(p.where, p.value) for p in caught.value.problems] == [("GRPOConfig world_size", 2)]
         return
     folder = Path(config["output_dir"]) / "checkpoint-2"
     assert made.resume_problems(folder) == [] and "other batches" not in capsys.readouterr().out

@@ -110,7 +110,7 @@ def test_prompts_that_cannot_be_used(trainer, build_model):
         trainer(prompts=PROMPTS[:1], gradient_accumulation_steps=2)
     with pytest.raises(DataError, match=r"3 \+ 126 tokens"):
         trainer(max_completion_length=126)
-    with pytest.raises(DataError, match=r"a column 'prompt'.*rename_column"):
+    with pytest.raises(DataError, match=r"a column 'prompt'.*rename_column\('question', 'prompt'\) renames one"):
         trainer(prompts=[{"question": "w1"}])
     with pytest.raises(DataError, match=r"train row 1, prompt.*(?s:.*)train row 2"):
         trainer(prompts=[{"prompt": "w1"}, {"prompt": ""}, {"prompt": 3}])

@@ -89,9 +89,12 @@ def datasets(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     return made
 
 
-def refuse(model: Any, args: GRPOConfig, functions: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+def refuse(model: Any, args: GRPOConfig, functions: Sequence[Any], kwargs: Mapping[str, Any], compile: bool) -> None:
     """Raise `UsageError` with everything that is missing or cannot be served, before anything is built."""
     problems: list[Problem | str] = [*problems_of(functions), *_model_problems(functions), *_deaf(functions)]
+    if args.merge_micro_batches and not compile:
+        remedy = "What fits is said by the memory plan of compiled layers."
+        problems.append(Problem("GRPOConfig merge_micro_batches", True, "None or False with compile=False", remedy))
     environment = kwargs.get("environment_factory")
     if not functions and environment is None:
         problems.append(Problem("GRPOTrainer reward_funcs", functions, "at least one function (see fastft.rewards)"))

@@ -76,7 +76,7 @@ class GRPOConfig(settings.Settings, trl.GRPOConfig):
     `reward_time_limit`: seconds that one call of a reward may take. `keep_completions`: of every generation, how many
     sample completions go to completions.jsonl.
     `merge_micro_batches`: micro-batches of an update are computed as one where the update is the same and the memory
-    plan keeps as much of it; a line says so. None does that on a GPU, True on any device, False nowhere.
+    plan recomputes and moves no more of it; a line says so. None does that on a GPU, True on any device, False nowhere.
 
     `max_prompt_length`: prompts of more tokens are left out, and one line says how many. `max_seq_length`: the same for
     a prompt and its completion together. `vllm_sampling_params`: an older place of temperature, top_p, top_k, min_p and
@@ -221,6 +221,10 @@ def _problems(args: Any) -> list[Problem]:
         "max_prompt_length": (lambda v: v >= 1, "at least 1 (max_seq_length less max_completion_length)"),
         "num_iterations": (lambda v: v >= 1, "at least 1"),
         "beta": (lambda v: v >= 0, "at least 0"),
+        "top_p": (lambda v: 0 < v <= 1, "above 0 and up to 1 (1 is off)"),
+        "top_k": (lambda v: v >= 0 and v == int(v), "that is whole and at least 0 (0 is off)"),
+        "min_p": (lambda v: 0 <= v < 1, "from 0 (off) to below 1"),
+        "repetition_penalty": (lambda v: v > 0, "above 0 (1 is off)"),
         "epsilon": (lambda v: v >= 0, "at least 0"),
         "reward_time_limit": (lambda v: v > 0, "above 0"),
         "keep_completions": (lambda v: v >= 0, "at least 0"),
@@ -228,7 +232,7 @@ def _problems(args: Any) -> list[Problem]:
     }
     for name, (holds, expected) in bounds.items():
         value = getattr(args, name)
-        if value is None and name in ("max_prompt_length", "max_logprob_difference"):
+        if value is None and name in ("max_prompt_length", "max_logprob_difference", "top_k", "min_p"):
             continue
         if not isinstance(value, int | float) or isinstance(value, bool) or not holds(value):
             problems.append(Problem(f"GRPOConfig {name}", value, f"a number {expected}"))

@@ -50,7 +50,8 @@ def merged(rows: int, times: int, length: int, foreseen: Callable[[int], Plan | 
     """Return how many of `times` micro-batches of `rows` completions are to be one, a divisor of `times`.
 
     length: tokens of the longest prompt with its completion. `foreseen` returns the memory plan of a micro-batch of so
-    many completions, None where that is not known. The merged one is to fit, its layers are to keep what they kept.
+    many completions, None where that is not known. The merged one is to fit, its layers to compute no more again and to
+    move no more; copies of weights are not asked for, since they save the less a token the more tokens there are.
     """
     now = foreseen(rows)
     if now is None or not now.fits:

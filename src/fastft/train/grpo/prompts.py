@@ -1,6 +1,7 @@
 """Prompts for reinforcement learning: rows with a `prompt` and the columns that rewards look at."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from difflib import get_close_matches
 from glob import glob
 from os.path import expanduser
 from pathlib import Path
@@ -10,7 +11,7 @@ from fastft.data import check
 from fastft.data.bars import bars_if_large
 from fastft.data.files import told_of
 from fastft.data.sources import SUFFIXES, open_named
-from fastft.errors import DataError, Problem, did_you_mean, short
+from fastft.errors import DataError, Problem, short
 
 SHOWN = 4  # of several rows that are wrong in the same way
 
@@ -100,9 +101,8 @@ def as_dataset(rows: Any, name: str) -> Any:
         check.refuse_empty(listed, name)
     columns = rows.column_names if listed is None else list(dict.fromkeys(key for row in listed for key in row))
     if columns is not None and "prompt" not in columns:
-        near = did_you_mean("prompt", columns)
-        remedy = f"{near} " if near else ""
-        remedy += "dataset.rename_column('question', 'prompt') renames one; the other columns go to the rewards."
+        near = next(iter(get_close_matches("prompt", columns, n=1)), columns[0] if columns else "question")
+        remedy = f"dataset.rename_column({near!r}, 'prompt') renames one; the other columns go to the rewards."
         raise DataError(Problem(f"{name} columns", columns, "a column 'prompt'", remedy))
     if listed is None and not hasattr(rows, "__len__"):
         return rows

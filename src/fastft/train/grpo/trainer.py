@@ -78,7 +78,7 @@ class GRPOTrainer(Trained, trl.GRPOTrainer):
         arguments.refuse_pair(model, kwargs.get("processing_class"))
         args = copy.copy(settings.as_config(GRPOConfig, trl.GRPOTrainer, args))
         kwargs.setdefault("processing_class", get_state(model).tokenizer)
-        checks.refuse(model, args, checks.listed(reward_funcs), kwargs)
+        checks.refuse(model, args, checks.listed(reward_funcs), kwargs, compile)
         functions = checks.guarded(reward_funcs, args)
         kwargs |= checks.datasets(kwargs)
         checks.refuse_columns(functions, kwargs)
@@ -95,7 +95,7 @@ class GRPOTrainer(Trained, trl.GRPOTrainer):
         self.reward_funcs = guard(self.reward_funcs, time_limit=args.reward_time_limit)  # environments bring their own
         self.phases = Phases()
         self._settled_step, self._order, self._resumed_orders = 0, None, None
-        self._merged = 1  # micro-batches that are computed as one
+        self._batching, self._merged = batching.batching(args), 1  # as asked for; micro-batches that are one
         self._differences: list[rollouts.Difference] = []  # of the micro-batches of an update
         self._longest = self._fit_prompts()
         self._samples = rollouts.Samples(Path(args.output_dir), args.keep_completions)
@@ -162,7 +162,7 @@ class GRPOTrainer(Trained, trl.GRPOTrainer):
         rows, length = args.per_device_train_batch_size, self._longest + self.max_completion_length
 
         def foreseen(count: int) -> Plan | None:
-            return planned.foreseen(*self._head_use(count), (count, length), where)
+            return planned.foreseen(*self.head_use(count), (count, length), where)
 
         times = groups.merged(rows, args.gradient_accumulation_steps, length, foreseen)
         if args.world_size > 1:  # as many in every process: GPUs may have other room
@@ -183,12 +183,9 @@ class GRPOTrainer(Trained, trl.GRPOTrainer):
             return None
         return self.args.per_device_train_batch_size, self._longest + self.max_completion_length
 
-    def head_use(self) -> tuple[str, int | None]:
-        """Return that log-probabilities of completions are asked for."""
-        return self._head_use(self.args.per_device_train_batch_size)
-
-    def _head_use(self, rows: int) -> tuple[str, int]:
-        return "logprobs", rows * self.max_completion_length
+    def head_use(self, rows: int | None = None) -> tuple[str, int | None]:
+        """Return that log-probabilities of completions are asked for: of `rows`, or of a micro-batch."""
+        return "logprobs", (rows or self.args.per_device_train_batch_size) * self.max_completion_length
 
     # ---- rollouts
 
@@ -264,13 +261,15 @@ class GRPOTrainer(Trained, trl.GRPOTrainer):
         return made
 
     def _told_already(self, line: str) -> bool:
-        """Say whether TRL's line is on rows without any reward where the guard has told which reward failed, and how.
+        """Say whether TRL's line is on rows without any reward, and for each the guard has told of a failure.
 
-        Where none failed, all functions have left the row out: then the line is news.
+        A row that all functions have left out is news.
         """
-        return "All reward functions returned None" in line and any(
-            call.failures for _, call in calls_of(self.reward_funcs)
-        )
+        calls = [call for _, call in calls_of(self.reward_funcs)]
+        if "All reward functions returned None" not in line or not calls:
+            return False
+        unscored = set.intersection(*(set(call.unscored) for call in calls))
+        return unscored <= {row for call in calls for row in call.failed}
 
     def _count_failures(self) -> None:
         """Add up, until the next log, the rows that each reward failed for and those that it left without a reward."""
@@ -427,7 +426,7 @@ class GRPOTrainer(Trained, trl.GRPOTrainer):
         kept = {
             "step": self._settled_step,
             "inputs": self._buffered_inputs if waiting else None,
-            "batching": batching.batching(self.args),
+            "batching": self._batching,
             "orders": None if self._order is None else (self._order, self._order_generator().get_state()),
         }
         path = kept_rollouts.file_of(folder, self.args.process_index)
@@ -460,11 +459,12 @@ class GRPOTrainer(Trained, trl.GRPOTrainer):
         kept = kept_rollouts.of_process(folder, self.args.process_index)
         if kept is None:
             return []
-        line = batching.told(kept, self.args, folder)
+        now = self._batching | {"world_size": self.args.world_size}
+        line = batching.told(kept, now, folder)
         if line is not None and self.is_world_process_zero():
             print(f"fastft: {line}")
         files = [kept_rollouts.file_of(folder, number) for number in range(self.args.world_size)]
-        return batching.problems(kept, self.args, folder, [path for path in files if not path.is_file()])
+        return batching.problems(kept, now, folder, [path for path in files if not path.is_file()])
 
     def _on_device(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         device = self.accelerator.device
