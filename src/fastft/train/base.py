@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from transformers import EarlyStoppingCallback
 
 from fastft.data.bars import bars_if_large
@@ -186,8 +187,7 @@ class Trained:
         resume = kwargs.get("resume_from_checkpoint")
         begun = resuming.check(resume, self.args, self.model, self.recorder.method, self.resume_problems)
         self._own, self.recorder.begun = () if begun is None else (begun,), begun
-        if begun is None:
-            self._put_aside()
+        self._put_aside(begun)
         kwargs["resume_from_checkpoint"] = None if begun is None else str(begun)
         try:
             with (
@@ -216,13 +216,23 @@ class Trained:
             self.compiling.stop()
             release_weights(self.model)
 
-    def _put_aside(self) -> None:
-        """Keep an earlier run of the folder from being replaced by this one, once all processes have looked at it."""
+    def _put_aside(self, begun: Path | None) -> None:
+        """Keep another run of the folder from being replaced by this one, once all processes have looked at it.
+
+        What goes wrong is raised in every process: the others would wait for ever for the one that it went wrong in.
+        """
         self.accelerator.wait_for_everyone()
-        line = earlier.put_aside(Path(self.args.output_dir)) if self.is_world_process_zero() else None
-        if line is not None:
+        told: list[str | None] = [None, None]  # what to say, and what went wrong
+        if self.is_world_process_zero():
+            try:
+                told[0] = earlier.put_aside(Path(self.args.output_dir), begun)
+            except OSError as error:
+                told[1] = str(error)
+        line, wrong = broadcast_object_list(told)
+        if wrong is not None:
+            raise SaveError(wrong)
+        if line is not None and self.is_world_process_zero():
             print(f"fastft: {line}")
-        self.accelerator.wait_for_everyone()
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate as TRL's trainer does."""
