@@ -44,7 +44,13 @@ def kept_back(name: str, which: Callable[[str], bool]) -> Iterator[None]:
 @contextmanager
 def between_libraries() -> Iterator[None]:
     """Keep back warnings of one library to another, of which the reader is neither, while the block calls them."""
-    with warnings.catch_warnings():
-        for start in _BETWEEN_LIBRARIES:
-            warnings.filterwarnings("ignore", start)
+    before = list(warnings.filters)
+    for start in _BETWEEN_LIBRARIES:
+        warnings.filterwarnings("ignore", start)
+    ours = [entry for entry in warnings.filters if entry not in before]
+    try:
         yield
+    finally:  # only these: the block may be a whole training, in which a callback of the user's sets filters to stay
+        for entry in ours:
+            if entry in warnings.filters:
+                warnings.filters.remove(entry)

@@ -1,18 +1,25 @@
 """Ctrl-C: the first lets the step come to its end, saves and stops; the second stops at once; both say how to go on."""
 
+import gc
 import json
+import os
+import shutil
 import signal
 import threading
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
+from peft import get_peft_model_state_dict
+from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 import fastft
 from fastft.demo import MODEL_FOLDER
+from fastft.errors import RewardError
 from fastft.train import checkpoint
-from fastft.train.interrupt import Stopped
+from fastft.train.interrupt import Interruption, Stopped
 from fastft.train.sft.config import SFTConfig
 from fastft.train.sft.trainer import SFTTrainer
 
@@ -110,8 +117,156 @@ def test_the_last_step_is_not_gone_on_from_but_loaded(trainer, folder):
         told
         == f"stopped after step 4 of 4; saved in {folder}/checkpoint-4; fastft.load('{folder}/checkpoint-4') loads it"
     )
-    told = interrupted(trainer(Ring(4, "on_train_end")))
-    assert "stopped after step 4 of 4; saved in" in told and record(folder)["status"] == "interrupted"
+
+
+class Best(TrainerCallback):
+    """Makes the evaluation of the first step the best one."""
+
+    def on_evaluate(self, args, state, control, metrics, **kwargs):
+        metrics["eval_loss"] = float(state.global_step)
+
+
+LOAD_BEST = {
+    **{"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1},
+    **{"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": False},
+}
+
+
+@pytest.mark.parametrize("where", ["on_train_end", "on_epoch_end", "_load_best_model"])
+@pytest.mark.parametrize("best", [False, True])
+def test_a_run_whose_steps_are_done_is_finished(where, best, trainer, folder, capsys, monkeypatch):
+    changes = {**LOAD_BEST, "logging_steps": 2} if best else {}
+    made = trainer(Ring(4, where), Best(), **changes)
+    if where == "_load_best_model" and best:
+        load = made._load_best_model
+
+        def loads():
+            load()
+            signal.raise_signal(signal.SIGINT)
+
+        monkeypatch.setattr(made, where, loads)
+    result = made.train()
+    assert result.global_step == 4 and record(folder)["status"] == "finished"
+    assert saved(folder) == [f"checkpoint-{step}" for step in (1, 2, 3, 4) if best]
+    assert ("stops when this step" in capsys.readouterr().out) is (where == "on_epoch_end")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if best:
+        first = load_file(folder / "checkpoint-1" / "adapter_model.safetensors")
+        last = load_file(folder / "checkpoint-4" / "adapter_model.safetensors")
+        now = get_peft_model_state_dict(made.model)
+        assert all(torch.equal(first[name], value) for name, value in now.items())
+        assert not all(torch.equal(last[name], value) for name, value in now.items())
+
+
+def test_the_best_weights_are_not_saved_as_the_last_step(trainer, folder):
+    class Fails(TrainerCallback):
+        def on_train_end(self, args, state, control, **kwargs):
+            shutil.rmtree(folder / "checkpoint-4")
+            made._own = made._own[:-1]
+            raise RewardError("so")
+
+    made = trainer(Best(), Fails(), **LOAD_BEST)
+    with pytest.raises(RewardError, match=r"Step 4 is not saved: the weights are those of .*checkpoint-1 by now"):
+        made.train()
+    assert saved(folder) == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
+
+
+def test_a_second_ends_a_finished_run_at_once_and_leaves_its_record(trainer, folder):
+    ring = Ring(4, "on_train_end", numbers=(signal.SIGINT, signal.SIGINT))
+    made = trainer()
+    made.add_callback(ring)  # behind the recorder
+    assert "it was to stop at once" in interrupted(made)
+    assert record(folder)["status"] == "finished" and saved(folder) == []
+
+
+def test_a_signal_while_the_handlers_are_put_back(monkeypatch):
+    interruption, put = Interruption(), signal.signal
+    before = {number: put(number, signal.default_int_handler) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def rings(number, handler):
+        if handler is signal.default_int_handler and signal.getsignal(number) == interruption._ring:
+            monkeypatch.setattr(signal, "signal", put)
+            signal.raise_signal(number)
+        return put(number, handler)
+
+    try:
+        with pytest.raises(KeyboardInterrupt), interruption.watched(True, lambda error: None):
+            monkeypatch.setattr(signal, "signal", rings)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        assert not interruption.asked
+        with pytest.raises(KeyboardInterrupt):  # the other is as the default, and then the default
+            signal.raise_signal(signal.SIGTERM)
+        assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler
+    finally:
+        for number, handler in before.items():
+            put(number, handler)
+
+
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_a_forked_child_ends_at_sigterm_and_not_at_ctrl_c():
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with Interruption().watched(True, lambda error: None):
+            child = os.fork()
+            if child == 0:
+                try:
+                    signal.raise_signal(signal.SIGINT)
+                    signal.raise_signal(signal.SIGTERM)
+                finally:
+                    os._exit(3)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_a_checkpoint_of_the_model_alone_is_not_said_to_be_gone_on_from(trainer, folder):
+    told = interrupted(trainer(Ring(1), save_only_model=True))
+    assert told == (
+        f"stopped after step 2 of 4; saved in {folder}/checkpoint-2; fastft.load('{folder}/checkpoint-2') loads it; "
+        "it cannot be gone on from: save_only_model=True leaves the state of the optimizer out"
+    )
+
+
+def test_callbacks_end_what_they_have_begun(trainer, folder, capsys):
+    class Opens(TrainerCallback):
+        events = ()
+
+        def on_train_begin(self, args, state, control, **kwargs):
+            self.events += ("begin",)
+
+        def on_train_end(self, args, state, control, model=None, **kwargs):
+            self.events += ("end", state.global_step, model is made.model)
+            raise ValueError("no connection")
+
+    opens = Opens()
+    made = trainer(Ring(1), opens)
+    assert "stopped after step 2 of 4; saved" in interrupted(made)
+    assert opens.events == ("begin", "end", 2, True) and record(folder)["status"] == "interrupted"
+    assert "a callback failed at the end of the interrupted run: ValueError: no connection" in capsys.readouterr().out
+    opens.events = ()
+    interrupted(trainer(Ring(1, numbers=(signal.SIGINT, signal.SIGINT)), opens))
+    assert opens.events == ("begin",)
+
+
+def test_a_step_that_failed_holds_nothing_while_the_last_one_is_saved(trainer, monkeypatch):
+    held, seen = [], []
+
+    class Fails(Ring):
+        def on_substep_end(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                activations = torch.ones(8)
+                held.append(weakref.ref(activations))
+                raise RuntimeError(f"of {len(activations)}")
+
+    made = trainer(Fails(2), gradient_accumulation_steps=2)
+
+    def looks(folder):
+        gc.collect()
+        seen.append((held[0](), [p.grad for p in made.model.parameters() if p.grad is not None]))
+
+    monkeypatch.setattr(made, "save_extra", looks)
+    assert "failed (RuntimeError: of 8)" in interrupted(made)
+    assert seen == [(None, [])]
 
 
 def test_an_evaluation_is_finished_and_no_further_step_made(trainer, folder):

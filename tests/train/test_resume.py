@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from transformers import TrainerCallback
 from fastft.errors import LoadError, SaveError, UsageError
 from fastft.export.folder import find_weights
 from fastft.state import update_state
-from fastft.train import checkpoint
+from fastft.train import base, checkpoint
 from fastft.train.record import kept_lines
 from fastft.train.sft.config import SFTConfig
 from fastft.train.sft.run import sft
@@ -97,8 +98,11 @@ def test_an_earlier_run_in_the_folder_is_kept_before_the_new_one_begins(
     assert (run / "notes.txt").read_text() == "mine"
     trainer(build_model(), tokenizer, dataset, settings).train()
     assert sorted(path.name for path in run.iterdir() if path.name.startswith("_")) == ["_earlier-1", "_earlier-2"]
+    last = (run / "checkpoint-2" / "adapter_model.safetensors").read_bytes()
     on = trainer(build_model(), tokenizer, dataset, settings, max_steps=3)
     on.train(resume_from_checkpoint=str(kept / "checkpoint-2"))
+    assert (run / "_earlier-3" / "checkpoint-2" / "adapter_model.safetensors").read_bytes() == last
+    assert [path.name for path in checkpoint.checkpoints(run)] == ["checkpoint-3"]
     assert on.state.global_step == 3 and len(json.loads((run / "run.json").read_text())["runs"]) == 2
 
 
@@ -131,6 +135,68 @@ def test_a_base_in_the_folder_is_not_put_aside(run, build_model, tokenizer, data
     with pytest.raises(UsageError, match=r"output_dir: expected another folder than that of the base model"):
         trainer(model, tokenizer, dataset, settings).train()
     assert [path.name for path in checkpoint.checkpoints(run)] == ["checkpoint-1", "checkpoint-2"]
+
+
+def test_a_base_that_is_a_checkpoint_in_the_folder_is_not_put_aside(run, build_model, tokenizer, dataset, settings):
+    model = build_model()
+    update_state(model, source=str(run / "checkpoint-2"))
+    made = trainer(model, tokenizer, dataset, settings, max_steps=3)
+    with pytest.raises(UsageError, match=r"output_dir: expected another folder[^\n]*checkpoint-2 would be put aside"):
+        made.train()
+    assert [path.name for path in checkpoint.checkpoints(run)] == ["checkpoint-1", "checkpoint-2"]
+    other = Path(settings["output_dir"]).with_name("other")
+    trainer(model, tokenizer, dataset, settings, output_dir=str(other)).train()
+    made.train(resume_from_checkpoint=str(run / "checkpoint-2"))  # nothing is put aside
+    with pytest.raises(UsageError, match="would be put aside"):
+        made.train(resume_from_checkpoint=str(other / "checkpoint-1"))
+
+
+@pytest.mark.parametrize("failing", [1, 3, 5])
+def test_a_move_that_fails_is_undone(failing, run, build_model, tokenizer, dataset, settings, monkeypatch):
+    (run / "mine").mkdir()
+    (run / "mine" / "README.md").write_text("linked")
+    for name in ("merges.txt", "README.md"):  # links are moved by other means
+        (run / name).unlink(missing_ok=True)
+        (run / name).symlink_to(Path("mine") / "README.md")
+    before = {path.relative_to(run): os.path.islink(path) or path.stat().st_ino for path in run.rglob("*")}
+    moved, rename = [], os.rename
+
+    def fails(source, target):
+        if Path(target).parent.name == "_earlier-1":
+            moved.append(source)
+            if len(moved) == failing:
+                raise OSError(errno.EIO, "Input/output error")
+        rename(source, target)
+
+    made = trainer(build_model(), tokenizer, dataset, settings)
+    monkeypatch.setattr(os, "rename", fails)
+    with pytest.raises(SaveError, match=r"_earlier-1: could not be written: Input/output error"):
+        made.train()
+    assert len(moved) == failing
+    assert {path.relative_to(run): os.path.islink(path) or path.stat().st_ino for path in run.rglob("*")} == before
+    assert (run / "merges.txt").read_text() == "linked"
+
+
+def test_links_among_what_is_put_aside_lead_where_they_led(run, build_model, tokenizer, dataset, settings):
+    (run / "mine").mkdir()
+    (run / "mine" / "merges.txt").write_text("linked")
+    (run / "merges.txt").symlink_to(Path("mine") / "merges.txt")
+    (run / "added_tokens.json").symlink_to("config.json")  # to what is put aside as well
+    (run / "config.json").write_text("{}")
+    trainer(build_model(), tokenizer, dataset, settings).train()
+    kept = run / "_earlier-1"
+    assert (kept / "merges.txt").is_symlink() and (kept / "merges.txt").read_text() == "linked"
+    assert os.readlink(kept / "added_tokens.json") == "config.json" and not os.path.lexists(run / "merges.txt")
+
+
+def test_what_goes_wrong_in_the_first_process_is_raised_in_the_others(
+    build_model, tokenizer, dataset, settings, monkeypatch
+):
+    made = trainer(build_model(), tokenizer, dataset, settings)
+    monkeypatch.setattr(made, "is_world_process_zero", lambda: False)
+    monkeypatch.setattr(base, "broadcast_object_list", lambda told: [None, f"{told}: the disk is full"])
+    with pytest.raises(SaveError, match=r"\[None, None\]: the disk is full"):
+        made.train()
 
 
 def test_a_folder_that_cannot_be_made_is_told(run, build_model, tokenizer, dataset, settings, monkeypatch):
@@ -176,8 +242,10 @@ def test_checkpoints_of_an_earlier_run_are_not_gone_on_with_unless_named(
     assert [step for step, _ in losses(run)] == [1, 2, 3, 4]
     named = trainer(build_model(), tokenizer, dataset, settings, max_steps=6)
     named.train(resume_from_checkpoint=str(run / "checkpoint-5"))
-    assert "is of another run than" in capsys.readouterr().out
+    assert f"(finished, 4 steps): it is kept in {run / '_earlier-3'} (" in capsys.readouterr().out
     assert [step for step, _ in losses(run)] == [6]  # the lines there were of the second run
+    assert [step for step, _ in losses(run / "_earlier-3")] == [1, 2, 3, 4]
+    assert [path.name for path in checkpoint.checkpoints(run)] == ["checkpoint-5", "checkpoint-6"]
     whole = [(row["step"], row["loss"]) for row in named.state.log_history if "loss" in row]
     assert whole[:5] == first
 

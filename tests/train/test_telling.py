@@ -99,6 +99,19 @@ def test_only_these_warnings_are_kept_back():
     assert [str(warning.message).split("`")[1] for warning in caught] == ["something", "gradient_checkpointing_enable"]
 
 
+def test_filters_that_are_set_meanwhile_stay():
+    with warnings.catch_warnings():
+        before = list(warnings.filters)
+        with between_libraries():
+            held = list(warnings.filters)
+            with between_libraries():
+                warnings.filterwarnings("error", "mine")
+            assert warnings.filters[1:] == held != before  # the inner one has not taken the outer one's away
+        assert warnings.filters[1:] == before
+        with pytest.raises(FutureWarning, match="mine"):
+            warnings.warn("mine", FutureWarning, stacklevel=1)
+
+
 def test_a_run_that_fails_closes_its_bars(build_model, tokenizer, dataset, settings, monkeypatch):
     args = fastft.SFTConfig(**{**settings, "disable_tqdm": False})
     made = fastft.SFTTrainer(build_model(), args, train_dataset=dataset, processing_class=tokenizer, compile=False)

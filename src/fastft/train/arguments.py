@@ -182,7 +182,7 @@ def _wrong_number(name: str, value: Any) -> tuple[str, str] | None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return f"a {kind}", "Write it without quotes." if isinstance(value, str) else ""
     if name in SHARES:
-        fits = math.isfinite(value) and (0 <= value < 1 or value == int(value))
+        fits = math.isfinite(value) and value >= 0 and (value < 1 or value == int(value))
         return None if fits else ("a whole number of steps, or a share of them all below 1", "")
     if name in COUNTS and not isinstance(value, int):
         near = f"Write {value:.0f}." if math.isfinite(value) and value == round(value) else ""

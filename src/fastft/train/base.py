@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from transformers import EarlyStoppingCallback
 
 from fastft.data.bars import bars_if_large
@@ -186,15 +187,14 @@ class Trained:
         resume = kwargs.get("resume_from_checkpoint")
         begun = resuming.check(resume, self.args, self.model, self.recorder.method, self.resume_problems)
         self._own, self.recorder.begun = () if begun is None else (begun,), begun
-        if begun is None:
-            self._put_aside()
+        self._put_aside(begun)
         kwargs["resume_from_checkpoint"] = None if begun is None else str(begun)
         try:
             with (
                 quiet(),
                 between_libraries(),
                 hygiene.unpatched(self.model),
-                self.interruption.watched(self.args.world_size == 1),
+                self.interruption.watched(self.args.world_size == 1, lambda error: memory.let_go(error, self.model)),
             ):
                 return super().train(**kwargs)
         except KeyboardInterrupt:
@@ -216,13 +216,23 @@ class Trained:
             self.compiling.stop()
             release_weights(self.model)
 
-    def _put_aside(self) -> None:
-        """Keep an earlier run of the folder from being replaced by this one, once all processes have looked at it."""
+    def _put_aside(self, begun: Path | None) -> None:
+        """Keep another run of the folder from being replaced by this one, once all processes have looked at it.
+
+        What goes wrong is raised in every process: the others would wait for ever for the one that it went wrong in.
+        """
         self.accelerator.wait_for_everyone()
-        line = earlier.put_aside(Path(self.args.output_dir)) if self.is_world_process_zero() else None
-        if line is not None:
+        told: list[str | None] = [None, None]  # what to say, and what went wrong
+        if self.is_world_process_zero():
+            try:
+                told[0] = earlier.put_aside(Path(self.args.output_dir), begun)
+            except OSError as error:
+                told[1] = str(error)
+        line, wrong = broadcast_object_list(told)
+        if wrong is not None:
+            raise SaveError(wrong)
+        if line is not None and self.is_world_process_zero():
             print(f"fastft: {line}")
-        self.accelerator.wait_for_everyone()
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate as TRL's trainer does."""
@@ -238,7 +248,9 @@ class Trained:
         """Save what was trained up to the last whole step, unless it is saved already, and say where it is."""
         done, (target, why) = self.state.global_step, self._save_last_step()
         if target is not None:
-            return f"Step {done}, the last whole one, is saved in {target}; resume={str(target)!r} goes on from it."
+            lacks = self._lacks(target)
+            on = f"it cannot be gone on from: {lacks}" if lacks else f"resume={str(target)!r} goes on from it"
+            return f"Step {done}, the last whole one, is saved in {target}; {on}."
         return f"Step {done} {why}" if why else self._last_checkpoint()
 
     def _last_checkpoint(self) -> str:
@@ -250,33 +262,53 @@ class Trained:
         if not done or self.args.world_size > 1:
             return None, ""
         target = Path(self.args.output_dir) / f"checkpoint-{done}"
+        if target in self._own:  # one of that name may be of an earlier run
+            return target, ""
+        best = self.state.best_model_checkpoint if self.interruption.over and self.args.load_best_model_at_end else None
+        if best is not None:
+            return None, f"is not saved: the weights are those of {best} by now."
         try:
-            if target not in self._own:  # one of that name may be of an earlier run
-                with quiet():
-                    self._save_checkpoint(self.model, None)
+            with quiet():
+                self._save_checkpoint(self.model, None)
         except (SaveError, RuntimeError) as problem:
             return None, f"could not be saved: {problem}"
         return target, ""
+
+    def _lacks(self, folder: Path) -> str:
+        """Return what keeps a checkpoint from being gone on from, "" if nothing does."""
+        found = resuming.damages(folder) if self.args.world_size == 1 else []
+        if found and self.args.save_only_model:
+            return "save_only_model=True leaves the state of the optimizer out"
+        return found[0] if found else ""
 
     def _stop(self) -> Stopped:
         """Save the last whole step of an interrupted run if there is time for it, and say how far it came."""
         asked, folder, steps = self.interruption, Path(self.args.output_dir), self.state.global_step
         _, why = self._save_last_step() if asked.waits else (None, "it was to stop at once")
         last = self._own[-1] if self._own else None
-        failed = "" if asked.failed is None else f"{type(asked.failed).__name__}: {asked.failed}"
         stopped = Stopped(
             steps=steps,
             planned=self.state.max_steps,
             checkpoint=last,
             whole=bool(steps) and last == folder / f"checkpoint-{steps}",
             why=why,
-            failed=failed,
+            failed=asked.failed,
+            lacks="" if last is None else self._lacks(last),
             resume="resume=True" if last is None or last.parent == folder else f"resume={str(last)!r}",
         )
-        if self.recorder.record and self.is_world_process_zero():
+        if self.recorder.record.get("status") == "running" and self.is_world_process_zero():
             with contextlib.suppress(SaveError):
-                self.recorder.finish("interrupted", self.state, self.model, failed or None)
+                self.recorder.finish("interrupted", self.state, self.model, asked.failed or None)
+        if asked.waits and asked.begun:
+            self._end_callbacks()
         return stopped
+
+    def _end_callbacks(self) -> None:
+        """Let callbacks close what they have opened, as at the end of a run that was not interrupted."""
+        try:
+            self.callback_handler.on_train_end(self.args, self.state, self.control)
+        except Exception as error:
+            print(f"fastft: a callback failed at the end of the interrupted run: {type(error).__name__}: {error}")
 
     # ---- saving
 

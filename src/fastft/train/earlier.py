@@ -3,14 +3,16 @@
 Kept is what a run writes, by name; whatever else lies in the folder stays where it is.
 """
 
+import contextlib
 import os
 import re
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 from fastft.errors import Problem, SaveError
 from fastft.model import files
-from fastft.state import get_state
+from fastft.state import base_model, get_state
 from fastft.train import checkpoint, lineage
 
 # Within the run's folder: a folder beside it may be on another disk. transformers pushes nothing that begins with _.
@@ -23,36 +25,43 @@ OTHERS = (
 )  # fmt: skip
 
 
-def problems(folder: Path, model: Any) -> list[Problem]:
-    """Return why an earlier run cannot be put aside: its weights are the base of the adapter that is to be trained."""
-    source = get_state(model).source
-    if not _work(folder) or source is None or not hasattr(model, "peft_config"):
-        return []
-    if not (folder / "config.json").is_file() or Path(source).expanduser().resolve() != folder.resolve():
-        return []
-    return [Problem("output_dir", str(folder), "another folder than that of the base model, which the adapter needs")]
+def goes_aside(folder: Path, begun: Path | None) -> bool:
+    """Say whether the run in `folder` is another than the one that begins, or goes on from the checkpoint `begun`."""
+    return begun is None or not lineage.leads_to(begun, lineage.runs_in(folder))
 
 
-def put_aside(folder: Path) -> str | None:
+def problems(folder: Path, model: Any, begun: Path | None = None) -> list[Problem]:
+    """Return why an earlier run cannot be put aside: it is the base of the adapter that is to be trained."""
+    parts = _parts(folder, begun)
+    if not parts or not hasattr(model, "peft_config"):
+        return []
+    for source in _sources(model):
+        place = Path(source).expanduser().resolve()
+        whole = place == folder.resolve() and folder / "config.json" in parts
+        if whole or any(part.resolve() in (place, *place.parents) for part in parts):
+            remedy = f"{source} would be put aside with the run that it is of."
+            return [
+                Problem("output_dir", str(folder), "another folder than that of the base model of the adapter", remedy)
+            ]
+    return []
+
+
+def put_aside(folder: Path, begun: Path | None = None) -> str | None:
     """Move what an earlier run left in `folder` into a folder of its own; return what to say, None if there is none.
 
-    Raises `SaveError`.
+    `begun` is as for `goes_aside`. Raises `SaveError`, and has moved nothing then.
     """
-    if not _work(folder):
+    parts = _parts(folder, begun)
+    if not parts:
         record = folder / lineage.RECORD
-        return f"{record} is of an earlier run that left no weights; it is replaced." if record.is_file() else None
+        lost = begun is None and record.is_file()
+        return f"{record} is of an earlier run that left no weights; it is replaced." if lost else None
     record, (own, others) = lineage.record_of(folder), lineage.own_and_others(folder)
     place = folder / f"_earlier-{max((_number(path) for path in kept(folder)), default=0) + 1}"
-    parts = [*(path for name in (*WEIGHTS, *OTHERS) for path in folder.glob(name)), *checkpoint.checkpoints(folder)]
     size = sum(path.stat().st_size for part in parts for path in (part, *part.rglob("*")) if path.is_file())
-    try:
-        place.mkdir()
-        for part in parts:
-            os.rename(part, place / part.name)
-    except OSError as error:
-        raise SaveError(checkpoint.describe(place, error)) from error
+    _move(parts, place)
     told = f"{record.get('status', 'of an unknown end')}, {record.get('steps', 'unknown')} steps"
-    newest = (own or others)[-1:]
+    newest = [path for path in (own or others) if path in parts][-1:]
     more = f"; resume={str(place / newest[0].name)!r} goes on from it" if newest else ""
     return f"{folder} holds an earlier run ({told}): it is kept in {place} ({size / 1e6:,.1f} MB){more}."
 
@@ -73,7 +82,64 @@ def _number(path: Path) -> int:
     return int(path.name.rpartition("-")[2])
 
 
-def _work(folder: Path) -> bool:
-    """Say whether a run has left checkpoints in a folder, or weights with its record."""
-    recorded = (folder / lineage.RECORD).is_file() and any(any(folder.glob(name)) for name in WEIGHTS)
-    return recorded or bool(checkpoint.checkpoints(folder))
+def _parts(folder: Path, begun: Path | None) -> list[Path]:
+    """Return what is to be put aside: all that an earlier run left, but not the checkpoints of the one gone on with."""
+    if not goes_aside(folder, begun):
+        return []
+    found = checkpoint.checkpoints(folder)
+    if begun is not None:
+        runs, there = lineage.runs_of(begun), begun.resolve()
+        found = [path for path in found if path.resolve() != there and not lineage.leads_to(path, runs)]
+    weights = [path for name in WEIGHTS for path in folder.glob(name)]
+    if not found and not (weights and (folder / lineage.RECORD).is_file()):
+        return []
+    return [*weights, *(path for name in OTHERS for path in folder.glob(name)), *found]
+
+
+def _sources(model: Any) -> list[str]:
+    """Return where the base of an adapted model was loaded from, as far as it is known."""
+    adapters = [config.base_model_name_or_path for config in model.peft_config.values()]
+    named = (get_state(model).source, getattr(base_model(model).config, "_name_or_path", None), *adapters)
+    return [name for name in dict.fromkeys(named) if name]
+
+
+def _move(parts: Sequence[Path], place: Path) -> None:
+    """Move `parts` into the new folder `place` beside them, all or none. Raises `SaveError`."""
+    moved: list[tuple[Path, str | None]] = []
+    try:
+        place.mkdir()
+        for part in parts:
+            link = _link(part, {path.name for path in parts})
+            moved.append((part, link))
+            if link is None:
+                os.rename(part, place / part.name)
+            else:
+                os.symlink(Path(os.pardir, link), place / part.name)
+                part.unlink()
+    except BaseException as error:
+        for part, link in reversed(moved):
+            _move_back(place / part.name, part, link)
+        with contextlib.suppress(OSError):
+            place.rmdir()
+        if not isinstance(error, OSError):
+            raise
+        raise SaveError(checkpoint.describe(place, error)) from error
+
+
+def _link(part: Path, moved: Collection[str]) -> str | None:
+    """Return what a link is to that has to be written anew where it is moved: to a relative place that stays."""
+    link = os.readlink(part) if part.is_symlink() else ""
+    stays = link and not os.path.isabs(link) and Path(link).parts[:1] not in [(name,) for name in moved]
+    return link if stays else None
+
+
+def _move_back(there: Path, part: Path, link: str | None) -> None:
+    """Undo one move, as far as it was made; what cannot be moved back stays where it is."""
+    with contextlib.suppress(OSError):
+        if link is None:
+            if os.path.lexists(there):
+                os.rename(there, part)
+            return
+        if not os.path.lexists(part):
+            os.symlink(link, part)
+        there.unlink(missing_ok=True)

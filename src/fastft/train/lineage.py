@@ -58,13 +58,18 @@ def leads_to(folder: Path, runs: Sequence[Mapping[str, Any]]) -> bool:
     return len(own) == len(runs) or step_of(folder) <= runs[len(own)]["from_step"]
 
 
+def runs_in(folder: Path) -> list[dict[str, Any]]:
+    """Return the runs that the work in a folder is of: where no run.json says it, those of the highest step."""
+    found = checkpoint.checkpoints(folder)
+    return runs_of(folder) or (runs_of(found[-1]) if found else [])
+
+
 def own_and_others(folder: str | Path) -> tuple[list[Path], list[Path]]:
     """Return the checkpoints in `folder` of the run that its run.json is of, and those of others, oldest step first.
 
     Where no run.json says it, the run is that of the highest step.
     """
-    found = checkpoint.checkpoints(folder)
-    runs = runs_of(Path(folder)) or (runs_of(found[-1]) if found else [])
+    found, runs = checkpoint.checkpoints(folder), runs_in(Path(folder))
     own = [path for path in found if leads_to(path, runs)]
     return own, [path for path in found if path not in own]
 

@@ -179,8 +179,8 @@ class RecordCallback(TrainerCallback):
             append_line(self.folder / "metrics.jsonl", row)
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Write the picture, the manifest and the card."""
-        if state.is_world_process_zero:
+        """Write the picture, the manifest and the card, unless an interruption has."""
+        if state.is_world_process_zero and self.record["status"] == "running":
             self.finish("stopped early" if state.global_step < state.max_steps else "finished", state, model)
 
     def finish(self, status: str, state: Any, model: Any, error: str | None = None) -> None:

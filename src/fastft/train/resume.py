@@ -63,8 +63,9 @@ def check(resume: Any, args: Any, model: Any, method: str, own: Callable[[Path],
             raise UsageError(*wrong)
         return None
     folder = Path(to_resume(resume, args))
+    aside = earlier.problems(Path(args.output_dir), model, folder)
     if args.world_size > 1:
-        wrong = own(folder)
+        wrong = [*own(folder), *aside]
         if wrong:
             raise UsageError(*wrong)
         return folder
@@ -74,7 +75,7 @@ def check(resume: Any, args: Any, model: Any, method: str, own: Callable[[Path],
         whole = next((path for path in reversed(others) if not damages(path)), None)
         remedy = f"resume={str(whole)!r} goes on from the newest whole one" if whole else "there is no other whole one"
         raise UsageError(*problems, f"{folder} cannot be resumed: {remedy}, or start anew with resume=False")
-    problems = [*_foreign(folder, model, method), *own(folder)]
+    problems = [*_foreign(folder, model, method), *own(folder), *aside]
     done = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8")).get("global_step", 0)
     if 0 < args.max_steps <= done:
         remedy = "Nothing is left to train: ask for more steps, or start anew with resume=False."

@@ -103,6 +103,15 @@ def test_what_counts_is_a_whole_number(build_model, tokenizer, build_rows, tmp_p
     assert not list(tmp_path.iterdir())
 
 
+def test_negative_shares_are_told_together(tmp_path):
+    wrong = {"save_steps": -5, "eval_steps": -2, "logging_steps": -3, "warmup_steps": -4}
+    with pytest.raises(UsageError) as caught:
+        SFTConfig(output_dir=str(tmp_path), **wrong)
+    assert {problem.where: problem.value for problem in caught.value.problems} == {
+        f"SFTConfig {name}": value for name, value in wrong.items()
+    }
+
+
 def test_shares_and_whole_numbers_are_taken(tmp_path):
     good = {"warmup_steps": 0.1, "logging_steps": 5.0, "save_steps": 0.5, "num_train_epochs": 1.5, "max_steps": -1}
     made = SFTConfig(output_dir=str(tmp_path), **good)
