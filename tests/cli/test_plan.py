@@ -179,7 +179,10 @@ def test_a_gpu_without_fp8_products_is_refused_with_its_capability(gpu, capabili
         name = gpu.split()[-1].upper()
         assert code == 3 and f"{name} has compute capability {capability}; fp8 products need 8.9 or more" in out.err
         assert f"--compute: expected exact here: {name}" in out.err and f"got {compute!r}" in out.err
-        assert "name a GPU that has them: B200, H200, H100 PCIe, H100 NVL, H100, L40S, L40, L4, RTX 5090, RTX 4090." in out.err
+        assert (
+            "name a GPU that has them: B200, H200, H100 PCIe, H100 NVL, H100, L40S, L40, L4, RTX 5090, RTX 4090."
+            in out.err
+        )
     assert told(capsys, folder, "--gpu", gpu, "--plan", "offload")[0] != 3
 
 

@@ -142,8 +142,8 @@ COUNTS = {
     "save_total_limit": None,
     "dataset_num_proc": 1,
     "dataloader_num_workers": 0,
-    "seed": None,
-    "data_seed": None,
+    "seed": 0,
+    "data_seed": 0,
 }
 MEASURES = {
     "num_train_epochs": 0,
@@ -154,6 +154,7 @@ MEASURES = {
     "label_smoothing_factor": 0,
     "max_unlearnable": 0,
 }
+MOST = {"label_smoothing_factor": 1}
 # Fields that count steps, or say below 1 a share of them all.
 SHARES = ("warmup_steps", "logging_steps", "eval_steps", "save_steps")
 
@@ -189,7 +190,7 @@ def _wrong_number(name: str, value: Any) -> tuple[str, str] | None:
         return "a whole number" + ("" if bound is None else f" of at least {bound}"), near
     if bound is not None and not (value >= bound and math.isfinite(value)):
         return f"a finite number of at least {bound}", ""
-    return None
+    return (f"at most {MOST[name]}", "") if value > MOST.get(name, value) else None
 
 
 def _wrong_choices(args: Any) -> list[Problem]:

@@ -105,6 +105,21 @@ def test_one_reward_alone(build_model, tokenizer, config):
     assert [problem.where for problem in caught.value.problems] == wrong
 
 
+def test_sampling_that_cannot_be_meant_is_told_before_anything_is_moved(config, tmp_path):
+    wrong = {"top_p": 1.5, "top_k": -3, "min_p": 2.0, "repetition_penalty": 0.0}
+    with pytest.raises(UsageError) as caught:
+        GRPOConfig(**config | wrong)
+    assert [(problem.where, problem.value) for problem in caught.value.problems] == [
+        (f"GRPOConfig {name}", value) for name, value in wrong.items()
+    ]
+    GRPOConfig(**config | {"top_p": 0.9, "top_k": 0, "min_p": None})
+
+
+def test_merging_wants_a_memory_plan(trainer):
+    with pytest.raises(UsageError, match=r"merge_micro_batches: expected None or False with compile=False, got True"):
+        trainer(merge_micro_batches=True, compile=False)
+
+
 def test_prompts_that_cannot_be_used(trainer, build_model):
     with pytest.raises(DataError, match=r"at least the 2 of one generation"):
         trainer(prompts=PROMPTS[:1], gradient_accumulation_steps=2)

@@ -105,8 +105,10 @@ def test_what_counts_is_a_whole_number(build_model, tokenizer, build_rows, tmp_p
 
 def test_negative_shares_are_told_together(tmp_path):
     wrong = {"save_steps": -5, "eval_steps": -2, "logging_steps": -3, "warmup_steps": -4}
+    wrong |= {"label_smoothing_factor": 3, "seed": -1}
     with pytest.raises(UsageError) as caught:
         SFTConfig(output_dir=str(tmp_path), **wrong)
+    assert "label_smoothing_factor: expected at most 1, got 3" in str(caught.value)
     assert {problem.where: problem.value for problem in caught.value.problems} == {
         f"SFTConfig {name}": value for name, value in wrong.items()
     }
