@@ -76,6 +76,7 @@ def test_a_failed_run_says_so(build_model, tokenizer, dataset, settings):
         made.train()
     run = json.loads((Path(settings["output_dir"]) / "run.json").read_text())
     assert run["status"] == "failed" and run["error"] == "RuntimeError: out of luck"
+    assert run["steps"] == 0 and run["loss"] == {"first": None, "last": None} and "measured_peak_bytes" in run["memory"]
 
 
 def test_data_hash_sees_ids_labels_order_and_boundaries():

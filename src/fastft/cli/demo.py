@@ -32,7 +32,7 @@ def demo(
         int | None,
         typer.Option(
             min=2,
-            help="Training steps: 80 of 16 examples, with --grpo 32 of 8 questions, each answered 8 times.",
+            help="Training steps: 80 of 16 examples, with --grpo 32 (8 at least) of 8 questions, 8 answers each.",
             show_default=False,
         ),
     ] = None,

@@ -15,6 +15,10 @@ from fastft.errors import Problem, UsageError
 
 QUESTIONS, ANSWERS = 8, 8  # of a step, and of each question
 LEAST_STEPS = 8  # of fewer, the first and the last steps are much the same ones
+ABOUT = (
+    "\nNobody shows it an answer. It gives its own: one that ends with the right number earns 1, another earns 0.\n"
+    "What earned more than the other answers to its question becomes likelier; what earned less, less likely.\n"
+)
 WINDOW = 3  # steps whose mean reward is called the first and the last; of one step it varies by 0.1
 
 
@@ -83,11 +87,7 @@ def run_grpo_demo(
     began = time.monotonic()
     subject = Subject(phrasings.QUESTION, phrasings.ABOUT, "in these words", _accuracy)
     model, tokenizer, before = before_after.begin(subject, sums, seed, say)
-    say(
-        "\nNobody shows it an answer. It gives its own: one that ends with the right number earns 1, another earns 0.\n"
-        "What earned more than the other answers to its question becomes likelier; what earned less, less likely.\n"
-        f"GRPO for {steps} steps, each of {QUESTIONS} questions with {ANSWERS} answers ...\n"
-    )
+    say(ABOUT + f"GRPO for {steps} steps, each of {QUESTIONS} questions with {ANSWERS} answers ...\n")
     result = _train(model, tokenizer, output_dir, steps, engine, resume, seed)
     folder = Path(result.output_dir)
     say(_samples(folder / "completions.jsonl"))

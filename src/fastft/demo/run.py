@@ -75,21 +75,7 @@ def run_demo(
     backend, why = (backend, "as asked") if backend else choose_backend(model.device.type)
     say(f"Training LoRA adapters for {steps} steps; the layers are compiled first with {backend} ({why}) ...\n")
     fastft.compile(model, backend=backend)
-    result = fastft.sft(
-        model,
-        tokenizer,
-        train,
-        output_dir=output_dir,
-        resume=resume,
-        batch_size=BATCH,
-        learning_rate=2e-3,
-        schedule="cosine",
-        warmup_steps=3,
-        pad_to_multiple_of=LENGTH,
-        log_every=max(1, min(5, steps // 2)),  # two losses at least, to see one fall
-        save_strategy="no",
-        seed=seed,
-    )
+    result = _train(model, tokenizer, train, output_dir, steps, resume, seed)
     say("\n" + terminal.loss_bars(result.losses) + "\n")
 
     after = before_after.see(model, tokenizer, subject, sums, say, before)
@@ -111,6 +97,26 @@ def run_demo(
     say(f"\nLoss curve: {shown.loss_curve}\nRun record: {shown.record}\n")
     before_after.end(model, tokenizer, subject, folder, shown.seconds, chat, say)
     return shown
+
+
+def _train(model: Any, tokenizer: Any, train: Any, output_dir: str | Path, steps: int, resume: bool, seed: int) -> Any:
+    from fastft import sft
+
+    return sft(
+        model,
+        tokenizer,
+        train,
+        output_dir=output_dir,
+        resume=resume,
+        batch_size=BATCH,
+        learning_rate=2e-3,
+        schedule="cosine",
+        warmup_steps=3,
+        pad_to_multiple_of=LENGTH,
+        log_every=max(1, min(5, steps // 2)),  # two losses at least, to see one fall
+        save_strategy="no",
+        seed=seed,
+    )
 
 
 def choose_backend(device: str) -> tuple[str, str]:

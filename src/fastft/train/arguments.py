@@ -172,6 +172,10 @@ def _wrong_numbers(args: Any) -> list[Problem]:
         told = None if value is None else _wrong_number(name, value)
         if told:
             problems.append(Problem(f"{owner} {name}", value, *told))
+    logged = str(getattr(args.logging_strategy, "value", args.logging_strategy)) == "steps"
+    if logged and args.logging_steps == 0:
+        remedy = "logging_strategy='no' logs nothing."
+        problems.append(Problem(f"{owner} logging_steps", 0, "a number of steps above 0, or a share of them", remedy))
     if args.max_steps == 0 and not isinstance(args.max_steps, bool):
         problems.append(Problem(f"{owner} max_steps", 0, "at least 1, or -1 to go by num_train_epochs"))
     return problems

@@ -240,9 +240,14 @@ class Trained:
             return super().evaluate(*args, **kwargs)
 
     def _record_failure(self, error: BaseException) -> None:
+        """Write the record of a run that failed, with what it came to as far as that can be measured."""
         if self.recorder.record and self.is_world_process_zero():
+            why = f"{type(error).__name__}: {error}"
             with contextlib.suppress(SaveError):
-                self.recorder.write_record("failed", f"{type(error).__name__}: {error}")
+                try:
+                    self.recorder.finish("failed", self.state, self.model, why)
+                except Exception:
+                    self.recorder.write_record("failed", why)
 
     def _rescue(self) -> str:
         """Save what was trained up to the last whole step, unless it is saved already, and say where it is."""

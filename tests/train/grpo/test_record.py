@@ -8,6 +8,7 @@ from grpo_runs import PROMPTS, GivenRollouts, even, length_of, rows_of
 
 import fastft
 from fastft.rewards import combine
+from fastft.train.grpo import telling
 from fastft.train.grpo.telling import step_line
 
 
@@ -120,5 +121,12 @@ def test_a_step_is_one_line(trainer, capsys):
 def test_a_step_without_rewards_is_told_in_a_line():
     logs = {"reward": None, "rewards/a/mean": None, "rewards/b/mean": 0.5, "completions/mean_length": 3.0}
     assert step_line(2, logs) == "step    2  reward missing  (a missing, b 0.500)  length 3.0"
+    told = step_line(2, logs | {"grad_norm": 0.0, "frac_reward_zero_std": 0.5})
+    assert told.endswith("  nothing was learnt: no prompt has two completions with rewards that differ")
+    assert telling.line(4, {f"eval_{name}": value for name, value in logs.items()}) == (
+        "step    4  evaluation: reward missing  (a missing, b 0.500)  length 3.0"
+    )
+    again = {"loss": 0.03, "grad_norm": 0.55, "kl": 0.0123, "clip_ratio/region_mean": 0.03, "learning_rate": 1e-5}
+    assert telling.line(3, again) == "step    3  from the same completions  KL 0.0123  clipped 3.0%  gradient 0.55"
     told = step_line(2, {"reward": 1.0, "completions/mean_length": 3.0, "frac_reward_zero_std": 1.0})
     assert told.endswith("nothing to learn: every prompt's completions earn alike")

@@ -69,7 +69,9 @@ def test_killed_engine_leaves_a_checkpoint_to_go_on_from(trainer, config):
         trainer(GivenRollouts(fail_at=3), max_steps=4).train()
     assert isinstance(caught.value, EngineError)
     folder = Path(config["output_dir"])
-    assert json.loads((folder / "run.json").read_text())["status"] == "failed"
+    run = json.loads((folder / "run.json").read_text())
+    assert run["status"] == "failed" and run["steps"] == 2 and run["reward"]["last"] is not None
+    assert (folder / "reward.png").is_file()
     assert [path.name for path in checkpoint.checkpoints(folder)] == ["checkpoint-2"]
     again = trainer(GivenRollouts(), max_steps=4)
     again.train(resume_from_checkpoint=True)

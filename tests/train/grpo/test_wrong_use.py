@@ -112,7 +112,10 @@ def test_sampling_that_cannot_be_meant_is_told_before_anything_is_moved(config, 
     assert [(problem.where, problem.value) for problem in caught.value.problems] == [
         (f"GRPOConfig {name}", value) for name, value in wrong.items()
     ]
-    GRPOConfig(**config | {"top_p": 0.9, "top_k": 0, "min_p": None})
+    GRPOConfig(**config | {"top_p": 0.9, "top_k": 0, "min_p": None, "reward_weights": [1, 0.5]})
+    for weights in (["a"], 2.0, "ab", [True]):
+        with pytest.raises(UsageError, match="reward_weights: expected a list of numbers, one of each reward"):
+            GRPOConfig(**config | {"reward_weights": weights})
 
 
 def test_merging_wants_a_memory_plan(trainer):

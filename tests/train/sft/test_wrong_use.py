@@ -109,6 +109,8 @@ def test_negative_shares_are_told_together(tmp_path):
     with pytest.raises(UsageError) as caught:
         SFTConfig(output_dir=str(tmp_path), **wrong)
     assert "label_smoothing_factor: expected at most 1, got 3" in str(caught.value)
+    with pytest.raises(UsageError, match=r"logging_steps: expected a number of steps above 0.*got 0"):
+        SFTConfig(output_dir=str(tmp_path), logging_steps=0)
     assert {problem.where: problem.value for problem in caught.value.problems} == {
         f"SFTConfig {name}": value for name, value in wrong.items()
     }

@@ -236,6 +236,10 @@ def _problems(args: Any) -> list[Problem]:
             continue
         if not isinstance(value, int | float) or isinstance(value, bool) or not holds(value):
             problems.append(Problem(f"GRPOConfig {name}", value, f"a number {expected}"))
+    weights = args.reward_weights
+    listed = weights is None or isinstance(weights, list | tuple)
+    if not listed or any(isinstance(one, bool) or not isinstance(one, int | float) for one in weights or ()):
+        problems.append(Problem("GRPOConfig reward_weights", weights, "a list of numbers, one of each reward"))
     if args.generation_kwargs:
         remedy = "Temperature, top_p, top_k, min_p and repetition_penalty are fields; options of the engine go into "
         problems.append(

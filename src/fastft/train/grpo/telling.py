@@ -8,8 +8,24 @@ from fastft.train.telling import log_line
 
 
 def line(step: int, logs: Mapping[str, Any]) -> str:
-    """Return the line of a log: a short one where it is of a step."""
-    return step_line(step, logs) if "reward" in logs else log_line(step, logs)
+    """Return the line of a log: a short one where it is of a step or an evaluation."""
+    if "eval_reward" in logs:
+        told = step_line(step, {name.removeprefix("eval_"): value for name, value in logs.items()})
+        return told.replace("  reward", "  evaluation: reward", 1)
+    if "reward" in logs:
+        return step_line(step, logs)
+    return update_line(step, logs) if "grad_norm" in logs else log_line(step, logs)
+
+
+def update_line(step: int, logs: Mapping[str, Any]) -> str:
+    """Return one line of an update from completions that an earlier step has sampled."""
+    parts = [f"step {step:4d}  from the same completions"]
+    if "kl" in logs:
+        parts.append(f"KL {logs['kl']:.4f}")
+    if "clip_ratio/region_mean" in logs:
+        parts.append(f"clipped {logs['clip_ratio/region_mean']:.1%}")
+    parts.append(f"gradient {logs['grad_norm']:.3g}")
+    return "  ".join(parts)
 
 
 def step_line(step: int, logs: Mapping[str, Any]) -> str:
@@ -27,6 +43,8 @@ def step_line(step: int, logs: Mapping[str, Any]) -> str:
         parts.append(f"engine off by {logs['logprob_difference/mean']:.2g} nats")
     if logs.get("frac_reward_zero_std") == 1.0:
         parts.append("nothing to learn: every prompt's completions earn alike")
+    elif logs.get("grad_norm") == 0.0:
+        parts.append("nothing was learnt: no prompt has two completions with rewards that differ")
     return "  ".join(parts)
 
 
