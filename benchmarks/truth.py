@@ -83,7 +83,7 @@ class _Fp8Product(torch.autograd.Function):
 def rounded_product(x: Tensor, weight: Tensor) -> Tensor:
     """Return x W^T in the dtype of x, [..., N], for x [..., K] and W [N, K], whose rows are rounded to e4m3 (max 448).
 
-    e4m3's numbers are bf16 numbers too: the products are exact, and their sums are in fp32.
+    e4m3's numbers are bf16 numbers too: the products are exact, their sums are in fp32 and rounded to bf16.
     """
 
     def rows(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -95,7 +95,7 @@ def rounded_product(x: Tensor, weight: Tensor) -> Tensor:
 
 
 class _Rounding(nn.Module):
-    """A frozen linear layer without bias whose product has fp8 factors."""
+    """A frozen linear layer whose product has fp8 factors."""
 
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__()

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from nf4_models import compiled, nf4, same
+from nf4_models import MIXED, compiled, nf4, same
 from tiny import batch, make, run
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -48,16 +48,9 @@ def test_steps_have_the_same_bits_and_the_packed_weights_stay(family, dtype, nes
 
 
 def test_levels_moved_or_not_beside_layers_that_are_not_kept():
-    modes = [
-        Mode("keep"),
-        Mode("keep", False, True),
-        Mode("outputs", True, True),
-        Mode("min", False, True),
-        Mode("min"),
-    ]
-    plain, _ = compiled([Mode(m.level, m.offload) for m in modes], num_hidden_layers=5, backend="aot_eager")
+    plain, _ = compiled([Mode(m.level, m.offload) for m in MIXED], num_hidden_layers=5, backend="aot_eager")
     wanted = [run(plain, batch(seed)) for seed in range(2)]
-    model, planned = compiled(modes, num_hidden_layers=5, backend="aot_eager")
+    model, planned = compiled(MIXED, num_hidden_layers=5, backend="aot_eager")
     assert all(same(one, run(model, batch(seed))) for seed, one in enumerate(wanted))
     assert len(planned.weights.copies) == 7 * 3 == planned.weights.changes
     layers = model.get_base_model().model.layers

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from nf4_models import compiled, nf4, same
+from nf4_models import MIXED, compiled, nf4, same
 from tiny import batch, run
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -71,17 +71,10 @@ def test_a_step_makes_and_transposes_no_factors(family, monkeypatch):
 
 
 def test_levels_moved_or_not_beside_layers_that_are_not_kept():
-    modes = [
-        Mode("keep"),
-        Mode("keep", False, True),
-        Mode("outputs", True, True),
-        Mode("min", False, True),
-        Mode("min"),
-    ]
     options = {"num_hidden_layers": 5, "backend": "aot_eager", "compute": "fp8"}
-    plain, moved = compiled([Mode(m.level, m.offload) for m in modes], **options)
+    plain, moved = compiled([Mode(m.level, m.offload) for m in MIXED], **options)
     wanted = [run(plain, batch(seed)) for seed in range(2)]
-    model, planned = compiled(modes, **options)
+    model, planned = compiled(MIXED, **options)
     assert all(same(one, run(model, batch(seed))) for seed, one in enumerate(wanted))
     assert planned.weights.bytes == 3 * LAYER and planned.weights.changes == 3 * 4
     assert planned.offloader.moved_bytes == moved.offloader.moved_bytes > 0  # copies stay where they are

@@ -5,11 +5,14 @@ from tiny import in_nf4, with_lora
 
 import fastft
 from fastft.graph.twin import tiny_model
+from fastft.memory.estimate import Mode
 from fastft.memory.offload import Offloader
 from fastft.state import get_state
 
 # Whole blocks in a row: bitsandbytes dequantises others otherwise on a CPU, and proofs then refuse, rightly.
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+# Modes of five layers: with copies of weights and without, moved to the CPU and not.
+MIXED = (Mode("keep"), Mode("keep", False, True), Mode("outputs", True, True), Mode("min", False, True), Mode("min"))
 
 
 def nf4(family="llama", dtype=torch.float32, dense=(), nested=True, lora=None, **changes):

@@ -77,6 +77,12 @@ def test_a_failed_run_says_so(build_model, tokenizer, dataset, settings):
     run = json.loads((Path(settings["output_dir"]) / "run.json").read_text())
     assert run["status"] == "failed" and run["error"] == "RuntimeError: out of luck"
     assert run["steps"] == 0 and run["loss"] == {"first": None, "last": None} and "measured_peak_bytes" in run["memory"]
+    made.recorder.picture = ("loss.png", lambda *given: 1 / 0)
+    with pytest.raises(RuntimeError, match="out of luck"):
+        made.train()
+    run = json.loads((Path(settings["output_dir"]) / "run.json").read_text())
+    told = "RuntimeError: out of luck; what it came to could not be measured (ZeroDivisionError: division by zero)"
+    assert run["status"] == "failed" and run["error"] == told
 
 
 def test_data_hash_sees_ids_labels_order_and_boundaries():

@@ -1,6 +1,6 @@
 """What may be asked of an engine: one check of prompts and sampling for all of them. Needs no torch."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import isfinite
 from typing import Any
 
@@ -10,6 +10,20 @@ from fastft.errors import Problem, UsageError
 from fastft.rollout.base import Sampling
 
 _SHOWN = 4  # of several prompts that are wrong in the same way
+# A field of `Sampling` -> what holds for its values, and that in words.
+SAMPLING: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "max_new_tokens": (lambda v: _whole(v, 1), "a whole number of at least 1"),
+    "temperature": (lambda v: _number(v) and v >= 0, "a number of at least 0 (0 is greedy)"),
+    "top_p": (lambda v: _number(v) and 0 < v <= 1, "a number above 0 and up to 1 (1 is off)"),
+    "top_k": (lambda v: _whole(v, 0), "a whole number of at least 0 (0 is off)"),
+    "min_p": (lambda v: _number(v) and 0 <= v < 1, "a number from 0 (off) to below 1"),
+    "repetition_penalty": (lambda v: _number(v) and v > 0, "a number above 0 (1 is off)"),
+    "stop_ids": (
+        lambda v: isinstance(v, Iterable) and all(_whole(token, 0) for token in v),
+        "token ids: (2,), say",
+    ),
+    "seed": (lambda v: v is None or _whole(v, 0), "a whole number of at least 0, or None"),
+}
 
 
 def check_request(
@@ -29,24 +43,12 @@ def check_request(
 
 
 def _problems_of_sampling(sampling: Sampling) -> list[Problem]:
-    wanted = {
-        "max_new_tokens": (lambda v: _whole(v, 1), "a whole number of at least 1"),
-        "temperature": (lambda v: _number(v) and v >= 0, "a number of at least 0 (0 is greedy)"),
-        "top_p": (lambda v: _number(v) and 0 < v <= 1, "a number above 0 and up to 1 (1 is off)"),
-        "top_k": (lambda v: _whole(v, 0), "a whole number of at least 0 (0 is off)"),
-        "min_p": (lambda v: _number(v) and 0 <= v < 1, "a number from 0 (off) to below 1"),
-        "repetition_penalty": (lambda v: _number(v) and v > 0, "a number above 0 (1 is off)"),
-        "stop_ids": (
-            lambda v: isinstance(v, Iterable) and all(_whole(token, 0) for token in v),
-            "token ids: (2,), say",
-        ),
-        "seed": (lambda v: v is None or _whole(v, 0), "a whole number of at least 0, or None"),
-    }
     values = asdict(sampling, recurse=False)
     return [
-        Problem(f"sampling.{name}", values[name], expected) for name, (holds, expected) in wanted.items()
+        Problem(f"sampling.{name}", values[name], expected)
+        for name, (holds, expected) in SAMPLING.items()
         if not holds(values[name])
-    ]  # fmt: skip
+    ]
 
 
 def _problems_of_prompts(prompts: Sequence[Sequence[int]]) -> list[Problem]:

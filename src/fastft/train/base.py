@@ -246,8 +246,9 @@ class Trained:
             with contextlib.suppress(SaveError):
                 try:
                     self.recorder.finish("failed", self.state, self.model, why)
-                except Exception:
-                    self.recorder.write_record("failed", why)
+                except Exception as other:
+                    more = f"what it came to could not be measured ({type(other).__name__}: {other})"
+                    self.recorder.write_record("failed", f"{why}; {more}")
 
     def _rescue(self) -> str:
         """Save what was trained up to the last whole step, unless it is saved already, and say where it is."""

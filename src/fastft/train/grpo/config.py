@@ -9,6 +9,7 @@ import trl
 from torch import distributed
 
 from fastft.errors import Problem
+from fastft.rollout.requests import SAMPLING
 from fastft.train import arguments, settings
 
 LOSSES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "luspo", "sapo", "vespo")
@@ -221,10 +222,6 @@ def _problems(args: Any) -> list[Problem]:
         "max_prompt_length": (lambda v: v >= 1, "at least 1 (max_seq_length less max_completion_length)"),
         "num_iterations": (lambda v: v >= 1, "at least 1"),
         "beta": (lambda v: v >= 0, "at least 0"),
-        "top_p": (lambda v: 0 < v <= 1, "above 0 and up to 1 (1 is off)"),
-        "top_k": (lambda v: v >= 0 and v == int(v), "that is whole and at least 0 (0 is off)"),
-        "min_p": (lambda v: 0 <= v < 1, "from 0 (off) to below 1"),
-        "repetition_penalty": (lambda v: v > 0, "above 0 (1 is off)"),
         "epsilon": (lambda v: v >= 0, "at least 0"),
         "reward_time_limit": (lambda v: v > 0, "above 0"),
         "keep_completions": (lambda v: v >= 0, "at least 0"),
@@ -232,10 +229,14 @@ def _problems(args: Any) -> list[Problem]:
     }
     for name, (holds, expected) in bounds.items():
         value = getattr(args, name)
-        if value is None and name in ("max_prompt_length", "max_logprob_difference", "top_k", "min_p"):
+        if value is None and name in ("max_prompt_length", "max_logprob_difference"):
             continue
         if not isinstance(value, int | float) or isinstance(value, bool) or not holds(value):
             problems.append(Problem(f"GRPOConfig {name}", value, f"a number {expected}"))
+    for name in ("top_p", "top_k", "min_p", "repetition_penalty"):
+        value, (holds, expected) = getattr(args, name), SAMPLING[name]
+        if not holds(value) and not (value is None and name in ("top_k", "min_p")):
+            problems.append(Problem(f"GRPOConfig {name}", value, expected))
     weights = args.reward_weights
     listed = weights is None or isinstance(weights, list | tuple)
     if not listed or any(isinstance(one, bool) or not isinstance(one, int | float) for one in weights or ()):

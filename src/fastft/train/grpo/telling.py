@@ -10,8 +10,7 @@ from fastft.train.telling import log_line
 def line(step: int, logs: Mapping[str, Any]) -> str:
     """Return the line of a log: a short one where it is of a step or an evaluation."""
     if "eval_reward" in logs:
-        told = step_line(step, {name.removeprefix("eval_"): value for name, value in logs.items()})
-        return told.replace("  reward", "  evaluation: reward", 1)
+        return step_line(step, {name.removeprefix("eval_"): value for name, value in logs.items()}, "evaluation: ")
     if "reward" in logs:
         return step_line(step, logs)
     return update_line(step, logs) if "grad_norm" in logs else log_line(step, logs)
@@ -28,9 +27,12 @@ def update_line(step: int, logs: Mapping[str, Any]) -> str:
     return "  ".join(parts)
 
 
-def step_line(step: int, logs: Mapping[str, Any]) -> str:
-    """Return one line of a step's metrics: reward, KL to the reference where there is one, lengths, the engine."""
-    parts = [f"step {step:4d}  reward {_number(logs['reward'])}"]
+def step_line(step: int, logs: Mapping[str, Any], of: str = "") -> str:
+    """Return one line of a step's metrics: reward, KL to the reference where there is one, lengths, the engine.
+
+    `of` stands before them.
+    """
+    parts = [f"step {step:4d}  {of}reward {_number(logs['reward'])}"]
     names = [name for name in logs if name.startswith("rewards/") and name.endswith("/mean")]
     if len(names) > 1:
         parts.append("(" + ", ".join(f"{name.split('/')[1]} {_number(logs[name])}" for name in names) + ")")
