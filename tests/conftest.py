@@ -1,8 +1,9 @@
-"""Settings for every test: few threads, no network, a light heap, the same random numbers in every run."""
+"""Settings for every test: few threads, no network, a light heap, the same random numbers and signals in every run."""
 
 import gc
 import os
 import random
+import signal
 import sys
 from contextlib import suppress
 from functools import partial
@@ -30,6 +31,17 @@ def pytest_runtest_setup():
         sys.modules["numpy"].random.seed(0)
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def ctrl_c():
+    """Let Ctrl-C raise KeyboardInterrupt also where the tests were started with it ignored, as by `nohup` or `sh &`."""
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    if before is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(autouse=True, scope="module")
