@@ -47,7 +47,8 @@ class Cell:
 class Task:
     """One arm on one cell. `backend` is torch.compile's; `folder` holds the model for arms that load from a folder.
 
-    `fp8`: of the reference, whether it runs with fp8 factors as well.
+    `fp8`: of the reference, whether it runs with fp8 factors as well. `longer`: cells of the same model, which the same
+    process measures afterwards.
     """
 
     arm: str
@@ -57,6 +58,7 @@ class Task:
     backend: str = "inductor"
     folder: str = ""
     fp8: bool = False
+    longer: tuple[Cell, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return the task as plain data, ready for JSON."""
@@ -65,7 +67,7 @@ class Task:
 
 def task_from(data: dict[str, Any]) -> Task:
     """Return the task that `Task.to_dict` made `data` of."""
-    return Task(**{**data, "cell": Cell(**data["cell"])})
+    return Task(**{**data, "cell": Cell(**data["cell"]), "longer": tuple(Cell(**cell) for cell in data["longer"])})
 
 
 def default_cells(memory: int | None) -> tuple[Cell, ...]:

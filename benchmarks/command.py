@@ -50,6 +50,7 @@ class Run:
 
     work: folder for models, caches and messages; peers: folder of packages that only the other tools' arms see.
     warm: measure the first step a second time with the compiler's cache of the first process.
+    together: an arm measures all lengths of a batch in one process, the shortest first.
     """
 
     steps: int
@@ -59,6 +60,7 @@ class Run:
     work: Path
     peers: str = ""
     warm: bool = False
+    together: bool = False
 
 
 class Stopped(BaseException):
@@ -125,7 +127,7 @@ def started(arguments: list[str]) -> int:
     write_whole(path, {**head, "cells": lines})
     with tempfile.TemporaryDirectory(prefix="bench-", dir=args.work) as work:
         backend = args.backend or ("inductor" if device["memory"] else "aot_eager")
-        run = Run(args.steps, args.warmup, args.limit, backend, Path(work), args.peers, args.warm)
+        run = Run(args.steps, args.warmup, args.limit, backend, Path(work), args.peers, args.warm, args.together)
         try:
             for line in measure(cells, arms, run):
                 lines.append({key: value for key, value in line.items() if key != "log"})
@@ -198,6 +200,7 @@ def parser() -> argparse.ArgumentParser:
     add("--head-scale", type=float, default=1.0, help="factor on the head's weights; 8 gives peaked logits")
     add("--seed", type=int, default=0, help="of the tokens")
     add("--warm", action="store_true", help="time the first step a second time, with the compiler's cache warm")
+    add("--together", action="store_true", help="an arm measures all lengths in one process, shortest first")
     add("--limit", type=float, default=600.0, help="seconds that a process may take; default: 600")
     add("--backend", default="", help="of torch.compile; default: inductor, on a CPU aot_eager")
     add("--peers", default="", metavar="DIR", help="folder of packages for the arms of other tools alone")
@@ -250,21 +253,46 @@ def cells_of(args: argparse.Namespace, device: dict[str, Any]) -> tuple[Cell, ..
 
 
 def measure(cells: Sequence[Cell], arms: Sequence[str], run: Run) -> Iterator[dict[str, Any]]:
-    """Yield one line for each arm on each cell, arms in turn within a cell, judged by the cell's reference."""
+    """Yield one line for each arm on each cell, arms in turn within a cell, judged by the cell's reference.
+
+    Where lengths are measured together the cells that differ in nothing else are taken as one here, an arm's lines
+    one after the other.
+    """
     caches = itertools.count(1)
-    for cell in cells:
+    for group in together(cells) if run.together else [(cell,) for cell in cells]:
         fp8 = any(find_arm(name).fp8 for name in arms)
-        reference = process(Task(REFERENCE, cell, fp8=fp8), run, "reference") if set(arms) - {REFERENCE} else None
-        beside = None
+        task = Task(REFERENCE, group[0], fp8=fp8, longer=group[1:])
+        references = each(process(task, run, "reference"), group) if set(arms) - {REFERENCE} else [{}] * len(group)
+        beside: dict[str, dict[str, Any]] = {}
         for name in arms:
-            task = Task(name, cell, run.steps, run.warmup, run.backend)
-            result = one(task, run, f"{next(caches)}")
+            task = Task(name, group[0], run.steps, run.warmup, run.backend, longer=group[1:])
             arm = find_arm(name)
-            if name != REFERENCE:
-                result = judged(result, reference, arm.exact, beside, arm.fp8)
-            if arm.exact and beside is None and result.get("parity", {}).get("ok"):
-                beside = result
-            yield {**told(name, cell, run), **result}
+            for cell, result, reference in zip(group, each(one(task, run, f"{next(caches)}"), group), references):
+                if name != REFERENCE:
+                    result = judged(result, reference, arm.exact, beside.get(cell.name), arm.fp8)
+                if arm.exact and cell.name not in beside and result.get("parity", {}).get("ok"):
+                    beside[cell.name] = result
+                yield {**told(name, cell, run), **result}
+
+
+def together(cells: Sequence[Cell]) -> list[tuple[Cell, ...]]:
+    """Return the cells that differ in nothing but the length side by side, shortest first."""
+    groups: dict[Cell, list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault(evolve(cell, length=0), []).append(cell)
+    return [tuple(sorted(group, key=lambda cell: cell.length)) for group in groups.values()]
+
+
+def each(result: dict[str, Any], group: Sequence[Cell]) -> list[dict[str, Any]]:
+    """Return the results of the cells that one process measured; what ended it early is that of all.
+
+    The first step of a longer batch is not one with empty caches, and is left out.
+    """
+    shared = {key: value for key, value in result.items() if key != "longer"}
+    if len(group) == 1 or result["status"] != "ok":
+        return [shared] * len(group)
+    general = {key: result[key] for key in ("base_gb", "build_s", "versions", "process_s") if key in result}
+    return [shared, *({**general, **found, "first_step_s": None} for found in result["longer"])]
 
 
 def told(arm: str, cell: Cell, run: Run) -> dict[str, Any]:
@@ -285,7 +313,7 @@ def one(task: Task, run: Run, cache: str) -> dict[str, Any]:
         task = evolve(task, folder=str(folder))
     result = process(task, run, cache)
     if run.warm and result["status"] == "ok":
-        again = process(evolve(task, steps=1, warmup=1), run, cache)
+        again = process(evolve(task, steps=1, warmup=1, longer=()), run, cache)
         result["first_step_warm_s"] = again["first_step_s"] if again["status"] == "ok" else None
     return result
 

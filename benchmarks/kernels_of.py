@@ -39,7 +39,10 @@ def kind_of(name: str) -> str:
 
 
 def profile(trainee: Trainee, cell: Cell, device: str, warmup: int, steps: int) -> dict[str, Any]:
-    """Return kernels (name, calls and ms a step), kinds (ms a step), the step's wall ms and its unprofiled wall ms."""
+    """Return kernels (name, calls and ms a step), kinds (ms a step), the step's wall ms and its unprofiled wall ms.
+
+    And `gaps`, the ms a step in which no kernel ran, by the kernels before and after.
+    """
     weights = [parameter for parameter in trainee.model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=1e-4, fused=device == "cuda")
 
@@ -57,12 +60,34 @@ def profile(trainee: Trainee, cell: Cell, device: str, warmup: int, steps: int) 
     with torch.profiler.profile(activities=activities) as profiler:
         seen = _timed(step, range(warmup, warmup + steps))
     spent: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
-    for event in profiler.events():
-        if event.device_type == torch.autograd.DeviceType.CUDA:
-            spent[event.name][0] += 1 / steps
-            spent[event.name][1] += event.device_time / 1e3 / steps
+    ran = [event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    for event in ran:
+        spent[event.name][0] += 1 / steps
+        spent[event.name][1] += event.device_time / 1e3 / steps
     kernels = sorted(((name, *values) for name, values in spent.items()), key=lambda row: -row[2])
-    return {"wall_ms": plain, "profiled_wall_ms": seen, "kinds": by_kind(kernels), "kernels": kernels}
+    gaps = gaps_of([(event.name, event.time_range.start, event.time_range.end) for event in ran])
+    return {
+        "wall_ms": plain, "profiled_wall_ms": seen, "kinds": by_kind(kernels), "kernels": kernels,
+        "gaps": [(name, calls / steps, spent / 1e3 / steps) for name, calls, spent in gaps],
+    }  # fmt: skip
+
+
+def gaps_of(kernels: Iterable[tuple[str, float, float]]) -> list[tuple[str, int, float]]:
+    """Return the times in which none of the kernels (name, start, end) ran: the names around, how often, how long.
+
+    Those that took most time in all come first. Copies to and from the host are not waited for here: they run beside.
+    """
+    found: dict[str, list[float]] = defaultdict(lambda: [0, 0.0])
+    before, until = None, 0.0
+    for name, start, end in sorted(kernels, key=lambda kernel: kernel[1]):
+        if "Memcpy" in name and "DtoD" not in name:
+            continue
+        if before is not None and start > until:
+            found[f"{before} -> {name}"][0] += 1
+            found[f"{before} -> {name}"][1] += start - until
+        if before is None or end > until:
+            before, until = name, end
+    return sorted(((name, *values) for name, values in found.items()), key=lambda row: -row[2])
 
 
 def by_kind(kernels: Iterable[tuple[str, float, float]]) -> Mapping[str, float]:
@@ -105,6 +130,10 @@ def main() -> None:
         print(f"  {spent:9.3f} ms  {kind}")
     for name, calls, spent in found["kernels"][: given.rows]:
         print(f"  {spent:9.3f} ms {calls:8.1f} x {spent / calls * 1e3:9.1f} us  {name[:110]}")
+    print(f"  {sum(spent for *_, spent in found['gaps']):9.3f} ms  no kernel ran")
+    for name, calls, spent in found["gaps"][: given.rows]:
+        before, after = name.split(" -> ")
+        print(f"  {spent:9.3f} ms {calls:8.1f} x {spent / calls * 1e3:9.1f} us  {before[:60]} -> {after[:60]}")
     if given.json:
         with open(given.json, "w", encoding="utf-8") as file:
             json.dump({"cell": cell.name, "arm": given.arm, **found}, file)

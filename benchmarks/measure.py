@@ -10,15 +10,15 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from zlib import crc32
 
-from attrs import define, field
+from attrs import define, evolve, field
 
 from benchmarks.arms import FOLDER, REFERENCE, Trainee, find_arm
-from benchmarks.cells import Task, task_from
+from benchmarks.cells import Cell, Task, task_from
 from benchmarks.machine import Clocks, versions
 from fastft.memory.measure import host_peak
 
@@ -61,16 +61,48 @@ def run(task: Task) -> dict[str, Any]:
     built = time.perf_counter() - began
     if task.arm == REFERENCE:
         return judge(task, trainee, device)
+    facts = {"base_gb": base, "build_s": round(built, 2), "versions": versions()}
+    if not task.longer:
+        return {**measured(task, trainee, device), **facts}
+    trained = (weight for weight in trainee.model.parameters() if weight.requires_grad)
+    first = [(weight, weight.detach().to("cpu", copy=True)) for weight in trained]
+    return {**measured(task, trainee, device), **facts, "longer": list(measured_longer(task, trainee, first, device))}
+
+
+def measured_longer(task: Task, trainee: Trainee, first: Sequence[Any], device: str) -> Iterator[dict[str, Any]]:
+    """Yield what is measured of the cells of `longer`, each from the weights of `first`, pairs of weight and value.
+
+    The first that runs out of memory is the last to run.
+    """
+    import torch
+
+    spent = None
+    for cell in task.longer:
+        with torch.no_grad():
+            for weight, value in first:
+                weight.copy_(value)
+        try:
+            yield spent or measured(evolve(task, cell=cell), trainee, device)
+        except torch.OutOfMemoryError as error:
+            spent = {"status": "out of memory", "reason": str(error).splitlines()[0]}
+            trainee.model.zero_grad(set_to_none=True)
+            yield spent
+
+
+def measured(task: Task, trainee: Trainee, device: str) -> dict[str, Any]:
+    """Return all that is measured in the steps of one cell."""
+    import torch
+
     steps, clocks = train(task, trainee, device)
     memory = {
-        "base_gb": base,
         "peak_gb": gigabytes(torch.cuda.max_memory_allocated()) if device == "cuda" else None,
         "reserved_gb": gigabytes(torch.cuda.max_memory_reserved()) if device == "cuda" else None,
         "host_peak_gb": gigabytes(host_peak()),
         "allocator": next((os.environ[name] for name in ALLOCATOR if name in os.environ), ""),
     }
-    facts = {"clocks": clocks, "build_s": round(built, 2), "versions": versions(), "facts": trainee.facts()}
-    return {"status": "ok", **figures(task, trainee, steps, device), **memory, **facts}
+    return {
+        "status": "ok", **figures(task, trainee, steps, device), **memory, "clocks": clocks, "facts": trainee.facts(),
+    }  # fmt: skip
 
 
 def write_folder(task: Task) -> dict[str, Any]:
@@ -86,28 +118,29 @@ def write_folder(task: Task) -> dict[str, Any]:
 def judge(task: Task, trainee: Trainee, device: str) -> dict[str, Any]:
     """Return loss, gradient norm and sketch of the first batch in fp32, and under `eager` those under bf16 autocast.
 
-    Under `eager_fp8`, where the task wants them, those with fp8 factors besides.
+    Under `eager_fp8`, where the task wants them, those with fp8 factors besides. Those of `longer` are a list there.
     """
     import torch
 
     from benchmarks.batches import batch_of
     from benchmarks.truth import no_tf32, widen, with_fp8_factors
 
-    def seen() -> dict[str, Any]:
-        loss = trainee.loss(batch).item()
+    def seen(cell: Cell) -> dict[str, Any]:
+        loss = trainee.loss(batch_of(cell, 0, device)).item()
         norm, sketch = gradient_norm(trainee.model), gradient_sketch(trainee.model)
         trainee.model.zero_grad(set_to_none=True)
         return {"loss0": loss, "grad_norm0": norm, "sketch": sketch}
 
     no_tf32()
-    batch = batch_of(task.cell, 0, device)
+    cells = (task.cell, *task.longer)
     with torch.autocast(device, dtype=torch.bfloat16):
-        found = {"eager": seen()}
+        found = [{"eager": seen(cell)} for cell in cells]
         if task.fp8:
             with with_fp8_factors(trainee.model):
-                found["eager_fp8"] = seen()
+                found = [{**before, "eager_fp8": seen(cell)} for before, cell in zip(found, cells)]
     widen(trainee.model)
-    return {"status": "ok", **seen(), **found}
+    judged, *longer = ({"status": "ok", **seen(cell), **rounded} for cell, rounded in zip(cells, found))
+    return {**judged, **({"longer": longer} if longer else {})}
 
 
 def train(task: Task, trainee: Trainee, device: str) -> tuple[Steps, dict[str, float] | None]:

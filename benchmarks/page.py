@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +56,8 @@ def render(data: Mapping[str, Any], name: str, drawn: Sequence[str]) -> str:
     parts = [f"# {title(data)}\n", f"The numbers are also in [{name}]({name}).\n", f"```sh\n{data['command']}\n```\n"]
     parts += [facts(data), READ]
     parts += [f"![{plot.split('-')[-1].removesuffix('.png')}]({plot})\n" for plot in drawn]
-    for cell, group in groupby(data["cells"], key=lambda line: line["cell"]):
-        lines = list(group)
+    for cell in dict.fromkeys(line["cell"] for line in data["cells"]):
+        lines = [line for line in data["cells"] if line["cell"] == cell]
         done = [line for line in lines if line["status"] == "ok"]
         parts.append(f"## {cell}\n")
         if done:

@@ -20,9 +20,10 @@ UNTOLD = ("UNSLOTH_COMPILE_LOCATION", "UNSLOTH_IGNORED_TOKENIZER_NAMES")
 def prepare(task: Task, options: tuple[str, ...], device: str) -> Trainee:
     """Return the model loaded from the task's folder; "unsloth" in `options` is its offloaded checkpointing."""
     cell, checkpointing = task.cell, "unsloth" if "unsloth" in options else False
+    longest = max(one.length for one in (cell, *task.longer))
     model, _ = unsloth.FastLanguageModel.from_pretrained(
         task.folder,
-        max_seq_length=cell.length,
+        max_seq_length=longest,
         dtype=torch.bfloat16,
         load_in_4bit=cell.mode == "nf4",
         full_finetuning=cell.mode == "full",
@@ -38,7 +39,7 @@ def prepare(task: Task, options: tuple[str, ...], device: str) -> Trainee:
             bias="none",
             target_modules=TARGETS,
             use_gradient_checkpointing=checkpointing,
-            max_seq_length=cell.length,
+            max_seq_length=longest,
         )
         fill_adapter(model)
     unsloth.FastLanguageModel.for_training(model, use_gradient_checkpointing=checkpointing)

@@ -234,3 +234,26 @@ def test_arms():
 def test_places_are_no_part_of_the_kept_command():
     given = ["--arms", "fastft", "--out", "a b", "--commit=x", "--peers", "p", "--steps", "3"]
     assert command.kept_command(given) == "scripts/bench --arms fastft --steps 3"
+
+
+def test_lengths_measured_together_are_those_measured_alone(tmp_path):
+    """One process an arm, shortest first; each length begins with the first weights, or parity would fail."""
+    given = ("--arms", "peft,fastft", "--shape", "tiny", "--mode", "nf4", "--batch", 2, "--steps", 2, "--warmup", 1)
+    assert bench(*given, "--lengths", "96,32", "--together", "--out", tmp_path / "both").returncode == 0
+    assert bench(*given, "--length", 96, "--out", tmp_path / "one").returncode == 0
+    ((both, page_of),) = [(p, p.with_suffix(".md")) for p in (tmp_path / "both").glob("*.json")]
+    lines = json.loads(both.read_text("utf-8"))["cells"]
+    assert [(line["arm"], line["length"]) for line in lines] == [
+        ("peft", 32),
+        ("peft", 96),
+        ("fastft", 32),
+        ("fastft", 96),
+    ]
+    assert all(set(line) >= FIELDS and line["status"] == "ok" and line["parity"]["ok"] for line in lines)
+    assert [line["first_step_s"] is None for line in lines] == [False, True, False, True]
+    (one,) = (tmp_path / "one").glob("*.json")
+    for alone in json.loads(one.read_text("utf-8"))["cells"]:
+        (line,) = [line for line in lines if (line["arm"], line["length"]) == (alone["arm"], 96)]
+        assert line["losses"] == pytest.approx(alone["losses"], rel=1e-5)
+        assert line["parity"]["reference_loss0"] == pytest.approx(alone["parity"]["reference_loss0"], rel=1e-6)
+    assert page_of.read_text("utf-8").count("## tiny nf4, 2 x 96\n") == 1
