@@ -83,8 +83,9 @@ def gaps_of(kernels: Iterable[tuple[str, float, float]]) -> list[tuple[str, int,
         if "Memcpy" in name and "DtoD" not in name:
             continue
         if before is not None and start > until:
-            found[f"{before} -> {name}"][0] += 1
-            found[f"{before} -> {name}"][1] += start - until
+            place = f"{before[:60]} ... {name[:60]}"
+            found[place][0] += 1
+            found[place][1] += start - until
         if before is None or end > until:
             before, until = name, end
     return sorted(((name, *values) for name, values in found.items()), key=lambda row: -row[2])
@@ -132,8 +133,7 @@ def main() -> None:
         print(f"  {spent:9.3f} ms {calls:8.1f} x {spent / calls * 1e3:9.1f} us  {name[:110]}")
     print(f"  {sum(spent for *_, spent in found['gaps']):9.3f} ms  no kernel ran")
     for name, calls, spent in found["gaps"][: given.rows]:
-        before, after = name.split(" -> ")
-        print(f"  {spent:9.3f} ms {calls:8.1f} x {spent / calls * 1e3:9.1f} us  {before[:60]} -> {after[:60]}")
+        print(f"  {spent:9.3f} ms {calls:8.1f} x {spent / calls * 1e3:9.1f} us  {name}")
     if given.json:
         with open(given.json, "w", encoding="utf-8") as file:
             json.dump({"cell": cell.name, "arm": given.arm, **found}, file)
