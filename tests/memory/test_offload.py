@@ -23,10 +23,11 @@ class Block(nn.Module):
 
 def chain(layers, x, table, offloader=None, which=()):
     for index, layer in enumerate(layers):
-        if offloader is None or index not in which:
+        if offloader is None:
             x = layer(x, table)
             continue
-        with offloader.layer(lambda layer=layer: [table, *layer.parameters()]):
+        moves = index in which
+        with offloader.layer(lambda layer=layer: [table, *layer.parameters()]) if moves else offloader.follow():
             x = layer(x, table)
     return x
 
@@ -70,6 +71,28 @@ def test_copies_that_were_joined_are_waited_for_once(problem):
     offloader.join()
     for wanted, got in zip(expected, gradients(layers, x), strict=True):
         assert torch.equal(wanted, got)
+
+
+@pytest.mark.parametrize("rest", [1, 2])
+def test_layers_behind_the_last_that_moves_let_go_of_its_tensors_and_fetch_them_ahead(problem, rest, monkeypatch):
+    layers, x, table = problem
+    told = []
+    fetch = Offloader._fetch
+    monkeypatch.setattr(Offloader, "_fetch", lambda self, parked: (told.append("fetch"), fetch(self, parked)))
+    offloader, last = Offloader(CPU, least_bytes=1024), 4 - rest
+    for index, layer in enumerate(layers):
+        with offloader.layer(lambda layer=layer: [table, *layer.parameters()]) if index < last else offloader.follow():
+            x = layer(x, table)
+        x.register_hook(lambda _, index=index: told.append(f"backward {index}"))
+        (group,) = offloader._groups
+        assert bool(group.leaving) == (index < last)  # what moves waits for the next layer, and no longer
+    x.sum().backward()
+    places = [place for place, word in enumerate(told) if word == "fetch"]
+    assert len(places) == last * 3  # a block saves its input, the widened product, and tanh of it
+    # The results of the last layer that moves are on their way before the one behind it has gone backward.
+    behind, own = told.index(f"backward {last}"), told.index(f"backward {last - 1}")
+    assert all(word == "fetch" for word in told[behind + 1 : own]) and own - behind == 4
+    assert places[0] > behind
 
 
 def test_no_buffer_is_made_after_the_first_step(problem):

@@ -447,6 +447,7 @@ SHAPES = {
 @pytest.mark.parametrize("row", json.loads(MEASURED.read_text())["plans"], ids=lambda row: row["shape"])
 def test_predictions_stay_within_3_percent_of_what_was_measured_and_are_those_of_the_page(row, monkeypatch):
     monkeypatch.setattr("fastft.memory.estimate.PROOF_TOKENS", 1 << 40)  # proofs took the whole batch then
+    monkeypatch.setattr("fastft.memory.estimate._behind", max)  # what had moved last stayed for the loss head
     shape = shape_of({**SHAPES[row["shape"]], "num_hidden_layers": row["layers"]}, resolve("llama"))
     quant = "nf4" if row["weights"] == "NF4" else None
     modes = [Mode(level, moved) for count, level, moved in row["modes"] for _ in range(count)]

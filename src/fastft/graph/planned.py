@@ -226,8 +226,12 @@ class PlannedLayers:
         if index == 0 and isinstance(hidden, torch.Tensor) and hidden.dim() == 3:
             self.see(hidden.shape[0], hidden.shape[1], hidden.device)
         mode = self.mode(index)
-        with self._moved(layer, hidden, args, kwargs) if mode.offload else nullcontext():
+        with self._moved(layer, hidden, args, kwargs) if mode.offload else self._followed():
             yield mode
+
+    def _followed(self) -> AbstractContextManager[None]:
+        """Return the context of a layer that moves nothing: of one before it, results may be on their way."""
+        return nullcontext() if self.offloader is None else self.offloader.follow()
 
     def _moved(
         self, layer: nn.Module, hidden: Any, args: Sequence[Any], kwargs: Mapping[str, Any]

@@ -57,7 +57,7 @@ NORM_BYTES, FP32_BYTES, FUSED_WIDTHS, HEAD_WIDTHS = 24, 4, 3, 2.0
 # The last norm's comes when all layers' results are there: it takes so many bytes a width, and two of its results.
 PROOF, PROOF_TOKENS, NORM_PROOF = 8.0, 4096, 28
 LONG_ROW = 512  # from this width on a norm's sums are kept
-# Tensors of a parked layer's input that may wait for their copies, and of one that is fetched ahead.
+# Layers whose results are on the device in the backward of one: its own, and those of the one before, fetched ahead.
 IN_FLIGHT = 2
 # Attention's speed by that of GEMMs at 4096 tokens, what each doubling adds, and its backward's time by its forward's.
 ATTENTION_SPEED, ATTENTION_GAIN, ATTENTION_BACKWARD = 0.75, 0.08, 3.2
@@ -364,7 +364,7 @@ def _moments(setup: Setup, modes: Sequence[Mode]) -> Iterator[tuple[Part, ...]]:
             Part("workspace", WORKSPACE),
         )
 
-    yield moment(sum(saved) + max(moved, default=0), head_bytes(setup, setup.keeps_head(modes)), 0)
+    yield moment(sum(saved) + _behind(moved), head_bytes(setup, setup.keeps_head(modes)), 0)
     if setup.eight_bits:
         wide = int(EIGHT_BITS_MADE * setup.tokens * setup.element * setup.shape.intermediate)
         yield moment(sum(saved) + max(moved, default=0), wide, 0)
@@ -379,7 +379,12 @@ def _moments(setup: Setup, modes: Sequence[Mode]) -> Iterator[tuple[Part, ...]]:
     yield moment(setup.tokens * setup.shape.hidden * setup.element, proof, 0, optimizer=0)
     if setup.norm != "eager":
         proof = ((NORM_PROOF + 2 * setup.element) * tokens + setup.element * setup.tokens) * setup.shape.hidden
-        yield moment(sum(saved) + max(moved, default=0), proof, 0, optimizer=0)
+        yield moment(sum(saved) + _behind(moved), proof, 0, optimizer=0)
+
+
+def _behind(moved: Sequence[int]) -> int:
+    """Return what of the results that move is still on the device behind the layers: those of the last one."""
+    return moved[-1] if moved else 0
 
 
 REFERENCE = Device("reference", 0, 700e12, 4.1e12, 50e9)

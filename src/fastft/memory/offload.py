@@ -1,8 +1,8 @@
 """Saved activations in pinned CPU memory: copied out behind the forward, fetched ahead of the backward.
 
-Double buffered on one side stream. A layer's tensors stay on the device until the copies of the layer after it are
-queued, so at most two layers' worth wait; the backward of a layer begins with the copies of the layer before it. On a
-CPU the same happens with plain copies. Buffers come from a pool: once a step has run, no more are allocated.
+Double buffered on one side stream. A layer's tensors stay on the device until the layer after it has run, so at most
+two layers' worth wait; the backward of a layer begins with the copies of the layer before it, also where its own results
+stay. On a CPU the same happens with plain copies. Buffers come from a pool: once a step has run, no more are allocated.
 """
 
 import weakref
@@ -11,7 +11,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from attrs import define, field
+from attrs import define, field, frozen
 from torch import Tensor
 
 # Tensors below this size stay: row sums and LoRA's inner activations are not worth a copy of their own.
@@ -41,7 +41,7 @@ class Pool:
 
 @define(eq=False)
 class Group:
-    """What one call of a layer parked, and the group of the layer before it, which its backward fetches ahead."""
+    """What one call of a layer parked, if anything, and the group of the layer before it, which its backward fetches."""
 
     before: "weakref.ref[Group] | None"
     parked: list["weakref.ref[Parked]"] = field(factory=list)
@@ -62,6 +62,14 @@ class Parked:
     device: torch.device
     back: Tensor | None = None
     arrived: Any = None
+
+
+@frozen(eq=False)
+class Stayed:
+    """One tensor of a layer that moves nothing, whose backward begins where it is asked for."""
+
+    group: Group
+    tensor: Tensor
 
 
 class Offloader:
@@ -97,6 +105,20 @@ class Offloader:
             return self._park(tensor, group)
 
         with torch.autograd.graph.saved_tensors_hooks(pack, self._unpack):
+            yield
+        self._settle(group)
+
+    @contextmanager
+    def follow(self) -> Iterator[None]:
+        """Run one call of a layer within the context that moves nothing, behind others that may have.
+
+        What the layer before it parked is let go of, and fetched ahead when this one's backward begins.
+        """
+        if not self._groups:
+            yield
+            return
+        group = Group(weakref.ref(self._groups[-1]))
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: Stayed(group, tensor), self._unpack):
             yield
         self._settle(group)
 
@@ -181,24 +203,30 @@ class Offloader:
         group.leaving.clear()
 
     def _unpack(self, packed: Any) -> Tensor:
-        if not isinstance(packed, Parked):
+        if not isinstance(packed, Parked | Stayed):
             return packed
-        group = packed.group
-        if not group.begun:
-            group.begun = True
-            self._groups.clear()
-            self._let_go(group)
-            before = group.before() if group.before is not None else None
-            for reference in [*group.parked, *(before.parked if before else ())]:
-                other = reference()
-                if other is not None and other.back is None:
-                    self._fetch(other)
+        self._begin(packed.group)
+        if isinstance(packed, Stayed):
+            return packed.tensor
         if packed.back is None:
             self._fetch(packed)
         if packed.arrived is not None:
             torch.cuda.current_stream(self.device).wait_event(packed.arrived)
         tensor, packed.back, packed.arrived = packed.back, None, None
         return tensor
+
+    def _begin(self, group: Group) -> None:
+        """Fetch what a layer parked, if it is not on its way already, and what the layer before it did."""
+        if group.begun:
+            return
+        group.begun = True
+        self._groups.clear()
+        self._let_go(group)
+        before = group.before() if group.before is not None else None
+        for reference in [*group.parked, *(before.parked if before else ())]:
+            other = reference()
+            if other is not None and other.back is None:
+                self._fetch(other)
 
     def _fetch(self, parked: Parked) -> None:
         """Begin to copy a parked tensor back, into memory of the stream that computes."""
