@@ -6,7 +6,8 @@ import math
 import pytest
 import torch
 
-from fastft.kernels.attention import attention, masked_attention
+from fastft.kernels.attention import attention, masked_attention, parts
+from fastft.kernels.attention.packed import packed_attention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LENGTHS = (19, 1, 26, 5)
@@ -74,6 +75,57 @@ def test_against_fp64(window, softcap, packed, dtype):
         vanishing = 1e-4 if dtype == torch.float32 else 1e-2
         budget = 1.25 * ratio(t, e) if t.norm() > 1e-9 else vanishing
         assert error <= budget + 8 * torch.finfo(torch.float32).eps, f"{name}: {error:.2e} > {budget:.2e}"
+
+
+def packed(q, k, v, scale, window=None, longest=26):
+    """Return what the op makes of [1, H, T, D], in that layout."""
+    offsets = torch.tensor(OFFSETS, dtype=torch.int32, device=q.device)
+    rows = (t.transpose(1, 2)[0] for t in (q, k, v))
+    return packed_attention(*rows, scale, offsets, longest, window)[None].transpose(1, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("window", [None, 1, 7, 64])
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+def test_packed_documents_by_the_operation_itself(window, kv_heads, dtype, poisoned_empty):
+    if DEVICE == "cuda" and dtype == torch.float32:
+        pytest.skip("it runs where FlashAttention does not: on a CPU")
+    inputs, upstream = make(dtype, kv_heads=kv_heads)
+    truth = with_gradients(
+        lambda *t: exact(*t, 0.3, window, None, True), [t.double() for t in inputs], upstream.double()
+    )
+    eager = with_gradients(lambda *t: exact(*t, 0.3, window, None, True), inputs, upstream)
+    got = with_gradients(lambda *t: packed(*t, 0.3, window), inputs, upstream)
+    for name, t, e, g in zip(("out", "dq", "dk", "dv"), truth, eager, got, strict=True):
+        assert g.dtype == dtype
+        error = ratio(t, g) if t.norm() > 1e-9 else g.double().norm().item()
+        budget = 1.25 * ratio(t, e) if t.norm() > 1e-9 else 1e-4 if dtype == torch.float32 else 1e-2
+        assert error <= budget + 8 * torch.finfo(torch.float32).eps, f"{name}: {error:.2e} > {budget:.2e}"
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="fp64 is for the CPU")
+@pytest.mark.parametrize("window", [None, 3])
+def test_packed_gradcheck(window):
+    inputs, _ = make(torch.float64, size=4)
+    assert torch.autograd.gradcheck(lambda *t: packed(*t, 0.4, window), inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize("before", [-1, 6])
+def test_packed_opcheck(before):
+    inputs, _ = make(torch.float32 if DEVICE == "cpu" else torch.bfloat16)
+    q, k, v = (t.detach().transpose(1, 2)[0].contiguous().requires_grad_() for t in inputs)
+    where = (torch.tensor(OFFSETS, dtype=torch.int32, device=DEVICE), 26, 0.3, before)
+    torch.library.opcheck(torch.ops.fastft.packed_attention, (q, k, v, *where))
+    out, lse = torch.ops.fastft.packed_attention(q, k, v, *where)
+    saved = (t.detach() for t in (q, k, v, out, lse))
+    torch.library.opcheck(torch.ops.fastft.packed_attention_backward, (torch.randn_like(out), *saved, *where))
+
+
+def test_gpus_without_flash_attention_take_plain_torch(monkeypatch):
+    monkeypatch.setattr("fastft.kernels.attention.parts.flash_refusal", lambda *given: "")
+    for have, flash in (((7, 5), False), ((8, 0), True), ((9, 0), True)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, have=have: have)
+        assert parts._flash(torch.empty(1, 1, 64, dtype=torch.float16)) == flash
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

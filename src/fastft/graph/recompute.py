@@ -20,6 +20,7 @@ from fastft.memory.levels import LEVELS
 CHEAP_CUSTOM = frozenset({"rms_norm", "layer_norm", "rope", "glu", "scale_gradient"})
 MATMULS = frozenset({"mm", "addmm", "bmm", "baddbmm", "linear", "matmul", "_scaled_mm", "_int_mm", "_grouped_mm"})
 ATTENTIONS = ("_scaled_dot_product", "_flash_attention", "_efficient_attention", "_cudnn_attention", "flex_attention")
+PACKED_ATTENTIONS = frozenset({"packed_attention", "shared_attention"})
 NAMELESS_VIEWS = frozenset({"_unsafe_view", "_reshape_alias"})
 BUILTIN = frozenset({"aten", "prims", "prim", "inductor_prims", "quantized_decomposed"})
 # What running a node again is worth in kept bytes. A cheap one, by byte that it reads and writes: ties go to what is at
@@ -170,7 +171,7 @@ def _kind(node: fx.Node) -> str | None:
     if node.op != "call_function" or node.target is operator.getitem:
         return None
     name = _name(node)
-    if name.startswith(ATTENTIONS) or "varlen_attn" in name or name == "shared_attention":
+    if name.startswith(ATTENTIONS) or name in PACKED_ATTENTIONS:
         return "attention"
     if name == "bmm" or name == "baddbmm":
         return "attention"  # both factors are activations: scores, or what they weigh

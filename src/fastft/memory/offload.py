@@ -1,8 +1,9 @@
 """Saved activations in pinned CPU memory: copied out behind the forward, fetched ahead of the backward.
 
 Double buffered on one side stream. A layer's tensors stay on the device until the layer after it has run, so at most
-two layers' worth wait; the backward of a layer begins with the copies of the layer before it, also where its own results
-stay. On a CPU the same happens with plain copies. Buffers come from a pool: once a step has run, no more are allocated.
+two layers' worth wait; the backward of a layer begins with the copies of the layer before it, also where its own
+results stay. On a CPU the same happens with plain copies. Buffers come from a pool: once a step has run, no more are
+allocated.
 """
 
 import weakref
@@ -41,7 +42,7 @@ class Pool:
 
 @define(eq=False)
 class Group:
-    """What one call of a layer parked, if anything, and the group of the layer before it, which its backward fetches."""
+    """What one call of a layer parked, if anything; its backward fetches ahead what the group `before` parked."""
 
     before: "weakref.ref[Group] | None"
     parked: list["weakref.ref[Parked]"] = field(factory=list)

@@ -1,17 +1,12 @@
 """The attention that suits the device, the mask and the data type; exact in each case."""
 
-import inspect
-
 import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-from torch.nn.attention.varlen import varlen_attn
 
+from fastft.kernels.attention.packed import packed_attention
 from fastft.kernels.attention.parts import autocast, flash_refusal
 from fastft.kernels.attention.ref import allowed_pairs, masked_attention
-
-# Older versions have no argument for grouped queries: keys and values are repeated for them.
-VARLEN_GROUPS = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 def attention(
@@ -67,14 +62,14 @@ def _special(
 ) -> torch.Tensor:
     flash = dropout == 0.0 and not flash_refusal(q.device, q.dtype, q.shape[-1])
     if flash and softcap is None:
-        return _varlen(q, k, v, scale, window, cu_seqlens, max_length)
+        return _packed(q, k, v, scale, window, cu_seqlens, max_length)
     if q.is_cuda and dropout == 0.0 and softcap is not None:
         return _flex(q, k, v, scale, window, softcap, cu_seqlens)
     mask = allowed_pairs(q.shape[2], window, cu_seqlens, q.device)
     return masked_attention(q, k, v, mask, scale, softcap, dropout)
 
 
-def _varlen(
+def _packed(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -89,14 +84,8 @@ def _varlen(
         max_length = length
     if max_length is None:
         max_length = batch * length
-    options = {"enable_gqa": True} if VARLEN_GROUPS and k.shape[1] != heads else {}
-    if not VARLEN_GROUPS and k.shape[1] != heads:
-        k, v = (t.repeat_interleave(heads // t.shape[1], dim=1) for t in (k, v))
     q, k, v = (t.transpose(1, 2).reshape(batch * length, t.shape[1], size) for t in (q, k, v))
-    left = -1 if window is None else window - 1
-    out = varlen_attn(
-        q, k, v, cu_seqlens, cu_seqlens, max_length, max_length, scale=scale, window_size=(left, 0), **options
-    )
+    out = packed_attention(q, k, v, scale, cu_seqlens, max_length, window)
     return out.view(batch, length, heads, size).transpose(1, 2)
 
 

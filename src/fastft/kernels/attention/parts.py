@@ -13,6 +13,7 @@ from torch import Tensor
 
 FLASH_DTYPES = (torch.bfloat16, torch.float16)
 FLASH_HEAD_SIZE = 256
+FLASH_CAPABILITY = (8, 0)
 
 
 def flash_refusal(device: torch.device, dtype: torch.dtype, head_size: int) -> str:
@@ -24,6 +25,13 @@ def flash_refusal(device: torch.device, dtype: torch.dtype, head_size: int) -> s
     if head_size > FLASH_HEAD_SIZE or head_size % 8:
         return f"FlashAttention knows heads of multiples of 8 up to {FLASH_HEAD_SIZE}, not {head_size}"
     return ""
+
+
+def _flash(q: Tensor) -> bool:
+    """Say whether FlashAttention computes attention of such queries here: older GPUs do not have it."""
+    return not flash_refusal(q.device, q.dtype, q.shape[-1]) and (
+        torch.cuda.get_device_capability(q.device) >= FLASH_CAPABILITY
+    )
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -39,21 +47,31 @@ class Part:
     """Which queries see which keys.
 
     offsets: of the queries' and of the keys' sequences. longest: the longest of each. causal: query i of a sequence
-    sees keys 0 to i of its own, else all. scale: of the scores.
+    sees keys 0 to i of its own, else all. scale: of the scores. before: of a causal part, how many keys before its own
+    a query sees; -1 for all.
     """
 
     offsets: tuple[Tensor, Tensor]
     longest: tuple[int, int]
     causal: bool
     scale: float
+    before: int = -1
+
+    @property
+    def flash(self) -> tuple[bool, dict[str, int]]:
+        """Return what FlashAttention takes for `causal` and `before`: whether all before is seen, and a window."""
+        if self.causal and self.before >= 0:
+            return False, {"window_size_left": self.before, "window_size_right": 0}
+        return self.causal, {}
 
 
 def part_forward(q: Tensor, k: Tensor, v: Tensor, part: Part) -> tuple[Tensor, Tensor]:
     """Return (output [T, H, D], logsumexp [H, T] fp32) of q [T, H, D] over k, v [S, Hk, D], Hk a divisor of H."""
-    if flash_refusal(q.device, q.dtype, q.shape[-1]):
+    if not _flash(q):
         return _torch_forward(q, k, v, part)
+    causal, window = part.flash
     out, lse, *_ = torch.ops.aten._flash_attention_forward(
-        q, k, v, *part.offsets, *part.longest, 0.0, part.causal, False, scale=part.scale
+        q, k, v, *part.offsets, *part.longest, 0.0, causal, False, scale=part.scale, **window
     )
     return out, lse
 
@@ -62,13 +80,14 @@ def part_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, part: Part
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return this part's share of (dq, dk, dv); out, its gradient, and lse are those of the merged attention."""
-    if flash_refusal(q.device, q.dtype, q.shape[-1]):
+    if not _flash(q):
         return _torch_backward(grad, q, k, v, out, lse, part)
     state = torch.zeros(2, dtype=torch.uint64, device=q.device)  # of the dropout that there is not
     unused = torch.empty(0, device=q.device)
+    causal, window = part.flash
     return torch.ops.aten._flash_attention_backward(
-        grad, q, k, v, out, lse.contiguous(), *part.offsets, *part.longest, 0.0, part.causal, state, unused,
-        scale=part.scale,
+        grad, q, k, v, out, lse.contiguous(), *part.offsets, *part.longest, 0.0, causal, state, unused,
+        scale=part.scale, **window,
     )  # fmt: skip
 
 
@@ -86,8 +105,9 @@ def _heads_first(t: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
 def _scores(q: Tensor, k: Tensor, part: Part) -> Tensor:
     scores = torch.matmul(q, k.transpose(1, 2)) * part.scale
     if part.causal:
-        hidden = torch.ones(scores.shape[1:], dtype=torch.bool, device=scores.device).triu(1)
-        scores = scores.masked_fill_(hidden, -float("inf"))
+        seen = torch.ones(scores.shape[1:], dtype=torch.bool, device=scores.device).tril()
+        seen = seen.triu(-part.before) if part.before >= 0 else seen
+        scores = scores.masked_fill_(~seen, -float("inf"))
     return scores
 
 
