@@ -11,11 +11,11 @@ from torch import fx, nn
 
 import fastft.kernels
 from fastft.graph.capture import bind, find_unit
+from fastft.graph.joint import JointPass
 from fastft.graph.keepable import left_packed
 from fastft.graph.kept import KeptInput, KeptWeights, examples, finder
 from fastft.graph.passes.context import Context
 from fastft.graph.pipeline import rewrite
-from fastft.graph.recompute import TagPass
 from fastft.graph.report import GraphReport
 from fastft.graph.verify import Verdict
 from fastft.memory.estimate import Mode
@@ -101,23 +101,23 @@ def lower(graph_module: fx.GraphModule, example_inputs: Sequence[Any], settings:
     """Turn a rewritten graph into a function, through AOTAutograd and Inductor where asked."""
     if settings.backend == "eager":
         return graph_module.forward
-    tags = TagPass(settings.level)
+    joint = JointPass(settings.level)
     if settings.backend == "aot_eager":
-        return _aot_eager(graph_module, example_inputs, tags)
+        return _aot_eager(graph_module, example_inputs, joint)
     from torch._inductor.compile_fx import compile_fx
 
     # The bodies of custom operations are no part of Inductor's cache key.
     with torch.compiler.config.patch(cache_key_tag=f"{torch.compiler.config.cache_key_tag}fastft-{kernel_hash()}"):
-        return compile_fx(graph_module, list(example_inputs), config_patches={"joint_custom_pre_pass": tags})
+        return compile_fx(graph_module, list(example_inputs), config_patches={"joint_custom_pre_pass": joint})
 
 
-def _aot_eager(graph_module: fx.GraphModule, example_inputs: Sequence[Any], tags: TagPass) -> Callable[..., Any]:
+def _aot_eager(graph_module: fx.GraphModule, example_inputs: Sequence[Any], before: JointPass) -> Callable[..., Any]:
     from functorch.compile import make_boxed_func
     from torch._dynamo.backends.common import aot_autograd
     from torch._functorch.partitioners import min_cut_rematerialization_partition
 
     def partition(joint: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any):
-        tags(joint.graph)
+        before(joint.graph)
         return min_cut_rematerialization_partition(joint, inputs, **kwargs)
 
     def run(graph: fx.GraphModule, _inputs: Sequence[Any]) -> Callable[..., Any]:

@@ -11,13 +11,12 @@ from collections.abc import Iterable
 import torch
 from attrs import frozen
 from torch import fx
-from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.utils.checkpoint import CheckpointPolicy
 
 from fastft.memory.levels import LEVELS
 
 # Operations that are neither aten's nor costly: everything else that is not aten's is taken for a matrix product.
-CHEAP_CUSTOM = frozenset({"rms_norm", "layer_norm", "rope", "glu", "scale_gradient"})
+CHEAP_CUSTOM = frozenset({"rms_norm", "layer_norm", "rope", "glu", "scale_gradient", "cast_matrices"})
 MATMULS = frozenset({"mm", "addmm", "bmm", "baddbmm", "linear", "matmul", "_scaled_mm", "_int_mm", "_grouped_mm"})
 ATTENTIONS = ("_scaled_dot_product", "_flash_attention", "_efficient_attention", "_cudnn_attention", "flex_attention")
 PACKED_ATTENTIONS = frozenset({"packed_attention", "shared_attention"})
@@ -39,26 +38,16 @@ class Cut:
     again: frozenset[fx.Node]
 
 
-class TagPass(CustomGraphPass):
-    """Tags the nodes of a joint graph for the partitioner, so that it keeps what `level` says and nothing else."""
-
-    def __init__(self, level: str) -> None:
-        self.level = level
-
-    def __call__(self, graph: fx.Graph) -> None:
-        """Tag `graph` in place."""
-        cut = choose(graph, self.level)
-        backward = _backward_nodes(graph)
-        for node in graph.nodes:
-            if node.op != "call_function" or node in backward or _is_number(node):
-                continue
-            again = node in cut.again
-            node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE if again else CheckpointPolicy.MUST_SAVE
-            node.meta["ac_graph_id"] = 0
-
-    def uuid(self) -> bytes:
-        """Return what identifies this pass in Inductor's cache key."""
-        return f"fastft-level-{self.level}-1".encode()
+def tag(graph: fx.Graph, level: str) -> None:
+    """Tag the nodes of a joint graph for the partitioner, in place, so that it keeps what `level` says and no more."""
+    cut = choose(graph, level)
+    backward = _backward_nodes(graph)
+    for node in graph.nodes:
+        if node.op != "call_function" or node in backward or _is_number(node):
+            continue
+        again = node in cut.again
+        node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE if again else CheckpointPolicy.MUST_SAVE
+        node.meta["ac_graph_id"] = 0
 
 
 def choose(graph: fx.Graph, level: str) -> Cut:

@@ -22,6 +22,8 @@ def stacked_and_cast(a: list[Tensor], b: list[Tensor], dtype: torch.dtype) -> tu
     if len(a) == 1:
         stack, *others = cast([*a, *b], dtype)
         return stack, others
+    if _in_a_row(a, dtype):
+        return a[0].as_strided((sum(m.shape[0] for m in a), a[0].shape[1]), a[0].stride()), cast(b, dtype)
     if not all(_joins(m, dtype) for m in a):
         return torch.cat(cast(a, dtype)), cast(b, dtype)
     stack, others = _cast_around(a, b, dtype)
@@ -38,6 +40,27 @@ def scale_(matrices: list[Tensor], scales: list[float]) -> None:
     pairs = [(matrix, scale) for matrix, scale in zip(matrices, scales, strict=True) if scale != 1.0]
     if pairs:
         torch._foreach_mul_([matrix for matrix, _ in pairs], [scale for _, scale in pairs])
+
+
+@torch.library.custom_op("fastft::cast_matrices", mutates_args=())
+def cast_matrices(matrices: list[Tensor], dtype: torch.dtype) -> Tensor:
+    """Return the numbers of all matrices in `dtype`, one matrix after the other."""
+    return torch.cat([m.reshape(-1) for m in matrices]).to(dtype)
+
+
+@cast_matrices.register_fake
+def _(matrices, dtype):
+    return matrices[0].new_empty(sum(m.numel() for m in matrices), dtype=dtype)
+
+
+def _in_a_row(matrices: list[Tensor], dtype: torch.dtype) -> bool:
+    """Say whether the matrices have the dtype and lie one after the other in one piece of memory."""
+    if any(m.dtype != dtype or not m.is_contiguous() for m in matrices):
+        return False
+    if len({m.untyped_storage().data_ptr() for m in matrices}) > 1:
+        return False
+    ends = [m.storage_offset() + m.numel() for m in matrices]
+    return ends[:-1] == [m.storage_offset() for m in matrices[1:]]
 
 
 def _joins(matrix: Tensor, dtype: torch.dtype) -> bool:

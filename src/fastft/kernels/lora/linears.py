@@ -69,8 +69,9 @@ def _linears_backward(
     quant_counts: list[int],
     needs_x: bool,
     fp8: bool,
+    own: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return (dx or an empty tensor, dA of all stacked, in the widest dtype of a)."""
+    """Return (dx or an empty tensor, dA of all stacked, in the dtype of a or, where it is given, in `own`)."""
     with torch.autocast(x.device.type, enabled=False):
         rows, states = x.reshape(-1, x.shape[-1]), regroup(quant, quant_counts)
         g = dxa.reshape(-1, dxa.shape[-1])
@@ -79,12 +80,12 @@ def _linears_backward(
         if needs_x:
             stack, _ = stacked_and_cast(a, [], x.dtype)
             dx = input_gradient(flat, weights, states, g, stack, fp8).view(x.shape)
-        return dx, accumulating_mm(g.t(), rows, a[0].dtype)
+        return dx, accumulating_mm(g.t(), rows, own or a[0].dtype)
 
 
 @_linears_backward.register_fake
-def _(dys, dxa, x, weights, a, quant, quant_counts, needs_x, fp8):
-    stacked = a[0].new_empty(sum(matrix.shape[0] for matrix in a), x.shape[-1])
+def _(dys, dxa, x, weights, a, quant, quant_counts, needs_x, fp8, own=None):
+    stacked = a[0].new_empty(sum(matrix.shape[0] for matrix in a), x.shape[-1], dtype=own or a[0].dtype)
     return x.new_empty(x.shape if needs_x else (0,)), stacked
 
 
