@@ -22,6 +22,7 @@ from torch import Tensor
 from benchmarks.arms import find_arm
 from benchmarks.cells import Cell, Task
 from benchmarks.shapes import shape_of
+from benchmarks.stepping import optimizer_of, step
 
 WORDS = 256
 # Largest distance of two losses, as a share of the first loss: at any step, and in the mean over all steps; and the
@@ -45,13 +46,9 @@ def losses_of(name: str, task: Task, steps: int, rate: float, device: str) -> li
     """Return the loss of every step of the arm, before that step's update."""
     arm = find_arm(name)
     trainee = importlib.import_module(arm.module).prepare(task, arm.options, device)
-    weights = [parameter for parameter in trainee.model.parameters() if parameter.requires_grad]
-    optimizer, losses = torch.optim.AdamW(weights, lr=rate, fused=device == "cuda"), []
+    optimizer, losses = optimizer_of(trainee, rate, device), []
     for index in range(steps):
-        with torch.autocast(device, dtype=torch.bfloat16):
-            loss = trainee.loss(text_of(task.cell, index, device))
-        loss.backward()
-        optimizer.step()
+        loss = step(trainee, optimizer, text_of(task.cell, index, device), device)
         optimizer.zero_grad(set_to_none=True)
         losses.append(loss.item())
         del loss

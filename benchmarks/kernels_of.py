@@ -16,6 +16,7 @@ import torch
 from benchmarks.arms import Trainee, find_arm
 from benchmarks.batches import batch_of
 from benchmarks.cells import Cell, Task
+from benchmarks.stepping import optimizer_of, step
 
 # The first kind whose word is in a kernel's name is the kernel's.
 KINDS = (
@@ -43,22 +44,18 @@ def profile(trainee: Trainee, cell: Cell, device: str, warmup: int, steps: int) 
 
     And `gaps`, the ms a step in which no kernel ran, by the kernels before and after.
     """
-    weights = [parameter for parameter in trainee.model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=1e-4, fused=device == "cuda")
+    optimizer = optimizer_of(trainee, 1e-4, device)
 
-    def step(index: int) -> None:
-        with torch.autocast(device, dtype=torch.bfloat16):
-            loss = trainee.loss(batch_of(cell, index, device))
-        loss.backward()
-        optimizer.step()
+    def run(index: int) -> None:
+        step(trainee, optimizer, batch_of(cell, index, device), device)
         optimizer.zero_grad(set_to_none=True)
 
     for index in range(warmup):
-        step(index)
-    plain = _timed(step, range(warmup, warmup + steps))
+        run(index)
+    plain = _timed(run, range(warmup, warmup + steps))
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profiler:
-        seen = _timed(step, range(warmup, warmup + steps))
+        seen = _timed(run, range(warmup, warmup + steps))
     spent: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
     ran = [event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA]
     for event in ran:
@@ -99,12 +96,12 @@ def by_kind(kernels: Iterable[tuple[str, float, float]]) -> Mapping[str, float]:
     return dict(sorted(total.items(), key=lambda item: -item[1]))
 
 
-def _timed(step: Any, indices: range) -> float:
+def _timed(run: Any, indices: range) -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     began = time.perf_counter()
     for index in indices:
-        step(index)
+        run(index)
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return (time.perf_counter() - began) / len(indices) * 1e3

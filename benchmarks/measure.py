@@ -148,13 +148,10 @@ def train(task: Task, trainee: Trainee, device: str) -> tuple[Steps, dict[str, f
 
     The first compiles; a later one may record what the others replay, and that memory stays taken.
     """
-    import torch
 
-    from benchmarks.batches import batch_of
+    from benchmarks.stepping import optimizer_of, step
 
-    weights = [parameter for parameter in trainee.model.parameters() if parameter.requires_grad]
-    rate = 1e-5 if task.cell.mode == "full" else 1e-4
-    optimizer = torch.optim.AdamW(weights, lr=rate, fused=device == "cuda")
+    optimizer = optimizer_of(trainee, 1e-5 if task.cell.mode == "full" else 1e-4, device)
     steps, clocks = Steps(), Clocks()
     for index in range(task.warmup + task.steps):
         batch = batch_of(task.cell, index, device)
@@ -164,10 +161,7 @@ def train(task: Task, trainee: Trainee, device: str) -> tuple[Steps, dict[str, f
             clocks.start()
         synchronize(device)
         began = time.perf_counter()
-        with torch.autocast(device, dtype=torch.bfloat16):
-            loss = trainee.loss(batch)
-        loss.backward()
-        optimizer.step()
+        loss = step(trainee, optimizer, batch, device)
         synchronize(device)
         steps.seconds.append(time.perf_counter() - began)
         if index == 0:
