@@ -149,6 +149,7 @@ def train(task: Task, trainee: Trainee, device: str) -> tuple[Steps, dict[str, f
     The first compiles; a later one may record what the others replay, and that memory stays taken.
     """
 
+    from benchmarks.batches import batch_of
     from benchmarks.stepping import optimizer_of, step
 
     optimizer = optimizer_of(trainee, 1e-5 if task.cell.mode == "full" else 1e-4, device)
