@@ -118,6 +118,13 @@ def test_sampling_that_cannot_be_meant_is_told_before_anything_is_moved(config, 
             GRPOConfig(**config | {"reward_weights": weights})
 
 
+def test_a_switch_is_told_before_anything_goes_by_it(config):
+    with pytest.raises(UsageError) as caught:
+        GRPOConfig(**config | {"use_vllm": "no", "mask_truncated_completions": "yes"})
+    wrong = ["GRPOConfig use_vllm", "GRPOConfig mask_truncated_completions"]
+    assert sorted(problem.where for problem in caught.value.problems) == sorted(wrong)
+
+
 def test_merging_wants_a_memory_plan(trainer):
     with pytest.raises(UsageError, match=r"merge_micro_batches: expected None or False with compile=False, got True"):
         trainer(merge_micro_batches=True, compile=False)

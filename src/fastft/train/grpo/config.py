@@ -108,7 +108,7 @@ class GRPOConfig(settings.Settings, trl.GRPOConfig):
     unsloth_grpo_mini_batch: int | None = dataclasses.field(default=None, metadata={"help": "No effect."})
 
     def __post_init__(self) -> None:
-        if not _count_problems(self):  # it computes with them
+        if not _count_problems(self) and not arguments.wrong_switches(self):  # it goes by them
             self._take_older()
         super().__post_init__()
 
@@ -276,8 +276,6 @@ def make_config(
         "per_device_train_batch_size": fields.get("num_generations", 8),
         "num_train_epochs": 1,
     }
-    if evaluated:
-        defaults |= arguments.evaluation_defaults(fields)
     if "generation_batch_size" not in fields and "steps_per_generation" not in fields:
         defaults["gradient_accumulation_steps"] = 4 if "per_device_train_batch_size" not in fields else 1
-    return GRPOConfig(**defaults | fields)
+    return arguments.made(GRPOConfig, defaults, fields, evaluated)

@@ -87,6 +87,4 @@ def make_config(
         defaults["max_length"] = get_state(model).max_length or max(longest or 0, 1024)
     if fields.get("padding_free") and not fields.get("packing"):
         defaults["max_length"] = None
-    if eval is not None:
-        defaults |= arguments.evaluation_defaults(fields)
-    return SFTConfig(**defaults | fields)
+    return arguments.made(SFTConfig, defaults, fields, eval is not None)

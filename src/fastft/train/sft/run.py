@@ -57,7 +57,8 @@ def sft(
     `options`: epochs, steps, batch_size, eval_batch_size, learning_rate, accumulate, packing, max_length, schedule,
     warmup_steps, optimizer, weight_decay, seed, log_every, save_every, eval_every, keep_checkpoints, report_to,
     embedding_learning_rate, loraplus_ratio, early_stopping_patience, label_smoothing, or any field of `SFTConfig`; or
-    a whole `config`. `resume` is True (the run's last checkpoint) or a checkpoint's folder.
+    a whole `config`. What asks for evaluations wants `eval`. `resume` is True (the run's last checkpoint) or a
+    checkpoint's folder.
     Ctrl-C ends it with the step that is running, saved; a second one at once (docs/how-to/resume.md).
     Raises `UsageError`, `DataError`, `SaveError`.
     """
