@@ -53,7 +53,7 @@ def take_recompute(args: Any, compile: bool) -> bool:
     """
     if args.compute not in (None, "exact") and not compile:
         remedy = "Leave compile=False out, or compute."
-        raise UsageError(Problem("compute", args.compute, "'exact' with compile=False", remedy))
+        raise UsageError(Problem(f"{type(args).__name__} compute", args.compute, "'exact' with compile=False", remedy))
     asked = recomputing.settle(args)
     recomputing.ask(args, asked and not compile)
     return asked
@@ -152,7 +152,7 @@ class Trained:
         have = state.compiled.base_report.compute
         if self.args.compute not in (None, have) and state.compiled.layers:
             remedy = f"It was compiled before with compute={have!r}; say it there, fastft.compile(model, compute=...)."
-            raise UsageError(Problem("compute", self.args.compute, repr(have), remedy))
+            raise UsageError(Problem(f"{type(self.args).__name__} compute", self.args.compute, repr(have), remedy))
         if self.args.compute is None and have != "exact":
             print(f"fastft: the model was compiled before with compute={have!r}, which is not exact, and stays so.")
         self.args.compute = self.args.compute or have

@@ -101,7 +101,7 @@ def test_one_reward_alone(build_model, tokenizer, config):
         fastft.grpo(
             build_model(), tokenizer, PROMPTS, even, config["output_dir"], generations="4", batch_size=2.0, accumulate=2
         )
-    wrong = ["GRPOConfig num_generations", "GRPOConfig per_device_train_batch_size"]
+    wrong = ["grpo generations", "grpo batch_size"]
     assert [problem.where for problem in caught.value.problems] == wrong
 
 

@@ -12,7 +12,6 @@ from datasets import Dataset, DatasetDict
 import fastft
 from fastft.errors import DataError, SaveError, UsageError
 from fastft.state import update_state
-from fastft.train.arguments import PLAIN
 from fastft.train.sft.config import SFTConfig
 from fastft.train.sft.run import sft
 from fastft.train.sft.trainer import SFTTrainer
@@ -96,11 +95,11 @@ def test_what_counts_is_a_whole_number(build_model, tokenizer, build_rows, tmp_p
     }  # fmt: skip
     with pytest.raises(UsageError) as caught:
         sft(build_model(), tokenizer, build_rows(), output_dir=tmp_path, **wrong)
-    told = {problem.where.removeprefix("SFTConfig "): str(problem) for problem in caught.value.problems}
-    assert told.keys() == {PLAIN.get(name, name) for name in wrong} - {"packing"}
-    assert "expected a whole number of at least 1, got 2.5" in told["per_device_train_batch_size"]
-    assert told["max_steps"].endswith("expected a whole number of at least -1, got 10.0. Write 10.")
-    assert "a whole number of steps, or a share of them all below 1, got 1.5" in told["logging_steps"]
+    told = {problem.where.removeprefix("sft "): str(problem) for problem in caught.value.problems}
+    assert told.keys() == wrong.keys() - {"packing"}
+    assert "expected a whole number of at least 1, got 2.5" in told["batch_size"]
+    assert told["steps"].endswith("expected a whole number of at least -1, got 10.0. Write 10.")
+    assert "a whole number of steps, or a share of them all below 1, got 1.5" in told["log_every"]
     assert not list(tmp_path.iterdir())
 
 
@@ -143,9 +142,9 @@ def test_evaluations_want_data(train, build_model, tokenizer, build_rows, tmp_pa
         return [(problem.where.split()[-1], problem.value) for problem in caught.value.problems]
 
     both = {"eval_every": 5, "early_stopping_patience": 2, "learning_rate": -1}
-    assert told(**both) == [("eval_steps", 5), ("early_stopping_patience", 2), ("learning_rate", -1)]
+    assert told(**both) == [("eval_every", 5), ("early_stopping_patience", 2), ("learning_rate", -1)]
     assert told(eval_strategy="epoch") == [("eval_strategy", "epoch")]
-    assert told(eval=rows[train], eval_every=0) == [("eval_steps", 0)]
+    assert told(eval=rows[train], eval_every=0) == [("eval_every", 0)]
     assert not list(tmp_path.iterdir())
 
 

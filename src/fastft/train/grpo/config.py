@@ -270,10 +270,12 @@ def make_config(
     if config is not None:
         return config
     fields = arguments.config_fields("grpo", options, arguments.field_names(GRPOConfig), PLAIN)
+    group = fields.get("num_generations")
+    meant = hasattr(group, "__index__") and group > 1  # else it is told as the only mistake
     defaults: dict[str, Any] = {
         **settings.model_defaults(model, output_dir, fields),
         "learning_rate": 1e-5 if hasattr(model, "peft_config") else 1e-6,
-        "per_device_train_batch_size": fields.get("num_generations", 8),
+        "per_device_train_batch_size": group if meant else 8,
         "num_train_epochs": 1,
     }
     if "generation_batch_size" not in fields and "steps_per_generation" not in fields:

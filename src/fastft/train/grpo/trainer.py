@@ -134,7 +134,9 @@ class GRPOTrainer(Trained, trl.GRPOTrainer):
         if room is not None and longest + self.max_completion_length > room:
             remedy = "Lower max_completion_length, set max_prompt_length, or load the model with a larger max_length."
             told = f"{longest} + {self.max_completion_length} tokens"
-            problems.append(Problem("longest prompt + max_completion_length", told, f"at most {room}", remedy))
+            problems.append(
+                Problem("GRPOConfig longest prompt + max_completion_length", told, f"at most {room}", remedy)
+            )
         need, there = self.args.generation_batch_size // self.num_generations, len(self.train_dataset)
         if there < need:
             remedy = f"Give {need} prompts or more, or make the batch smaller: with fewer no batch is whole."
