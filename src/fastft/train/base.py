@@ -196,7 +196,7 @@ class Trained:
                 hygiene.unpatched(self.model),
                 self.interruption.watched(self.args.world_size == 1, lambda error: memory.let_go(error, self.model)),
             ):
-                return super().train(**kwargs)
+                output = super().train(**kwargs)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(self._stop()) from None
         except torch.OutOfMemoryError as error:
@@ -215,6 +215,10 @@ class Trained:
             telling.close(self)
             self.compiling.stop()
             release_weights(self.model)
+        if self.is_world_process_zero():
+            for note in self.recorder.extra["notes"]:
+                print(f"fastft: {note}; {self.recorder.folder / lineage.RECORD} says so, too.")
+        return output
 
     def _put_aside(self, begun: Path | None) -> None:
         """Keep another run of the folder from being replaced by this one, once all processes have looked at it.

@@ -25,7 +25,8 @@ OWN = {"reward_funcs": "rewards", "processing_class": "tokenizer"}
 class GrpoResult:
     """The outcome of `grpo`: `rewards`, `losses`, `kl` and `lengths` are (step, value) pairs as logged.
 
-    `kl` is empty without a `beta`, `lengths` are means in tokens; `record` is the content of run.json.
+    `kl` is empty without a `beta`, `lengths` are means in tokens; `record` is the content of run.json. `notes`: that
+    nothing was learnt, where no completion had a reward.
     """
 
     rewards: tuple[tuple[int, float], ...] = field(repr=ends)
@@ -35,6 +36,7 @@ class GrpoResult:
     metrics: dict[str, float] = field(repr=False)
     output_dir: str
     record: dict[str, Any] = field(repr=False)
+    notes: tuple[str, ...] = ()
 
 
 def grpo(
@@ -97,4 +99,5 @@ def grpo(
     trainer.create_model_card()
     names = ("reward", "loss", "kl", "completions/mean_length")
     curves = [curve(trainer.state.log_history, name) for name in names]
-    return GrpoResult(*curves, dict(output.metrics), args.output_dir, trainer.recorder.record)
+    record = trainer.recorder.record
+    return GrpoResult(*curves, dict(output.metrics), args.output_dir, record, tuple(record["notes"]))
