@@ -32,6 +32,7 @@ from fastft.train.grpo.config import LEGACY, GRPOConfig
 from fastft.train.grpo.phases import Phases
 from fastft.train.grpo.scored import Scored, told_already
 from fastft.train.logprobs import CompletionLogprobs, completion_logprobs
+from fastft.train.telling import bars_aside
 
 OWN = ("compile", "engine")
 
@@ -261,7 +262,7 @@ class GRPOTrainer(Trained, trl.GRPOTrainer):
         def told(line: str) -> bool:
             return told_already(line, self.reward_funcs)
 
-        with self.phases("rewards"), kept_back(trl.GRPOTrainer.__module__, told):
+        with bars_aside(self), self.phases("rewards"), kept_back(trl.GRPOTrainer.__module__, told):
             made = super()._calculate_rewards(*args, **kwargs)
         self._count_failures()
         if self.model.training:
