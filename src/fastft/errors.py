@@ -28,8 +28,13 @@ class FastftError(Exception):
     """Base of every error that fastft raises on purpose; `problems` holds the single mistakes."""
 
     def __init__(self, *problems: Problem | str) -> None:
+        super().__init__()
+        self.tell(*problems)
+
+    def tell(self, *problems: Problem | str) -> None:
+        """Set the mistakes and the text that is made of them."""
         self.problems = problems
-        super().__init__("\n".join(str(problem) for problem in problems))
+        self.args = ("\n".join(str(problem) for problem in problems),)
 
 
 class UsageError(FastftError, ValueError):

@@ -102,8 +102,11 @@ def test_wrong_use(adapter, tmp_path, capsys):
     assert code == 3
     assert "bad.jsonl:1: not JSON" in err
     assert "bad.jsonl:2" in err
-    code, _, err = run(capsys, "verify", tmp_path / "absent", "--model", adapter)
-    assert (code, "no such file or folder" in err) == (3, True)
+    code, _, err = run(capsys, "verify", tmp_path / "absent", tmp_path / "file", "--model", adapter)
+    assert (code, "no such file or folder" in err, "file: not a .gguf file" in err) == (3, True, True)
+    assert run(capsys, "export", "lora", adapter, tmp_path / "alone", "--gguf")[0] == 0
+    code, _, err = run(capsys, "verify", tmp_path / "alone", "--model", tmp_path / "absent")  # nothing is loaded before
+    assert (code, "adapter.gguf']" in err, "the .gguf file of a whole model" in err) == (3, True, True)
     assert run(capsys, "verify", adapter)[0] == 3
     assert run(capsys, "export", "other")[0] == 3
 

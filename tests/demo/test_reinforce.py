@@ -76,12 +76,18 @@ def test_a_run_too_short_to_tell_is_refused(tmp_path):
         reinforce.run_grpo_demo(tmp_path, steps=3)
 
 
+def test_the_command_refuses_it_as_wrong_use(monkeypatch, capsys):
+    monkeypatch.setattr(reinforce, "run_grpo_demo", lambda **options: pytest.fail("it began"))
+    assert main(["demo", "--grpo", "--steps", "6"]) == 3
+    assert "steps of the demo with rewards: expected at least 8, got 6." in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("first", "last", "status"), [(0.3, 0.9, 0), (0.3, 0.3, 2)])
 def test_the_command_fails_where_no_reward_rose(monkeypatch, capsys, first, last, status):
     given = {}
     monkeypatch.setattr(reinforce, "run_grpo_demo", lambda **options: given.update(options) or shown(first, last))
-    assert main(["demo", "--grpo", "--steps", "3", "--json"]) == status
+    assert main(["demo", "--grpo", "--steps", "8", "--json"]) == status
     said = capsys.readouterr()
-    assert given == {"steps": 3, "resume": False, "chat": False}
+    assert given == {"steps": 8, "resume": False, "chat": False}
     assert json.loads(said.out)["rewards"] == [[1, first], [2, last]]
     assert ("the mean reward did not rise: 0.300 at first, 0.300 at last" in said.err) == bool(status)

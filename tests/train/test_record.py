@@ -160,7 +160,9 @@ def test_a_result_is_shown_in_a_line():
     ]
     told = "1.0000 (step 1) to 0.0011 (step 899)"
     assert shown[0] == f"SftResult(losses={told}, final_loss=0.5, output_dir='run')"
-    assert shown[1] == f"GrpoResult(rewards={told}, losses={told}, kl=none, lengths=1.0000 (step 1), output_dir='run')"
+    assert shown[1] == (
+        f"GrpoResult(rewards={told}, losses={told}, kl=none, lengths=1.0000 (step 1), output_dir='run', notes=())"
+    )
     assert shown[2] == f"PreferenceResult(losses={told}, accuracies=none, margins={told}, output_dir='run')"
 
 

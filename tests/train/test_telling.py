@@ -2,6 +2,9 @@
 
 import ast
 import io
+import logging
+import math
+import re
 import subprocess
 import sys
 import warnings
@@ -126,3 +129,46 @@ def test_a_run_that_fails_closes_its_bars(build_model, tokenizer, dataset, setti
     with pytest.raises(ArithmeticError):
         made.train()
     assert bar.training_bar is None
+
+
+def screen(text):
+    """Return the lines that a terminal shows of what was written to it."""
+    lines, row, column = [""], 0, 0
+    for part in re.findall(r"\x1b\[A|.|\n", text, re.DOTALL):
+        if part == "\n":
+            row, column = row + 1, 0
+            lines += [""] * (row == len(lines))
+        elif part == "\x1b[A":
+            row -= 1
+        elif part == "\r":
+            column = 0
+        else:
+            lines[row] = lines[row].ljust(column)[:column] + part + lines[row][column + 1 :]
+            column += 1
+    return [line.rstrip() for line in lines]
+
+
+def test_what_rewards_say_begins_a_line_of_its_own(tmp_path, monkeypatch):
+    """The notice of a failure and what a reward prints, beside the bars of training and of evaluation."""
+    terminal = io.StringIO()
+    notices = logging.StreamHandler(terminal)
+    logger = logging.getLogger("fastft.rewards")
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr(sys, "stdout", terminal)
+
+    def even(completions, **columns):
+        print("scoring", len(completions), "completions")
+        return [*(float(len(text) % 2) for text in completions[1:]), math.nan]
+
+    options = {"generations": 4, "accumulate": 1, "max_new_tokens": 4, "engine": "transformers"}
+    options |= {"steps": 2, "eval": ROWS[:2], "eval_every": 1, "eval_batch_size": 4, "disable_tqdm": False}
+    logger.addHandler(notices)
+    try:
+        fastft.grpo(*begun(), ROWS, [even], tmp_path / "run", **QUIET | options)
+    finally:
+        logger.removeHandler(notices)
+    shown = screen(terminal.getvalue())
+    assert len([line for line in shown if line.startswith("reward 'even' failed for 1 of 4 rows")]) == 1
+    said = [line for line in shown if "scoring" in line]
+    assert len(said) == 6 and set(said) == {"scoring 4 completions"}
+    assert any("2/2" in line for line in shown)  # the bar of training

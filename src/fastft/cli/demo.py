@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fastft.cli.output import CheckFailed, JsonOption, print_json
+from fastft.cli.output import CheckFailed, JsonOption, checking_arguments, print_json
 from fastft.cli.stopping import stoppable
 from fastft.environment import installed
 from fastft.errors import UsageError
@@ -52,6 +52,11 @@ def demo(
     missing = [name for name in NEEDED if not installed(name)]
     if missing:
         raise UsageError(f"fastft demo needs {', '.join(missing)}: pip install 'fastft[train]'")
+    if grpo and steps is not None:
+        from fastft.demo.reinforce import check_steps
+
+        with checking_arguments():
+            check_steps(steps)
     if chat is None:
         chat = not json and sys.stdin.isatty() and sys.stdout.isatty()
     given = {name: value for name, value in (("output_dir", output), ("steps", steps)) if value is not None}

@@ -38,15 +38,13 @@ def verify(
         missing.append("gguf")
     if missing:
         raise UsageError(f"fastft verify needs {', '.join(missing)}: pip install 'fastft[export]'")
-    from fastft.export.engines import check_artefact
-    from fastft.export.verify import verify_export
+    from fastft.export.verify import artefacts_in, verify_export
     from fastft.train.checkpoint import plain
 
     # with --json, what is printed on the way must not mix with the result
     with contextlib.redirect_stdout(sys.stderr) if json else contextlib.nullcontext():
         with checking_arguments():
-            for path in artefacts:
-                check_artefact(path.expanduser())
+            artefacts_in(artefacts, [])
             asked = None if prompts is None else _prompts(prompts)
             passage = None if text is None else _read(text)
         report = verify_export(model, None, artefacts, prompts=asked, text=passage, text_tokens=text_tokens)

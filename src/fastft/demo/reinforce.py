@@ -80,9 +80,7 @@ def run_grpo_demo(
     two cores.
     Raises `UsageError` for fewer than `LEAST_STEPS` steps.
     """
-    if steps < LEAST_STEPS:
-        remedy = f"Its first {WINDOW} steps, in which the rate warms up, are held against its last {WINDOW}."
-        raise UsageError(Problem("steps of the demo with rewards", steps, f"at least {LEAST_STEPS}", remedy))
+    check_steps(steps)
     say = say or terminal.show
     began = time.monotonic()
     subject = Subject(phrasings.QUESTION, phrasings.ABOUT, "in these words", _accuracy)
@@ -120,6 +118,13 @@ def run_grpo_demo(
     )
     before_after.end(model, tokenizer, subject, folder, shown.seconds, chat, say)
     return shown
+
+
+def check_steps(steps: int) -> None:
+    """Raise `UsageError` for fewer than `LEAST_STEPS` steps."""
+    if steps < LEAST_STEPS:
+        remedy = f"Its first {WINDOW} steps, in which the rate warms up, are held against its last {WINDOW}."
+        raise UsageError(Problem("steps of the demo with rewards", steps, f"at least {LEAST_STEPS}", remedy))
 
 
 def _train(model: Any, tokenizer: Any, output_dir: str | Path, steps: int, engine: str, resume: bool, seed: int) -> Any:

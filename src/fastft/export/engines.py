@@ -11,7 +11,7 @@ import torch
 from attrs import frozen
 from torch import Tensor, nn
 
-from fastft.errors import LoadError, UsageError
+from fastft.errors import LoadError
 from fastft.export import llama_cpp
 from fastft.export.encode import decode
 from fastft.export.folder import find_weights, load_folder
@@ -260,9 +260,10 @@ def vocabulary_problems(metadata: dict[str, Any], tokenizer: Any) -> Iterator[st
         yield f"{len(wrong)} tokens of the vocabulary differ, such as id {index}: {token!r} here, {theirs!r} there"
 
 
-def check_artefact(path: Path) -> None:
-    """Raise `UsageError` if there is nothing at `path` that can be verified."""
+def artefact_problem(path: Path) -> str:
+    """Say why there is nothing at `path` that can be verified; nothing where there may be."""
     if not path.exists():
-        raise UsageError(f"{path}: no such file or folder; give a merged folder, an adapter's folder or a .gguf file")
+        return f"{path}: no such file or folder; give a merged folder, an adapter's folder or a .gguf file"
     if path.is_file() and path.suffix != ".gguf":
-        raise UsageError(f"{path}: not a .gguf file; give the folder of a merged model, or a .gguf file")
+        return f"{path}: not a .gguf file; give the folder of a merged model, or a .gguf file"
+    return ""

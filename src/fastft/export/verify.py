@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastft.errors import FastftError, LoadError, Problem, UsageError
 from fastft.export.compare import Distance, Limits, distance, limits_of
-from fastft.export.engines import CONTEXT, Engine, check_artefact, engine, run_model, token_ids
+from fastft.export.engines import CONTEXT, Engine, artefact_problem, engine, run_model, token_ids
 from fastft.export.folder import assumptions, find_weights, load_folder
 from fastft.export.questions import Message, Prompt, Questions, questions_of, render, room_of
 from fastft.model.files import ADAPTER_CONFIG
@@ -132,7 +132,7 @@ def verify_export(
     left out with a note. Nothing is written and the model is left as it was.
     """
     notes: list[str] = []
-    paths = _artefacts(artefact, notes)
+    paths = artefacts_in(artefact, notes)
     model, tokenizer, reference = _reference(model, tokenizer, notes)
     questions = questions_of(tokenizer, prompts, text, text_tokens, room_of(model), notes)
     with _evaluating(model):
@@ -168,13 +168,16 @@ def _reference(model: Any, tokenizer: Any, notes: list[str]) -> tuple[Any, Any, 
     return model, tokenizer, f"{state.source or type(model).__name__} in {state.quant or dtype}{adapters}"
 
 
-def _artefacts(given: str | Path | Sequence[str | Path], notes: list[str]) -> list[Path]:
-    """Return the files and folders to judge; GGUF files that are adapters are left out with a note."""
-    several = [given] if isinstance(given, str | Path) else list(given)
-    found = []
-    for path in (Path(one).expanduser() for one in several):
-        check_artefact(path)
-        found += _inside(path) if path.is_dir() else [path]
+def artefacts_in(given: str | Path | Sequence[str | Path], notes: list[str]) -> list[Path]:
+    """Return the files and folders to judge; GGUF files that are adapters are left out with a note.
+
+    Raises `UsageError` with every path that is nothing to judge, and where nothing is left.
+    """
+    several = [Path(one).expanduser() for one in ([given] if isinstance(given, str | Path) else given)]
+    problems = [problem for path in several if (problem := artefact_problem(path))]
+    if problems:
+        raise UsageError(*problems)
+    found = [one for path in several for one in (_inside(path) if path.is_dir() else [path])]
     alone = [path for path in found if path.suffix == ".gguf" and _is_adapter_file(path)]
     notes += [
         f"{path.name} is an adapter, which runs beside its base's file only; it was not verified" for path in alone

@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, get_type_hints
 
 from fastft.errors import Problem, UsageError, did_you_mean
 from fastft.memory.estimate import COMPUTE
@@ -113,23 +113,49 @@ def config_fields(
     return {plain.get(name, name): value for name, value in options.items() if value is not None}
 
 
-def refuse_early_stopping(args: Any, eval_dataset: Any) -> None:
-    """Raise `UsageError` if early stopping has no evaluation to watch."""
-    if args.early_stopping_patience is None:
-        return
-    if eval_dataset is None or str(getattr(args.eval_strategy, "value", args.eval_strategy)) == "no":
-        remedy = "Pass eval data and eval_strategy='steps' or 'epoch', or leave early stopping out."
-        raise UsageError(
-            Problem("early_stopping_patience", args.early_stopping_patience, "an evaluation to watch", remedy)
-        )
+# Fields that ask for evaluations.
+EVALUATING = ("eval_strategy", "eval_steps", "early_stopping_patience")
+
+
+def unevaluated(owner: str, asked: Mapping[str, Any]) -> list[Problem]:
+    """Return what of the fields `asked` wants evaluations, where there are no data for them."""
+    remedy = "Pass them (eval=, of a trainer eval_dataset=), or leave it out."
+    wanted = {name: asked[name] for name in EVALUATING if asked.get(name) is not None}
+    return [
+        Problem(f"{owner} {name}", value, "evaluation data beside it", remedy)
+        for name, value in wanted.items()
+        if not (name == "eval_strategy" and _plain(value) == "no")
+    ]
+
+
+def refuse_unevaluated(args: Any, eval_dataset: Any) -> None:
+    """Raise `UsageError` for evaluations without data, and for early stopping that has no evaluation to watch."""
+    strategy, patience = _plain(args.eval_strategy), args.early_stopping_patience
+    problems = []
+    if eval_dataset is None:
+        asked = {name: getattr(args, name) for name in EVALUATING}
+        if strategy == "steps":
+            del asked["eval_steps"]  # transformers fills it in
+        problems = unevaluated(type(args).__name__, asked)
+    elif strategy == "no" and patience is not None:
+        remedy = "Set eval_strategy='steps' or 'epoch', or leave early stopping out."
+        where = f"{type(args).__name__} early_stopping_patience"
+        problems = [Problem(where, patience, "an evaluation to watch", remedy)]
+    if problems:
+        raise UsageError(*problems)
+
+
+def _plain(choice: Any) -> str:
+    """Return a choice as its text, which transformers may have made a member of an enumeration."""
+    return str(getattr(choice, "value", choice))
 
 
 def value_problems(args: Any) -> list[Problem]:
-    """Return the numbers of a config that cannot be meant, and the choices that there are not."""
-    return [*_wrong_numbers(args), *_wrong_choices(args)]
+    """Return the numbers and switches of a config that cannot be meant, and the choices that there are not."""
+    return [*_wrong_numbers(args), *wrong_switches(args), *_wrong_choices(args)]
 
 
-# The least that a field may be, None for no bound: of those that count, which are whole numbers, and of the others.
+# The least that a field may be: of those that count, which are whole numbers, and of the others.
 COUNTS = {
     "per_device_train_batch_size": 1,
     "per_device_eval_batch_size": 1,
@@ -139,7 +165,7 @@ COUNTS = {
     "max_length": 2,
     "max_prompt_length": 1,
     "max_steps": -1,
-    "save_total_limit": None,
+    "save_total_limit": 1,
     "dataset_num_proc": 1,
     "dataloader_num_workers": 0,
     "seed": 0,
@@ -157,6 +183,9 @@ MEASURES = {
 MOST = {"label_smoothing_factor": 1}
 # Fields that count steps, or say below 1 a share of them all.
 SHARES = ("warmup_steps", "logging_steps", "eval_steps", "save_steps")
+# Of these, those that say how often -> the field that says whether they do.
+EVERY = {"logging_steps": "logging_strategy", "eval_steps": "eval_strategy", "save_steps": "save_strategy"}
+REMEDIES = {"save_total_limit": "Left out, all are kept; save_strategy='no' writes none."}
 
 
 def _wrong_numbers(args: Any) -> list[Problem]:
@@ -172,10 +201,11 @@ def _wrong_numbers(args: Any) -> list[Problem]:
         told = None if value is None else _wrong_number(name, value)
         if told:
             problems.append(Problem(f"{owner} {name}", value, *told))
-    logged = str(getattr(args.logging_strategy, "value", args.logging_strategy)) == "steps"
-    if logged and args.logging_steps == 0:
-        remedy = "logging_strategy='no' logs nothing."
-        problems.append(Problem(f"{owner} logging_steps", 0, "a number of steps above 0, or a share of them", remedy))
+    for name, strategy in EVERY.items():
+        value = getattr(args, name)
+        if value == 0 and not isinstance(value, bool) and _plain(getattr(args, strategy)) == "steps":
+            expected = "a number of steps above 0, or a share of them"
+            problems.append(Problem(f"{owner} {name}", value, expected, f"{strategy}='no' means never."))
     if args.max_steps == 0 and not isinstance(args.max_steps, bool):
         problems.append(Problem(f"{owner} max_steps", 0, "at least 1, or -1 to go by num_train_epochs"))
     return problems
@@ -191,10 +221,22 @@ def _wrong_number(name: str, value: Any) -> tuple[str, str] | None:
         return None if fits else ("a whole number of steps, or a share of them all below 1", "")
     if name in COUNTS and not isinstance(value, int):
         near = f"Write {value:.0f}." if math.isfinite(value) and value == round(value) else ""
-        return "a whole number" + ("" if bound is None else f" of at least {bound}"), near
-    if bound is not None and not (value >= bound and math.isfinite(value)):
-        return f"a finite number of at least {bound}", ""
+        return f"a whole number of at least {bound}", near
+    if not (value >= bound and math.isfinite(value)):
+        return f"a finite number of at least {bound}", REMEDIES.get(name, "")
     return (f"at most {MOST[name]}", "") if value > MOST.get(name, value) else None
+
+
+def wrong_switches(args: Any) -> list[Problem]:
+    """Return the fields that are on or off and hold something else; None leaves one as it is left out."""
+    problems = []
+    for name, kind in get_type_hints(type(args)).items():
+        value = getattr(args, name, None)
+        if kind not in (bool, bool | None) or value is None or (isinstance(value, int) and value in (0, 1)):
+            continue
+        near = f"Write {value.capitalize()} without quotes." if str(value).lower() in ("true", "false") else ""
+        problems.append(Problem(f"{type(args).__name__} {name}", value, "True or False", near))
+    return problems
 
 
 def _wrong_choices(args: Any) -> list[Problem]:
@@ -250,8 +292,24 @@ def refuse_untrainable(model: Any, peft_config: Any) -> None:
 def evaluation_defaults(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Return when to evaluate (and, with early stopping, to save) where the user has not said it."""
     every = fields.get("eval_steps")
-    defaults: dict[str, Any] = {"eval_strategy": "steps" if every else "epoch"}
+    defaults: dict[str, Any] = {"eval_strategy": "epoch" if every is None else "steps"}
     if fields.get("early_stopping_patience") is not None:
         defaults |= {"save_strategy": defaults["eval_strategy"]}
         defaults |= {"save_steps": every} if every else {}
     return defaults
+
+
+def made(kind: type, defaults: Mapping[str, Any], fields: Mapping[str, Any], evaluated: bool) -> Any:
+    """Return the config `kind` of a function's defaults and of the `fields` that its user has said.
+
+    evaluated: whether there are evaluation data. Raises `UsageError` with everything that is wrong with it.
+    """
+    problems = [] if evaluated else unevaluated(kind.__name__, fields)
+    defaults = {**defaults, **(evaluation_defaults(fields) if evaluated else {})}
+    try:
+        config = kind(**defaults | fields)
+    except UsageError as error:
+        raise UsageError(*problems, *error.problems) from None
+    if problems:
+        raise UsageError(*problems)
+    return config

@@ -53,7 +53,7 @@ def take_recompute(args: Any, compile: bool) -> bool:
     """
     if args.compute not in (None, "exact") and not compile:
         remedy = "Leave compile=False out, or compute."
-        raise UsageError(Problem("compute", args.compute, "'exact' with compile=False", remedy))
+        raise UsageError(Problem(f"{type(args).__name__} compute", args.compute, "'exact' with compile=False", remedy))
     asked = recomputing.settle(args)
     recomputing.ask(args, asked and not compile)
     return asked
@@ -152,7 +152,7 @@ class Trained:
         have = state.compiled.base_report.compute
         if self.args.compute not in (None, have) and state.compiled.layers:
             remedy = f"It was compiled before with compute={have!r}; say it there, fastft.compile(model, compute=...)."
-            raise UsageError(Problem("compute", self.args.compute, repr(have), remedy))
+            raise UsageError(Problem(f"{type(self.args).__name__} compute", self.args.compute, repr(have), remedy))
         if self.args.compute is None and have != "exact":
             print(f"fastft: the model was compiled before with compute={have!r}, which is not exact, and stays so.")
         self.args.compute = self.args.compute or have
@@ -196,7 +196,7 @@ class Trained:
                 hygiene.unpatched(self.model),
                 self.interruption.watched(self.args.world_size == 1, lambda error: memory.let_go(error, self.model)),
             ):
-                return super().train(**kwargs)
+                output = super().train(**kwargs)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(self._stop()) from None
         except torch.OutOfMemoryError as error:
@@ -215,6 +215,10 @@ class Trained:
             telling.close(self)
             self.compiling.stop()
             release_weights(self.model)
+        if self.is_world_process_zero():
+            for note in self.recorder.extra["notes"]:
+                print(f"fastft: {note}; {self.recorder.folder / lineage.RECORD} says so, too.")
+        return output
 
     def _put_aside(self, begun: Path | None) -> None:
         """Keep another run of the folder from being replaced by this one, once all processes have looked at it.

@@ -31,6 +31,7 @@ def facts(record: Mapping[str, Any]) -> list[tuple[str, Any]]:
     )
     return [
         ("status", record.get("status")),
+        ("notes", "; ".join(record.get("notes", ()))),
         ("base model", model.get("name")),
         ("weights", f"{model.get('quant') or model.get('dtype')}"),
         ("compute", _compute(record.get("rewrites"))),

@@ -99,11 +99,8 @@ def with_groups(
         or {"params", "model", "optimizer_dict"} & set(settings)
     ):
         remedy = "Use an optimizer over parameter groups (AdamW, its 8-bit and paged kinds, Lion, SGD ...)."
-        raise UsageError(
-            Problem(
-                "optim", config.optim, "no optimizer that chooses its own parameter groups, with separate rates", remedy
-            )
-        )
+        expected = "no optimizer that chooses its own parameter groups, with separate rates"
+        raise UsageError(Problem(f"{type(config).__name__} optim", config.optim, expected, remedy))
     groups = param_groups(
         model,
         decayed,

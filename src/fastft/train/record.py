@@ -117,7 +117,7 @@ class RecordCallback(TrainerCallback):
         self.totals: dict[str, int] = {}
         self.began = 0.0
         self.predicted: dict[str, Any] = {"predicted_bytes": None}
-        self.extra: dict[str, Any] = {}
+        self.extra: dict[str, Any] = {"notes": []}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Describe the run, keep what a resumed one has already logged, and start the clock."""

@@ -79,7 +79,8 @@ def check(resume: Any, args: Any, model: Any, method: str, own: Callable[[Path],
     done = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8")).get("global_step", 0)
     if 0 < args.max_steps <= done:
         remedy = "Nothing is left to train: ask for more steps, or start anew with resume=False."
-        problems.append(Problem("max_steps", args.max_steps, f"more than the {done} steps that {folder} has", remedy))
+        expected = f"more than the {done} steps that {folder} has"
+        problems.append(Problem(f"{type(args).__name__} max_steps", args.max_steps, expected, remedy))
     if problems:
         raise UsageError(*problems)
     return folder

@@ -1,6 +1,7 @@
-"""What a run says on the terminal beside its bar: a line of each log, with numbers as numbers."""
+"""What a run says on the terminal beside its bar: a line of each log, with numbers as numbers; and room for others."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from transformers import PrinterCallback, ProgressCallback, Trainer
@@ -58,6 +59,23 @@ def take_over(trainer: Trainer, line: Line) -> None:
             if type(callback) is plain:
                 trainer.remove_callback(callback)
                 trainer.add_callback(ours(line))
+
+
+@contextmanager
+def bars_aside(trainer: Trainer) -> Iterator[None]:
+    """Take a trainer's bars from the screen while the block runs: what others print there begins a line of its own.
+
+    tqdm's own way to do that would hold its lock meanwhile, for which a thread of the block might wait for ever.
+    """
+    shown = [one for one in trainer.callback_handler.callbacks if isinstance(one, ProgressCallback)]
+    bars = [bar for one in shown for bar in (one.training_bar, one.prediction_bar) if bar is not None]
+    for bar in bars:
+        bar.clear()
+    try:
+        yield
+    finally:
+        for bar in bars:
+            bar.refresh()
 
 
 def close(trainer: Trainer) -> None:

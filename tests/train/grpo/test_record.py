@@ -63,6 +63,36 @@ def test_a_missing_reward_is_null(trainer, config):
     assert [json.loads(line)["rewards"]["second"] for line in lines] == [None, None, 0.5, 1.0]
 
 
+def test_a_run_without_any_reward_says_that_nothing_was_learnt(build_model, tokenizer, tmp_path, capsys):
+    def never(prompts, completions, **columns):
+        return [None, float("nan")] * (len(completions) // 2)
+
+    def late(prompts, completions, trainer_state, **columns):
+        return [None] * (len(completions) - 1) + [0.5 if trainer_state.global_step else None]
+
+    def run(reward, name, **more):
+        options = {"generations": 4, "steps": 2, "max_new_tokens": 6, "save_every": 2, "accumulate": 1} | more
+        folder = tmp_path / name
+        model = build_model()
+        made = fastft.grpo(model, tokenizer, PROMPTS, reward, folder, engine=GivenRollouts(), compile=False, **options)
+        record = json.loads((folder / "run.json").read_text())
+        assert record == json.loads(json.dumps(made.record)) and tuple(record["notes"]) == made.notes
+        lines = capsys.readouterr().out.splitlines()
+        said = [line for line in lines if line.startswith("fastft: nothing was learnt")]
+        return made, record, (folder / "README.md").read_text(), said
+
+    made, record, card, said = run(never, "never")
+    note = "nothing was learnt: none of the 8 completions had a reward"
+    assert made.notes == (note,) and note in repr(made) and not made.rewards
+    assert record["status"] == "finished" and "reward" not in record
+    assert f"| notes | {note} |" in card
+    assert said == [f"fastft: {note}; {tmp_path / 'never' / 'run.json'} says so, too."]
+    made, record, card, said = run(late, "late")
+    assert (made.notes, record["notes"], said) == ((), [], []) and "| notes |" not in card
+    made, *_ = run(never, "late", steps=3, resume=True)
+    assert made.notes == ("nothing was learnt after step 2: none of the 4 completions had a reward",)
+
+
 def test_the_card_tells_of_rewards(trainer, config):
     made = trainer(GivenRollouts(), rewards=[even, length_of], max_steps=3)
     made.train()

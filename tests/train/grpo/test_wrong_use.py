@@ -101,7 +101,7 @@ def test_one_reward_alone(build_model, tokenizer, config):
         fastft.grpo(
             build_model(), tokenizer, PROMPTS, even, config["output_dir"], generations="4", batch_size=2.0, accumulate=2
         )
-    wrong = ["GRPOConfig num_generations", "GRPOConfig per_device_train_batch_size"]
+    wrong = ["grpo generations", "grpo batch_size"]
     assert [problem.where for problem in caught.value.problems] == wrong
 
 
@@ -116,6 +116,13 @@ def test_sampling_that_cannot_be_meant_is_told_before_anything_is_moved(config, 
     for weights in (["a"], 2.0, "ab", [True]):
         with pytest.raises(UsageError, match="reward_weights: expected a list of numbers, one of each reward"):
             GRPOConfig(**config | {"reward_weights": weights})
+
+
+def test_a_switch_is_told_before_anything_goes_by_it(config):
+    with pytest.raises(UsageError) as caught:
+        GRPOConfig(**config | {"use_vllm": "no", "mask_truncated_completions": "yes"})
+    wrong = ["GRPOConfig use_vllm", "GRPOConfig mask_truncated_completions"]
+    assert sorted(problem.where for problem in caught.value.problems) == sorted(wrong)
 
 
 def test_merging_wants_a_memory_plan(trainer):

@@ -9,9 +9,9 @@ import torch
 import trl
 from datasets import Dataset, DatasetDict
 
+import fastft
 from fastft.errors import DataError, SaveError, UsageError
 from fastft.state import update_state
-from fastft.train.arguments import PLAIN
 from fastft.train.sft.config import SFTConfig
 from fastft.train.sft.run import sft
 from fastft.train.sft.trainer import SFTTrainer
@@ -95,11 +95,11 @@ def test_what_counts_is_a_whole_number(build_model, tokenizer, build_rows, tmp_p
     }  # fmt: skip
     with pytest.raises(UsageError) as caught:
         sft(build_model(), tokenizer, build_rows(), output_dir=tmp_path, **wrong)
-    told = {problem.where.removeprefix("SFTConfig "): str(problem) for problem in caught.value.problems}
-    assert told.keys() == {PLAIN.get(name, name) for name in wrong} - {"packing"}
-    assert "expected a whole number of at least 1, got 2.5" in told["per_device_train_batch_size"]
-    assert told["max_steps"].endswith("expected a whole number of at least -1, got 10.0. Write 10.")
-    assert "a whole number of steps, or a share of them all below 1, got 1.5" in told["logging_steps"]
+    told = {problem.where.removeprefix("sft "): str(problem) for problem in caught.value.problems}
+    assert told.keys() == wrong.keys() - {"packing"}
+    assert "expected a whole number of at least 1, got 2.5" in told["batch_size"]
+    assert told["steps"].endswith("expected a whole number of at least -1, got 10.0. Write 10.")
+    assert "a whole number of steps, or a share of them all below 1, got 1.5" in told["log_every"]
     assert not list(tmp_path.iterdir())
 
 
@@ -114,6 +114,50 @@ def test_negative_shares_are_told_together(tmp_path):
     assert {problem.where: problem.value for problem in caught.value.problems} == {
         f"SFTConfig {name}": value for name, value in wrong.items()
     }
+
+
+def test_switches_and_zeros_are_told_together(tmp_path):
+    wrong = {"packing": "yes", "padding_free": 2, "fp16": "False", "save_total_limit": 0, "save_steps": 0}
+    wrong |= {"eval_steps": 0}
+    with pytest.raises(UsageError) as caught:
+        SFTConfig(output_dir=str(tmp_path), **wrong, eval_strategy="steps")
+    told = {problem.where.removeprefix("SFTConfig "): str(problem) for problem in caught.value.problems}
+    assert told.keys() == wrong.keys()
+    assert told["packing"] == "SFTConfig packing: expected True or False, got 'yes'"
+    assert told["fp16"].endswith("got 'False'. Write False without quotes.")
+    assert "at least 1, got 0. Left out, all are kept; save_strategy='no' writes none." in told["save_total_limit"]
+    assert "above 0, or a share of them, got 0. save_strategy='no' means never." in told["save_steps"]
+    good = {"packing": None, "padding_free": 0, "save_total_limit": None, "save_steps": 0, "save_strategy": "no"}
+    assert SFTConfig(output_dir=str(tmp_path), **good).save_steps == 0
+
+
+@pytest.mark.parametrize("train", ["sft", "preference", "grpo"])
+def test_evaluations_want_data(train, build_model, tokenizer, build_rows, tmp_path):
+    rows = {"sft": build_rows(), "preference": [{"prompt": "w1", "chosen": "w2", "rejected": "w3"}], "grpo": ["w1"]}
+    given = {"rewards": [len]} if train == "grpo" else {}
+
+    def told(**options):
+        with pytest.raises(UsageError) as caught:
+            getattr(fastft, train)(build_model(), tokenizer, rows[train], **given, output_dir=tmp_path, **options)
+        return [(problem.where.split()[-1], problem.value) for problem in caught.value.problems]
+
+    both = {"eval_every": 5, "early_stopping_patience": 2, "learning_rate": -1}
+    assert told(**both) == [("eval_every", 5), ("early_stopping_patience", 2), ("learning_rate", -1)]
+    assert told(eval_strategy="epoch") == [("eval_strategy", "epoch")]
+    assert told(eval=rows[train], eval_every=0) == [("eval_every", 0)]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_trainer_wants_data_for_evaluations_too(build_model, tokenizer, dataset, settings):
+    more = {"train_dataset": dataset, "processing_class": tokenizer, "compile": False}
+    for wrong, names in (
+        ({"eval_steps": 5}, ["eval_steps"]),
+        ({"eval_strategy": "steps"}, ["eval_strategy"]),
+        ({"eval_strategy": "epoch", "eval_steps": 5}, ["eval_strategy", "eval_steps"]),
+    ):
+        with pytest.raises(UsageError, match="expected evaluation data beside it") as caught:
+            SFTTrainer(build_model(), SFTConfig(**settings | wrong), **more)
+        assert [problem.where for problem in caught.value.problems] == [f"SFTConfig {name}" for name in names]
 
 
 def test_shares_and_whole_numbers_are_taken(tmp_path):

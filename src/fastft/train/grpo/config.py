@@ -108,7 +108,7 @@ class GRPOConfig(settings.Settings, trl.GRPOConfig):
     unsloth_grpo_mini_batch: int | None = dataclasses.field(default=None, metadata={"help": "No effect."})
 
     def __post_init__(self) -> None:
-        if not _count_problems(self):  # it computes with them
+        if not _count_problems(self) and not arguments.wrong_switches(self):  # it goes by them
             self._take_older()
         super().__post_init__()
 
@@ -270,14 +270,14 @@ def make_config(
     if config is not None:
         return config
     fields = arguments.config_fields("grpo", options, arguments.field_names(GRPOConfig), PLAIN)
+    group = fields.get("num_generations")
+    meant = hasattr(group, "__index__") and group > 1  # else it is told as the only mistake
     defaults: dict[str, Any] = {
         **settings.model_defaults(model, output_dir, fields),
         "learning_rate": 1e-5 if hasattr(model, "peft_config") else 1e-6,
-        "per_device_train_batch_size": fields.get("num_generations", 8),
+        "per_device_train_batch_size": group if meant else 8,
         "num_train_epochs": 1,
     }
-    if evaluated:
-        defaults |= arguments.evaluation_defaults(fields)
     if "generation_batch_size" not in fields and "steps_per_generation" not in fields:
         defaults["gradient_accumulation_steps"] = 4 if "per_device_train_batch_size" not in fields else 1
-    return GRPOConfig(**defaults | fields)
+    return arguments.made(GRPOConfig, defaults, fields, evaluated)

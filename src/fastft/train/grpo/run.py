@@ -11,17 +11,22 @@ from fastft.rollout.base import Engine
 from fastft.train import arguments
 from fastft.train.grpo import prompts as prompt_data
 from fastft.train.grpo.checks import listed
-from fastft.train.grpo.config import GRPOConfig, make_config
+from fastft.train.grpo.config import PLAIN, GRPOConfig, make_config
 from fastft.train.grpo.trainer import GRPOTrainer
 from fastft.train.record import curve, ends
 from fastft.train.resume import to_resume
+from fastft.train.words import in_words_of
+
+# Arguments of the trainer -> those of `grpo`.
+OWN = {"reward_funcs": "rewards", "processing_class": "tokenizer"}
 
 
 @frozen
 class GrpoResult:
     """The outcome of `grpo`: `rewards`, `losses`, `kl` and `lengths` are (step, value) pairs as logged.
 
-    `kl` is empty without a `beta`, `lengths` are means in tokens; `record` is the content of run.json.
+    `kl` is empty without a `beta`, `lengths` are means in tokens; `record` is the content of run.json. `notes`: that
+    nothing was learnt, where no completion had a reward.
     """
 
     rewards: tuple[tuple[int, float], ...] = field(repr=ends)
@@ -31,6 +36,7 @@ class GrpoResult:
     metrics: dict[str, float] = field(repr=False)
     output_dir: str
     record: dict[str, Any] = field(repr=False)
+    notes: tuple[str, ...] = ()
 
 
 def grpo(
@@ -65,31 +71,33 @@ def grpo(
     Raises `UsageError`, `DataError`, `EngineError`, `RewardError`, `SaveError`.
     """
     arguments.refuse_pair(model, tokenizer)
-    args = make_config(config, options, str(output_dir), model, evaluated=eval is not None)
-    if engine_options is not None:
-        args.engine_options = {**(args.engine_options or {}), **engine_options}
-    resume_from = to_resume(resume, args)
-    given = {"prompts": prompts} | ({} if eval is None else {"eval": eval})
-    data, texts = prompt_data.prompt_datasets(given, tokenizer, chat)
-    functions = listed(rewards)
-    trainer = GRPOTrainer(
-        model,
-        [of_texts(function) for function in functions] if texts else functions,
-        args,
-        train_dataset=data["prompts"],
-        eval_dataset=data.get("eval"),
-        processing_class=tokenizer,
-        callbacks=list(callbacks),
-        engine=engine,
-        compile=compile,
-    )
-    try:
-        output = trainer.train(resume_from_checkpoint=resume_from)
-    finally:
-        if not isinstance(engine, Engine):
-            trainer.engine.close()
+    with in_words_of("grpo", GRPOTrainer, GRPOConfig, config, options, PLAIN, OWN):
+        args = make_config(config, options, str(output_dir), model, evaluated=eval is not None)
+        if engine_options is not None:
+            args.engine_options = {**(args.engine_options or {}), **engine_options}
+        resume_from = to_resume(resume, args)
+        given = {"prompts": prompts} | ({} if eval is None else {"eval": eval})
+        data, texts = prompt_data.prompt_datasets(given, tokenizer, chat)
+        functions = listed(rewards)
+        trainer = GRPOTrainer(
+            model,
+            [of_texts(function) for function in functions] if texts else functions,
+            args,
+            train_dataset=data["prompts"],
+            eval_dataset=data.get("eval"),
+            processing_class=tokenizer,
+            callbacks=list(callbacks),
+            engine=engine,
+            compile=compile,
+        )
+        try:
+            output = trainer.train(resume_from_checkpoint=resume_from)
+        finally:
+            if not isinstance(engine, Engine):
+                trainer.engine.close()
     trainer.save_model()
     trainer.create_model_card()
     names = ("reward", "loss", "kl", "completions/mean_length")
     curves = [curve(trainer.state.log_history, name) for name in names]
-    return GrpoResult(*curves, dict(output.metrics), args.output_dir, trainer.recorder.record)
+    record = trainer.recorder.record
+    return GrpoResult(*curves, dict(output.metrics), args.output_dir, record, tuple(record["notes"]))

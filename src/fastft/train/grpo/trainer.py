@@ -30,7 +30,9 @@ from fastft.train.grpo import batching, checks, groups, prompts, rollouts, telli
 from fastft.train.grpo import kept as kept_rollouts
 from fastft.train.grpo.config import LEGACY, GRPOConfig
 from fastft.train.grpo.phases import Phases
+from fastft.train.grpo.scored import Scored, told_already
 from fastft.train.logprobs import CompletionLogprobs, completion_logprobs
+from fastft.train.telling import bars_aside
 
 OWN = ("compile", "engine")
 
@@ -84,7 +86,7 @@ class GRPOTrainer(Trained, trl.GRPOTrainer):
         checks.refuse_columns(functions, kwargs)
         checkpoint.make_folder(Path(args.output_dir))
         arguments.refuse_untrainable(model, kwargs.get("peft_config"))
-        arguments.refuse_early_stopping(args, kwargs.get("eval_dataset"))
+        arguments.refuse_unevaluated(args, kwargs.get("eval_dataset"))
         recompute = take_recompute(args, compile)
         # With an adapter and a beta TRL would copy the adapter; the reference here is the model without it.
         adapted = hasattr(model, "peft_config") or kwargs.get("peft_config") is not None
@@ -134,7 +136,9 @@ class GRPOTrainer(Trained, trl.GRPOTrainer):
         if room is not None and longest + self.max_completion_length > room:
             remedy = "Lower max_completion_length, set max_prompt_length, or load the model with a larger max_length."
             told = f"{longest} + {self.max_completion_length} tokens"
-            problems.append(Problem("longest prompt + max_completion_length", told, f"at most {room}", remedy))
+            problems.append(
+                Problem("GRPOConfig longest prompt + max_completion_length", told, f"at most {room}", remedy)
+            )
         need, there = self.args.generation_batch_size // self.num_generations, len(self.train_dataset)
         if there < need:
             remedy = f"Give {need} prompts or more, or make the batch smaller: with fewer no batch is whole."
@@ -255,21 +259,16 @@ class GRPOTrainer(Trained, trl.GRPOTrainer):
         return self._buffered_inputs[self._step % self.args.steps_per_generation]
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Any:
-        with self.phases("rewards"), kept_back(trl.GRPOTrainer.__module__, self._told_already):
+        def told(line: str) -> bool:
+            return told_already(line, self.reward_funcs)
+
+        with bars_aside(self), self.phases("rewards"), kept_back(trl.GRPOTrainer.__module__, told):
             made = super()._calculate_rewards(*args, **kwargs)
         self._count_failures()
+        if self.model.training:
+            self._scored.add(made)
+            self.recorder.extra["notes"] = self._scored.notes()
         return made
-
-    def _told_already(self, line: str) -> bool:
-        """Say whether TRL's line is on rows without any reward, and for each the guard has told of a failure.
-
-        A row that all functions have left out is news.
-        """
-        calls = [call for _, call in calls_of(self.reward_funcs)]
-        if "All reward functions returned None" not in line or not calls:
-            return False
-        unscored = set.intersection(*(set(call.unscored) for call in calls))
-        return unscored <= {row for call in calls for row in call.failed}
 
     def _count_failures(self) -> None:
         """Add up, until the next log, the rows that each reward failed for and those that it left without a reward."""
@@ -391,8 +390,9 @@ class GRPOTrainer(Trained, trl.GRPOTrainer):
 
     def _begin_record(self) -> None:
         """Begin what a run records beside metrics.jsonl: names of engine and rewards, and the sample completions."""
+        self._scored = Scored(begun=self.state.global_step)
         told = {"engine": self.engine.name, "rewards": list(self.reward_func_names), "merged": self._merged}
-        self.recorder.extra |= told
+        self.recorder.extra |= {**told, "notes": []}
         if self.is_world_process_zero():
             self._samples.begin(self.recorder.kept_steps)
 

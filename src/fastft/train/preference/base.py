@@ -48,7 +48,7 @@ class Preferring(Trained):
         checkpoint.make_folder(Path(args.output_dir))
         refuse_router(model, args)
         arguments.refuse_untrainable(model, kwargs.get("peft_config"))
-        arguments.refuse_early_stopping(args, kwargs.get("eval_dataset"))
+        arguments.refuse_unevaluated(args, kwargs.get("eval_dataset"))
         recompute = take_recompute(args, compile)
         self.before(model, args, kwargs)
         with built(model, kwargs.get("train_dataset"), kwargs.get("eval_dataset")), same_trainable(model):

@@ -72,6 +72,4 @@ def make_config(
         "num_train_epochs": 1,
         **own,
     }
-    if eval is not None:
-        defaults |= arguments.evaluation_defaults(fields)
-    return kind(**defaults | fields)
+    return arguments.made(kind, defaults, fields, eval is not None)

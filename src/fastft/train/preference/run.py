@@ -10,9 +10,10 @@ from attrs import field, frozen
 from fastft.errors import Problem, UsageError
 from fastft.train import arguments
 from fastft.train.preference import data as preference_data
-from fastft.train.preference.config import make_config
+from fastft.train.preference.config import PLAIN, make_config
 from fastft.train.record import curve, ends
 from fastft.train.resume import to_resume
+from fastft.train.words import in_words_of
 
 
 @frozen
@@ -94,21 +95,24 @@ def preference(
     chosen = LOSSES[loss]
     module = import_module(chosen.module)
     trainer_class, config_class = getattr(module, chosen.trainer), getattr(module, chosen.config)
-    args = make_config(config_class, config, options, str(output_dir), model, eval, chosen.fixed)
-    resume_from = to_resume(resume, args)
-    data = {"train_dataset": rows} | ({} if eval is None else {"eval_dataset": eval})
-    given = {
-        name: preference_data.preference_dataset(part, tokenizer, trainer_class.KINDS, name.removesuffix("_dataset"))
-        for name, part in data.items()
-    }
-    if loss == "kto":
-        given = {name: preference_data.mixed_verdicts(part, args.seed) for name, part in given.items()}
-    if ref_model is not None:
-        given["ref_model"] = ref_model
-    trainer = trainer_class(
-        model, args=args, processing_class=tokenizer, callbacks=list(callbacks), compile=compile, **given
-    )
-    output = trainer.train(resume_from_checkpoint=resume_from)
+    with in_words_of("preference", trainer_class, config_class, config, options, PLAIN):
+        args = make_config(config_class, config, options, str(output_dir), model, eval, chosen.fixed)
+        resume_from = to_resume(resume, args)
+        data = {"train_dataset": rows} | ({} if eval is None else {"eval_dataset": eval})
+        given = {
+            name: preference_data.preference_dataset(
+                part, tokenizer, trainer_class.KINDS, name.removesuffix("_dataset")
+            )
+            for name, part in data.items()
+        }
+        if loss == "kto":
+            given = {name: preference_data.mixed_verdicts(part, args.seed) for name, part in given.items()}
+        if ref_model is not None:
+            given["ref_model"] = ref_model
+        trainer = trainer_class(
+            model, args=args, processing_class=tokenizer, callbacks=list(callbacks), compile=compile, **given
+        )
+        output = trainer.train(resume_from_checkpoint=resume_from)
     trainer.save_model()
     trainer.create_model_card()
     history = trainer.state.log_history

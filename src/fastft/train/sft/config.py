@@ -11,6 +11,7 @@ from fastft.errors import Problem, did_you_mean
 from fastft.state import get_state
 from fastft.train import arguments, settings
 from fastft.train.cuda_graphs import MODES
+from fastft.train.words import renamed
 
 
 @dataclasses.dataclass
@@ -53,9 +54,12 @@ class SFTConfig(settings.Settings, trl.SFTConfig):
     cuda_graphs: str = dataclasses.field(default="auto", metadata={"help": "Replay steps: auto, always or never."})
 
     def __post_init__(self) -> None:
+        names = {}
         if self.max_seq_length is not None:
             self.max_length, self.max_seq_length = self.max_seq_length, None
-        super().__post_init__()
+            names = {"max_length": "max_seq_length"}
+        with renamed((type(self),), type(self).__name__, names):
+            super().__post_init__()
 
     def mistakes(self) -> list[Problem]:
         """Return all fields that cannot be meant."""
@@ -87,6 +91,4 @@ def make_config(
         defaults["max_length"] = get_state(model).max_length or max(longest or 0, 1024)
     if fields.get("padding_free") and not fields.get("packing"):
         defaults["max_length"] = None
-    if eval is not None:
-        defaults |= arguments.evaluation_defaults(fields)
-    return SFTConfig(**defaults | fields)
+    return arguments.made(SFTConfig, defaults, fields, eval is not None)

@@ -16,6 +16,7 @@ from fastft.train.record import curve, ends
 from fastft.train.resume import to_resume
 from fastft.train.sft.config import SFTConfig, make_config
 from fastft.train.sft.trainer import SFTTrainer
+from fastft.train.words import in_words_of
 
 
 @frozen
@@ -57,7 +58,8 @@ def sft(
     `options`: epochs, steps, batch_size, eval_batch_size, learning_rate, accumulate, packing, max_length, schedule,
     warmup_steps, optimizer, weight_decay, seed, log_every, save_every, eval_every, keep_checkpoints, report_to,
     embedding_learning_rate, loraplus_ratio, early_stopping_patience, label_smoothing, or any field of `SFTConfig`; or
-    a whole `config`. `resume` is True (the run's last checkpoint) or a checkpoint's folder.
+    a whole `config`. What asks for evaluations wants `eval`. `resume` is True (the run's last checkpoint) or a
+    checkpoint's folder.
     Ctrl-C ends it with the step that is running, saved; a second one at once (docs/how-to/resume.md).
     Raises `UsageError`, `DataError`, `SaveError`.
     """
@@ -67,21 +69,22 @@ def sft(
     given = {"train": train} | ({} if eval is None else {"eval": eval})
     sources = {name: open_named(data, name) for name, data in given.items()}
     made = {name: tokenised(source, tokenizer, train_on, name, alternate) for name, source in sources.items()}
-    args = make_config(config, options, str(output_dir), model, made["train"], made.get("eval"))
-    if (overlong or ("refuse" if config is None else "truncate")) == "refuse":
-        _refuse_overlong(made, sources, args.max_length)
-    resume_from = to_resume(resume, args)
-    trainer = SFTTrainer(
-        model,
-        args,
-        train_dataset=made["train"],
-        eval_dataset=made.get("eval"),
-        processing_class=tokenizer,
-        callbacks=list(callbacks),
-        compute_metrics=compute_metrics,
-        compile=compile,
-    )
-    output = trainer.train(resume_from_checkpoint=resume_from)
+    with in_words_of("sft", SFTTrainer, SFTConfig, config, options, arguments.PLAIN):
+        args = make_config(config, options, str(output_dir), model, made["train"], made.get("eval"))
+        if (overlong or ("refuse" if config is None else "truncate")) == "refuse":
+            _refuse_overlong(made, sources, args.max_length)
+        resume_from = to_resume(resume, args)
+        trainer = SFTTrainer(
+            model,
+            args,
+            train_dataset=made["train"],
+            eval_dataset=made.get("eval"),
+            processing_class=tokenizer,
+            callbacks=list(callbacks),
+            compute_metrics=compute_metrics,
+            compile=compile,
+        )
+        output = trainer.train(resume_from_checkpoint=resume_from)
     trainer.save_model()
     trainer.create_model_card()
     losses = curve(trainer.state.log_history, "loss")

@@ -63,7 +63,7 @@ class SFTTrainer(Trained, trl.SFTTrainer):
         kwargs |= reading.datasets_of(kwargs, self._reading, args.chat_template_path)
         checkpoint.make_folder(Path(args.output_dir))
         arguments.refuse_untrainable(model, kwargs.get("peft_config"))
-        arguments.refuse_early_stopping(args, kwargs.get("eval_dataset"))
+        arguments.refuse_unevaluated(args, kwargs.get("eval_dataset"))
         recompute = take_recompute(args, compile)
         args.dataset_text_field = str(args.dataset_text_field)
         if not self._reading.skip and not given_ids:  # else TRL would exchange the template, and format once more

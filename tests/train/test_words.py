@@ -1,0 +1,81 @@
+"""Mistakes are told by the names that the caller wrote, in what is expected and to be done as well."""
+
+import pytest
+
+import fastft
+from fastft.errors import LoadError, Problem, UsageError
+from fastft.train.words import renamed
+
+PAIRS = [{"prompt": "w1", "chosen": "w2", "rejected": "w3"}]
+DATA = {"sft": [{"prompt": "w1", "completion": "w2"}], "preference": PAIRS, "grpo": ["w1", "w2"]}
+WRONG = {"batch_size": 0, "steps": 0, "accumulate": 1.5, "schedule": "cosin", "optimizer": "adamw_8bits", "epochs": -3}
+WRONG |= {"log_every": 0, "save_every": 0, "keep_checkpoints": 0, "eval_every": 0, "learning_rate": "fast"}
+
+
+@pytest.fixture
+def told(build_model, tokenizer, tmp_path):
+    """Call a function of fastft, and return the mistakes by where they are, without the function's name."""
+
+    def call(name, **options):
+        given = {"rewards": [len]} if name == "grpo" else {}
+        with pytest.raises(UsageError) as caught:
+            getattr(fastft, name)(build_model(), tokenizer, DATA[name], output_dir=tmp_path, **given, **options)
+        problems = caught.value.problems
+        assert str(caught.value) == "\n".join(map(str, problems))
+        assert {problem.where.partition(" ")[0] for problem in problems} == {name}
+        return {problem.where.partition(" ")[2]: problem for problem in problems}
+
+    return call
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_plain_names(name, told):
+    found = told(name, eval=DATA[name], **WRONG)
+    assert {where: problem.value for where, problem in found.items()} == WRONG
+    assert found["steps"].expected == "at least 1, or -1 to go by epochs"
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_names_of_fields_stay_where_they_were_written(name, told):
+    found = told(name, per_device_train_batch_size=0, max_steps=0, num_train_epochs=1, accumulate=0)
+    assert found.keys() == {"per_device_train_batch_size", "max_steps", "accumulate"}
+    assert found["max_steps"].expected == "at least 1, or -1 to go by num_train_epochs"
+
+
+def test_what_divides_is_told_in_the_same_words(told):
+    found = told("grpo", generations=8, batch_size=6, accumulate=2, loss="grop", kl=-1, max_new_tokens=0)
+    divides = found.pop("completions a generation (batch_size x accumulate)")
+    assert divides.expected == "a multiple of generations=8"
+    assert divides.remedy == "Use accumulate=4, or batch_size=8, or generations=6."
+    assert found.keys() == {"loss", "kl", "max_new_tokens"}
+    assert told("grpo", generations="4").keys() == {"generations"}
+    assert told("grpo", auto_find_batch_size=True)["auto_find_batch_size"].remedy == (
+        "Lower batch_size and raise accumulate."
+    )
+
+
+def test_arguments_of_a_trainer(build_model, tokenizer, tmp_path):
+    for given in ({}, {"config": fastft.GRPOConfig(str(tmp_path), use_cpu=True)}):
+        with pytest.raises(UsageError, match=r"^grpo rewards: expected at least one function"):
+            fastft.grpo(build_model(), tokenizer, DATA["grpo"], [], tmp_path, **given)
+
+
+def test_a_config_and_older_names(told, tmp_path):
+    with pytest.raises(UsageError, match=r"^SFTConfig per_device_train_batch_size: "):
+        fastft.SFTConfig(str(tmp_path), per_device_train_batch_size=0)
+    with pytest.raises(UsageError, match=r"^SFTConfig max_seq_length: expected a finite number of at least 2, got 0$"):
+        fastft.SFTConfig(str(tmp_path), max_seq_length=0)
+    assert told("sft", max_seq_length=0).keys() == {"max_seq_length"}
+
+
+def test_only_names_are_renamed():
+    """Paths, values and mistakes in other things stay as they are, and the error is the same one."""
+    path = "run/beta/beta-1 beta/x ./beta.jsonl 'beta'"
+    mine = Problem("Thing beta", "beta", f"beta above 0, not betas, as in {path}", "Lower beta.")
+    others = (Problem("row 1, beta", 1, "beta"), "beta.jsonl: beta is missing")
+    error = LoadError(mine, *others)
+    with pytest.raises(LoadError) as caught, renamed((type("Thing", (), {}),), "grpo", {"beta": "kl"}):
+        raise error
+    assert caught.value is error and error.problems[1:] == others
+    assert error.problems[0] == Problem("grpo kl", "beta", f"kl above 0, not betas, as in {path}", "Lower kl.")
+    assert str(error).startswith("grpo kl: expected kl above 0")
