@@ -22,6 +22,7 @@ from fastft.graph.pipeline import PASSES, default_implementations
 from fastft.graph.planned import PlannedLayers
 from fastft.graph.report import RewriteReport
 from fastft.graph.uncompiled_calls import Counts, cause, notes, reason, run_uncompiled
+from fastft.graph.workers import start_workers
 from fastft.kernels import fp8
 from fastft.memory.estimate import COMPUTE, Mode
 from fastft.memory.plan import EIGHT_BITS, fast_is_keep, named_part, not_in_eight_bits, plan_problem
@@ -132,6 +133,7 @@ def compile(
     head's products too, but for each row's own label (`linear_ce.quantized`).
     dynamic: as for `torch.compile`; None compiles layers for the first length and, at a second one, for all.
 
+    With "inductor" on a GPU it starts Inductor's worker processes, which take seconds until the first graph needs them.
     It registers the attention "fastft" with transformers and sets `torch._dynamo.config.specialize_float`, without
     which constants such as epsilon become inputs of a graph with dynamic lengths. Raises UsageError.
     """
@@ -141,6 +143,7 @@ def compile(
     layers = decoder_layers(base, spec) if spec else ()
     uncompile(model)
     if layers:
+        start_workers(settings.backend, next(base.parameters()).device)
         compiled = _install(model, base, spec, settings, layers, dynamic, batch, compute)
         _install_norms(compiled, base, dynamic)
     else:
