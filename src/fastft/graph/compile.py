@@ -11,6 +11,7 @@ from torch import nn
 
 from fastft.errors import Problem, UsageError, did_you_mean
 from fastft.graph import attention
+from fastft.graph.ahead import prepare_inductor
 from fastft.graph.backend import BACKENDS, RewritingBackend, Settings
 from fastft.graph.calls import Kind, kind_of
 from fastft.graph.capture import is_instance_of
@@ -22,7 +23,6 @@ from fastft.graph.pipeline import PASSES, default_implementations
 from fastft.graph.planned import PlannedLayers
 from fastft.graph.report import RewriteReport
 from fastft.graph.uncompiled_calls import Counts, cause, notes, reason, run_uncompiled
-from fastft.graph.workers import start_workers
 from fastft.kernels import fp8
 from fastft.memory.estimate import COMPUTE, Mode
 from fastft.memory.plan import EIGHT_BITS, fast_is_keep, named_part, not_in_eight_bits, plan_problem
@@ -143,7 +143,7 @@ def compile(
     layers = decoder_layers(base, spec) if spec else ()
     uncompile(model)
     if layers:
-        start_workers(settings.backend, next(base.parameters()).device)
+        prepare_inductor(settings.backend, next(base.parameters()).device)
         compiled = _install(model, base, spec, settings, layers, dynamic, batch, compute)
         _install_norms(compiled, base, dynamic)
     else:

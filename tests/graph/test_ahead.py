@@ -1,4 +1,4 @@
-"""Inductor's workers are started by `fastft.compile`, where Triton kernels will be compiled and nowhere else."""
+"""What `fastft.compile` begins for Inductor: workers where Triton kernels will be compiled, and Triton's hash."""
 
 import os
 import subprocess
@@ -11,16 +11,22 @@ import fastft
 from fastft.graph import compile as compiling
 
 SCRIPT = """
-import sys, torch
-from fastft.graph.workers import start_workers
-start_workers("inductor", torch.device("cpu"))
-start_workers("aot_eager", torch.device("cuda"))
-start_workers("eager", torch.device("cuda"))
+import sys, threading, torch
+from fastft.graph.ahead import prepare_inductor
+from torch._inductor.runtime.triton_compat import triton_key
+prepare_inductor("aot_eager", torch.device("cuda"))
+prepare_inductor("eager", torch.device("cuda"))
+print(threading.active_count(), triton_key.cache_info().currsize)
+prepare_inductor("inductor", torch.device("cpu"))
+for thread in threading.enumerate():
+    if thread is not threading.main_thread():
+        thread.join()
+print(triton_key.cache_info().currsize)
 print("torch._inductor.async_compile" in sys.modules)
 import torch._inductor.config as config
 config.compile_threads = {threads}
 for _ in range(2):
-    start_workers("inductor", torch.device("cuda"))
+    prepare_inductor("inductor", torch.device("cuda"))
 from torch._inductor.async_compile import AsyncCompile, _pool_set
 print(len(_pool_set))
 if _pool_set:
@@ -37,17 +43,17 @@ def told(threads):
     return run.stdout.split()
 
 
-def test_one_pool_is_started_for_inductor_on_a_gpu_alone():
-    assert told(threads=2) == ["False", "1", "True"]
+def test_triton_is_hashed_for_inductor_and_one_pool_started_on_a_gpu():
+    assert told(threads=2) == ["1", "0", "1", "False", "1", "True"]
 
 
 def test_a_user_who_wants_no_workers_gets_none():
-    assert told(threads=1) == ["False", "0"]
+    assert told(threads=1) == ["1", "0", "1", "False", "0"]
 
 
-def test_compile_starts_them_for_its_backend_and_device(monkeypatch):
+def test_compile_begins_it_for_its_backend_and_device(monkeypatch):
     asked = []
-    monkeypatch.setattr(compiling, "start_workers", lambda *given: asked.append(given))
+    monkeypatch.setattr(compiling, "prepare_inductor", lambda *given: asked.append(given))
     for backend in ("inductor", "aot_eager"):
         fastft.compile(make("llama", torch.float32, True), backend=backend)
     assert asked == [("inductor", torch.device("cpu")), ("aot_eager", torch.device("cpu"))]
