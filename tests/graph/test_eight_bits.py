@@ -112,8 +112,8 @@ def test_together_with_fp8_factors():
 
 
 def test_a_proof_that_refuses_is_told_and_keeps_them_as_they_are(monkeypatch):
-    def prove(*arguments):
-        verdict = honest(*arguments)
+    def prove(*arguments, **more):
+        verdict = honest(*arguments, **more)
         refuse = arguments[5].name == "8 bits"
         return Verdict(False, 0.0, 0.5, "gradients differ by 0.5") if refuse else verdict
 

@@ -191,8 +191,9 @@ def test_a_first_call_without_the_rewrites_takes_back_nothing(first):
 def test_what_a_proof_refuses_is_taken_back(plan, refused, copies, monkeypatch):
     real = context.prove
 
-    def prove(graph_module, region, *args):
-        return Verdict(False, 1.0, 1.0, "too far off") if refused in region.name else real(graph_module, region, *args)
+    def prove(graph_module, region, *args, **more):
+        refuse = refused in region.name
+        return Verdict(False, 1.0, 1.0, "too far off") if refuse else real(graph_module, region, *args, **more)
 
     monkeypatch.setattr(context, "prove", prove)
     plain, _ = compiled(num_hidden_layers=1)

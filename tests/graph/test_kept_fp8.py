@@ -92,10 +92,10 @@ def test_linears_that_are_not_in_nf4_are_quantised_beside_the_copies_of_others()
 def test_what_a_proof_refuses_in_fp8_reads_copies_in_its_own_dtype(monkeypatch):
     real = context.prove
 
-    def prove(graph_module, region, binding, function, arguments, allowed, inputs):
+    def prove(graph_module, region, binding, function, arguments, allowed, inputs, **more):
         if allowed.name == "fp8" and "self_attn" in region.name:
             return Verdict(False, 1.0, 1.0, "too far off")
-        return real(graph_module, region, binding, function, arguments, allowed, inputs)
+        return real(graph_module, region, binding, function, arguments, allowed, inputs, **more)
 
     monkeypatch.setattr(context, "prove", prove)
     plain, model, planned = pair(num_hidden_layers=1, dtype=torch.bfloat16)

@@ -11,6 +11,7 @@ from torch import fx, nn
 
 import fastft.kernels
 from fastft.graph.capture import bind, find_unit
+from fastft.graph.first_input import FirstInput
 from fastft.graph.joint import JointPass
 from fastft.graph.keepable import left_packed
 from fastft.graph.kept import KeptInput, KeptWeights, examples, finder
@@ -49,7 +50,8 @@ class Settings:
 class RewritingBackend:
     """A backend for `torch.compile`: one object per compiled model, which remembers what it proved and did.
 
-    `units`: the modules that are compiled with it. `weights`: the copies of NF4 weights that are kept.
+    `units`: the modules that are compiled with it. `weights`: the copies of NF4 weights that are kept. `first`: the
+    input of a call that needs no gradient.
     """
 
     root: nn.Module
@@ -59,6 +61,7 @@ class RewritingBackend:
     verdicts: dict[tuple[object, ...], Verdict] = field(factory=dict)
     graphs: list[GraphReport] = field(factory=list)
     weights: KeptWeights = field(factory=KeptWeights)
+    first: FirstInput = field(factory=FirstInput)
 
     def for_mode(self, mode: Mode) -> "RewritingBackend":
         """Return a backend for layers of a mode, which shares what was proved and reported."""
@@ -76,8 +79,9 @@ class RewritingBackend:
         settings = self.settings
         kept: list[KeptInput] | None = [] if settings.dequantised else None
         eight_bits = settings.eight_bits and torch.is_grad_enabled()  # without gradients nothing is kept
+        shown = self.first.name(binding)
         context = Context(
-            binding, self.spec, settings.implementations, self.verdicts, settings.compute, kept, eight_bits
+            binding, self.spec, settings.implementations, self.verdicts, settings.compute, kept, eight_bits, shown
         )
         unit = find_unit(graph_module, binding, self.units)
         # What the proofs save is none of the layer's: the hooks that move a layer's results do not see it.
@@ -85,12 +89,15 @@ class RewritingBackend:
             new, report = rewrite(graph_module, context, unit, settings.disable)
         gated = [done for done in report.rewrites if done.rule == "glu"] if eight_bits else []
         narrow = all(done.kept for done in gated) if gated else None
-        self.graphs.append(evolve(report, gradients=torch.is_grad_enabled(), eight_bits=narrow))
+        forms = [self.first.detached(new, shown), new] if shown else [new]
+        self.graphs += [evolve(report, gradients=torch.is_grad_enabled(), eight_bits=narrow)] * len(forms)
+        # Both at once, so that what either asks of dynamic lengths guards the one capture.
+        lowered = [lower(form, [*example_inputs, *examples(kept or ())], settings) for form in forms]
+        run = self.first.choose(detached=lowered[0], whole=lowered[1]) if shown else lowered[0]
         if kept is None:
-            return lower(new, example_inputs, settings)
+            return run
         copies = finder(new.graph, kept, self.weights, left_packed(new.graph, binding, kept))
-        lowered = lower(new, [*example_inputs, *examples(kept)], settings)
-        return lambda *inputs: lowered(*inputs, *copies(inputs))
+        return lambda *inputs: run(*inputs, *copies(inputs))
 
 
 def _as_it_is(tensor: torch.Tensor) -> torch.Tensor:

@@ -11,9 +11,11 @@ from torch import nn
 
 from fastft.errors import Problem, UsageError, did_you_mean
 from fastft.graph import attention
+from fastft.graph.ahead import prepare_inductor
 from fastft.graph.backend import BACKENDS, RewritingBackend, Settings
 from fastft.graph.calls import Kind, kind_of
 from fastft.graph.capture import is_instance_of
+from fastft.graph.first_input import FirstInput
 from fastft.graph.head import NOT_FP8_HEAD, head_check
 from fastft.graph.keepable import eight_bits_obstacle
 from fastft.graph.outer_norms import norm_dispatcher, norm_settings, outer_norms
@@ -132,6 +134,7 @@ def compile(
     head's products too, but for each row's own label (`linear_ce.quantized`).
     dynamic: as for `torch.compile`; None compiles layers for the first length and, at a second one, for all.
 
+    With "inductor" on a GPU it starts Inductor's worker processes, which take seconds until the first graph needs them.
     It registers the attention "fastft" with transformers and sets `torch._dynamo.config.specialize_float`, without
     which constants such as epsilon become inputs of a graph with dynamic lengths. Raises UsageError.
     """
@@ -141,6 +144,7 @@ def compile(
     layers = decoder_layers(base, spec) if spec else ()
     uncompile(model)
     if layers:
+        prepare_inductor(settings.backend, next(base.parameters()).device)
         compiled = _install(model, base, spec, settings, layers, dynamic, batch, compute)
         _install_norms(compiled, base, dynamic)
     else:
@@ -273,7 +277,9 @@ def _install(
     )
     not_so = (fast_is_keep(settings.plan, planned.modes, planned.why_not), not_in_eight_bits(settings.plan, obstacle))
     report_ = evolve(report_, notes=(*report_.notes, *filter(None, not_so)))
-    rewriting = RewritingBackend(base, spec, settings, layers, graphs=planned.graphs, weights=planned.weights)
+    rewriting = RewritingBackend(
+        base, spec, settings, layers, graphs=planned.graphs, weights=planned.weights, first=FirstInput(layers)
+    )
     compiled = Compiled(spec, settings, layers, rewriting, report_, planned, plain, fp8_head=fp8_head)
     versions: dict[tuple[str, bool, Kind, bool], Callable[..., Any]] = {}
 
@@ -351,14 +357,21 @@ def _dispatcher(
             return layer._call_impl(*args, **kwargs)
         if kwargs.get("use_cache") or any(kwargs.get(name) is not None for name in CACHES):
             return eagerly("a key-value cache is in use (pass use_cache=False)", *args, **kwargs)
-        if kwargs.pop("lengths_vary", False):
-            _mark_lengths(args, kwargs)
-        planned = compiled.planned
+        lengths_vary, planned = kwargs.pop("lengths_vary", False), compiled.planned
+
+        def run(mode: Mode, whole: bool, given: Sequence[Any], named: Mapping[str, Any]) -> Any:
+            if lengths_vary:
+                _mark_lengths(given, named)
+            return version(mode, kind, whole)(layer, *given, **named)
+
         # Without gradients nothing is kept for a backward, whatever the plan.
         forward = nullcontext(Mode(dequantised=planned.mode(index).dequantised))
         with planned.call(index, layer, args, kwargs) if kind.gradients else forward as mode:
             try:
-                return version(mode, kind, kind not in compiled.pieces)(layer, *args, **kwargs)
+                if kind in compiled.pieces or not kind.gradients:
+                    return run(mode, kind not in compiled.pieces, args, kwargs)
+                with compiled.backend.first.of(index, args, kwargs, shares) as (given, named):
+                    return run(mode, True, given, named)
             except torch._dynamo.exc.FailOnRecompileLimitHit as error:
                 return eagerly(reason(error), *args, **kwargs)
             except torch._dynamo.exc.Unsupported as error:
@@ -366,7 +379,11 @@ def _dispatcher(
                     raise
                 compiled.pieces.add(kind)
                 _remark(compiled, f"layers are captured in pieces, Dynamo cannot trace them whole: {cause(error)}")
-                return version(mode, kind, False)(layer, *args, **kwargs)
+                return run(mode, False, args, kwargs)
+
+    def shares(other: int) -> bool:
+        own, theirs = compiled.planned.mode(index), compiled.planned.mode(other)
+        return (own.level, own.dequantised) == (theirs.level, theirs.dequantised)
 
     def eagerly(why: str, *args: Any, **kwargs: Any) -> Any:
         compiled.last = None

@@ -59,19 +59,21 @@ def prove(
     allowed: Allowed,
     inputs: Mapping[fx.Node, torch.Tensor] | None = None,
     seed: int = 0,
+    frozen: frozenset[fx.Node] = frozenset(),
 ) -> Verdict:
     """Run the region and `candidate(*arguments)` on random values, forward and backward, and compare.
 
     `arguments` hold nodes of the region where the candidate takes tensors. `inputs` overrides the random value of a
-    node that needs structure. Frozen matrices and quantised weights keep their values, all else is random. Of a longer
-    batch `PROOF_TOKENS` tokens are taken, unless the region is made for its very length. NaN fails, and so does a
-    candidate that raises.
+    node that needs structure; inputs that are `frozen` need no gradient. Frozen matrices and quantised weights keep
+    their values, all else is random. Of a longer batch `PROOF_TOKENS` tokens are taken, unless the region is made for
+    its very length. NaN fails, and so does a candidate that raises.
     """
     oracle = region_module(owner, region)
     order = list(dict.fromkeys((*region.inputs, *region.parameters.values())))
     with torch.enable_grad():
         for length in dict.fromkeys((_proof_length(region), None)):
             values = _sample(region, binding, seed, length) | _cut(dict(inputs or {}), length)
+            values |= {node: values[node].detach() for node in frozen}
             try:
                 reference = _run(lambda env: oracle(*(env[node] for node in order)), values, seed)
                 break

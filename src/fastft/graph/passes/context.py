@@ -37,7 +37,8 @@ class Context:
     was proved, by the region's structure, its parameters' sizes, the replacement's constants and the precision it was
     computed in; it lives as long as one compiled model. `compute`: "fp8" lets replacements that have such a form take
     it. `kept`: the inputs that take copies of NF4 weights, filled by the passes; None where weights are not
-    kept so. `eight_bits`: replacements that can are to keep their widest results in 8 bits.
+    kept so. `eight_bits`: replacements that can are to keep their widest results in 8 bits. `shown`: the input that a
+    second form of the graph has detached (`first_input`), "" where there is none; what it changes is proved as well.
     """
 
     binding: Binding
@@ -47,10 +48,19 @@ class Context:
     compute: str = "exact"
     kept: list[KeptInput] | None = None
     eight_bits: bool = False
+    shown: str = ""
 
     def module(self, name: str) -> nn.Module:
         """Return the module called `name`, the full qualified name."""
         return next(module for found, module in self.binding.modules.values() if found == name)
+
+    def frozen(self, region: Region) -> frozenset[fx.Node]:
+        """Return the inputs of the region that need a gradient, but none where the shown input is detached."""
+        needs: dict[fx.Node, bool] = {}
+        for node in region.nodes[0].graph.nodes if self.shown else ():
+            trained = node.op == "placeholder" and node.name != self.shown and _needs_gradient(node)
+            needs[node] = trained or any(needs[given] for given in node.all_input_nodes)
+        return frozenset(node for node in region.inputs if _needs_gradient(node) and not needs.get(node, True))
 
 
 class Point(Protocol):
@@ -128,16 +138,20 @@ def replace_if_proved(
     In a graph that computes in fp8, what is proved is put in with fp8 factors if that is near enough to the region too;
     likewise with what it widens kept in 8 bits.
     """
-    mark = fingerprint(region)
+    mark, none = fingerprint(region), frozenset()
     constants = tuple(a for a in fx.node.map_aggregate(replacement.arguments, _constant) if a is not None)
     key = (replacement.rule, replacement.implementation, mark, repr(constants), _sizes(region), *_precision(region))
 
     def proved(function: Callable[..., object], allowed: Allowed) -> Verdict:
-        if (*key, allowed.name) not in context.verdicts:
-            context.verdicts[*key, allowed.name] = prove(
-                graph_module, region, context.binding, function, replacement.arguments, allowed, replacement.inputs
-            )
-        return context.verdicts[*key, allowed.name]
+        verdicts = [proved_with(function, allowed, frozen) for frozen in dict.fromkeys((none, context.frozen(region)))]
+        return next((verdict for verdict in verdicts if not verdict.ok), verdicts[0])
+
+    def proved_with(function: Callable[..., object], allowed: Allowed, frozen: frozenset[fx.Node]) -> Verdict:
+        found = (*key, allowed.name, *(node in frozen for node in region.inputs))
+        if found not in context.verdicts:
+            given = (replacement.arguments, allowed, replacement.inputs)
+            context.verdicts[found] = prove(graph_module, region, context.binding, function, *given, frozen=frozen)
+        return context.verdicts[found]
 
     verdict = proved(replacement.function, SAME_ROUNDING if replacement.same_rounding else SAME_MATHEMATICS)
     function, compute, not_fp8 = replacement.function, "exact", ""
@@ -173,6 +187,11 @@ def _precision(region: Region) -> tuple[object, ...]:
     kinds = {tensor.device.type for tensor in tensors}
     states = [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in sorted(kinds)]
     return (*(tensor.dtype for tensor in tensors), *states)
+
+
+def _needs_gradient(node: fx.Node) -> bool:
+    value = node.meta.get("example_value")
+    return isinstance(value, torch.Tensor) and value.requires_grad
 
 
 def _constant(value: object) -> object:

@@ -55,12 +55,12 @@ def _activate(x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def _place_of(program, ROWS: tl.constexpr, SPLITS: tl.constexpr):
+def _place_of(program, splits, ROWS: tl.constexpr):
     """(this program's share of the columns, its rows): those of the same rows are next to each other in the grid.
 
     The grid has one axis: along its second CUDA allows 65,535 programs, which is 4 million rows.
     """
-    return program % SPLITS, (program // SPLITS).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    return program % splits, (program // splits).to(tl.int64) * ROWS + tl.arange(0, ROWS)
 
 
 @triton.jit
@@ -115,32 +115,31 @@ def _whole(b_q):
     return (b_q.to(tl.int32) | WHOLE).to(tl.float32, bitcast=True) - AS_FLOAT
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def lora_glu_fwd_kernel(
     gate_ptr, up_ptr, xa_ptr, b_gate_ptr, b_up_ptr, a_down_ptr, h_ptr, ha_ptr, q_ptr, scale_ptr,
-    count, gate_stride, up_stride, xa_stride, scale_gate, scale_up,
+    count, gate_stride, up_stride, xa_stride, scale_gate, scale_up, splits,
     ACTIVATION: tl.constexpr, WIDTH: tl.constexpr, R_GATE: tl.constexpr, R_UP: tl.constexpr, R_DOWN: tl.constexpr,
     P_GATE: tl.constexpr, P_UP: tl.constexpr, P_DOWN: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr, EVEN: tl.constexpr,
-    EIGHT: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr, EVEN: tl.constexpr, EIGHT: tl.constexpr,
 ):  # fmt: skip
     """h = activation(gate) * up with gate = gate0 + scale_gate xa_gate B_gate^T, and this program's share of h A^T.
 
     gate_ptr, up_ptr: [count, WIDTH] with row strides. xa_ptr: [count, R_GATE + R_UP], row stride xa_stride.
     b_gate_ptr: [WIDTH, R_GATE]; b_up_ptr: [WIDTH, R_UP]; a_down_ptr: [WIDTH, R_DOWN]. h_ptr: [count, WIDTH].
-    ha_ptr: [SPLITS, count, R_DOWN] fp32. P_*: the ranks rounded up to a power of two of at least 16.
+    ha_ptr: [splits, count, R_DOWN] fp32. P_*: the ranks rounded up to a power of two of at least 16.
     EVEN: WIDTH is a multiple of COLUMNS. EIGHT: gate and up also go to q_ptr and scale_ptr in 8 bits, a tile of 64
     COLUMNS a block (`eight_bits.compress`).
     """
     tl.static_assert(COLUMNS == EIGHT_BITS or not EIGHT)
-    split, given = _place_of(tl.program_id(0), ROWS, SPLITS)
+    split, given = _place_of(tl.program_id(0), splits, ROWS)
     in_rows = given < count
     row = tl.minimum(given, count - 1)  # rows beyond the last read the last, and write nothing
     r_gate, r_up, r_down = tl.arange(0, P_GATE), tl.arange(0, P_UP), tl.arange(0, P_DOWN)
     b_xa_gate = _of_rank(xa_ptr, row, xa_stride, in_rows, r_gate, R_GATE)
     b_xa_up = _of_rank(xa_ptr + R_GATE, row, xa_stride, in_rows, r_up, R_UP)
     b_ha = tl.zeros((ROWS, P_DOWN), dtype=tl.float32)
-    for start in tl.range(split * COLUMNS, WIDTH, SPLITS * COLUMNS, num_stages=STAGES):
+    for start in tl.range(split * COLUMNS, WIDTH, splits * COLUMNS, num_stages=STAGES):
         col = start + tl.arange(0, COLUMNS)
         in_cols = col < WIDTH
         b_gate = _columns(gate_ptr, row, gate_stride, col, in_cols, EVEN).to(tl.float32)
@@ -160,26 +159,25 @@ def lora_glu_fwd_kernel(
     tl.store(ha_row + r_down[None, :], b_ha, mask=in_rows[:, None] & (r_down < R_DOWN)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def lora_glu_bwd_kernel(
     dh_ptr, gate_ptr, up_ptr, xa_ptr, g_ptr, b_gate_ptr, b_up_ptr, a_down_ptr,
     dgate_ptr, dup_ptr, dxa_ptr, db_gate_ptr, db_up_ptr, da_down_ptr,
-    count, gate_stride, up_stride, xa_stride, scale_gate, scale_up,
+    count, gate_stride, up_stride, xa_stride, scale_gate, scale_up, splits,
     ACTIVATION: tl.constexpr, WIDTH: tl.constexpr, R_GATE: tl.constexpr, R_UP: tl.constexpr, R_DOWN: tl.constexpr,
     P_GATE: tl.constexpr, P_UP: tl.constexpr, P_DOWN: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr, EVEN: tl.constexpr,
-    EIGHT: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr, EVEN: tl.constexpr, EIGHT: tl.constexpr,
 ):  # fmt: skip
     """Gradients over gate0 and up0, and those of the adapters, from dh0 = dy W_down and g = scale_down dy B_down.
 
     gate, up and h are computed anew, of what is in 8 bits h alone. dh = dh0 + g A_down. dgate_ptr may be dh_ptr: a
-    tile is read before it is written. dxa_ptr: [SPLITS, count, R_GATE + R_UP] fp32, this program's share. db_gate_ptr
+    tile is read before it is written. dxa_ptr: [splits, count, R_GATE + R_UP] fp32, this program's share. db_gate_ptr
     [R_GATE, WIDTH], db_up_ptr [R_UP, WIDTH], da_down_ptr [R_DOWN, WIDTH], fp32, zero before: sums over rows are added
     to them; those of B are still without their scale. EIGHT: gate_ptr and up_ptr are q and scale of the forward kernel.
     The rest as there.
     """
     tl.static_assert(COLUMNS == EIGHT_BITS or not EIGHT)
-    split, given = _place_of(tl.program_id(0), ROWS, SPLITS)
+    split, given = _place_of(tl.program_id(0), splits, ROWS)
     in_rows = given < count
     row = tl.minimum(given, count - 1)  # rows beyond the last read the last, have zeros in xa and g, and write nothing
     r_gate, r_up, r_down = tl.arange(0, P_GATE), tl.arange(0, P_UP), tl.arange(0, P_DOWN)
@@ -189,7 +187,7 @@ def lora_glu_bwd_kernel(
     b_dxa_gate = tl.zeros((ROWS, P_GATE), dtype=tl.float32)
     b_dxa_up = tl.zeros((ROWS, P_UP), dtype=tl.float32)
     dtype = dgate_ptr.dtype.element_ty
-    for start in tl.range(split * COLUMNS, WIDTH, SPLITS * COLUMNS, num_stages=STAGES):
+    for start in tl.range(split * COLUMNS, WIDTH, splits * COLUMNS, num_stages=STAGES):
         col = start + tl.arange(0, COLUMNS)
         in_cols = col < WIDTH
         if EIGHT:
@@ -240,7 +238,7 @@ def _constants(
     return {
         "ACTIVATION": activation, "WIDTH": width, "R_GATE": ranks[0], "R_UP": ranks[1], "R_DOWN": ranks[2],
         "P_GATE": padded[0], "P_UP": padded[1], "P_DOWN": padded[2],
-        "ROWS": cfg.rows, "COLUMNS": cfg.columns, "SPLITS": cfg.splits, "STAGES": cfg.stages,
+        "ROWS": cfg.rows, "COLUMNS": cfg.columns, "STAGES": cfg.stages,
         "EVEN": width % cfg.columns == 0, "EIGHT": eight_bits, "num_warps": cfg.warps,
         **({"maxnreg": cfg.registers} if cfg.registers else {}),
     }  # fmt: skip
@@ -267,7 +265,7 @@ def forward(
     with launch_on(gate0):
         lora_glu_fwd_kernel[(cfg.splits * ceil_div(count, cfg.rows),)](
             gate0, up0, xa, b_gate.contiguous(), b_up.contiguous(), transposed(a_down, dtype), h, shares,
-            *(kept or (h, h)), count, gate0.stride(0), up0.stride(0), xa.stride(0), *scales,
+            *(kept or (h, h)), count, gate0.stride(0), up0.stride(0), xa.stride(0), *scales, cfg.splits,
             **_constants(width, ranks, activation, cfg, eight_bits),
         )  # fmt: skip
     return h, shares.sum(0).to(dtype), *kept
@@ -294,7 +292,7 @@ def backward(
         lora_glu_bwd_kernel[(cfg.splits * ceil_div(count, cfg.rows),)](
             dh, gate0, up0, xa, g, b_gate.contiguous(), b_up.contiguous(), transposed(a_down, dtype),
             dh, dup, shares, db_gate, db_up, da_down,
-            count, gate0.stride(0), up0.stride(0), xa.stride(0), *scales,
+            count, gate0.stride(0), up0.stride(0), xa.stride(0), *scales, cfg.splits,
             **_constants(width, ranks, activation, cfg, gate0.dtype == torch.uint8),
         )  # fmt: skip
     dbs = [_turned(*given) for given in zip((db_gate, db_up), scales, own_dtypes)]

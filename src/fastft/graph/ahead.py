@@ -1,0 +1,44 @@
+"""What Inductor needs beside a graph, made ready while nothing waits for it yet: its workers, and Triton's hash."""
+
+from contextlib import suppress
+from threading import Thread
+
+import torch
+
+
+def prepare_inductor(backend: str, device: torch.device) -> None:
+    """Begin, in the background, what lowering layers on `device` will need; safe to call again.
+
+    Nothing is done where the user has switched it off (`torch._inductor.config.compile_threads`, `TORCH_WARM_POOL=0`),
+    nor by a torch that has no such functions: the first graph then waits for it, as it does without fastft.
+    """
+    if backend != "inductor":
+        return
+    with suppress(ImportError):
+        _hash_triton()
+    if device.type == "cuda":
+        with suppress(ImportError):
+            _start_workers()
+
+
+def _start_workers() -> None:
+    """Start the processes that compile Triton kernels side by side.
+
+    A fresh one imports torch for seconds, and until they are ready Inductor compiles one kernel after the other in this
+    process. `torch.compile` starts them for its own backend "inductor" alone, and not before the first graph.
+    """
+    from torch._inductor.async_compile import maybe_warm_pool
+
+    maybe_warm_pool()
+
+
+def _hash_triton() -> None:
+    """Hash Triton's libraries, hundreds of MB, which stand in the key of every compiled graph.
+
+    Reading and hashing leave the interpreter to others. Triton remembers the hash; whoever asks before it is there
+    makes it anew.
+    """
+    from torch._inductor.runtime.triton_compat import HAS_TRITON, triton_key
+
+    if HAS_TRITON:
+        Thread(target=triton_key, name="fastft-hash-triton", daemon=True).start()

@@ -1,0 +1,109 @@
+"""The first layer's input needs no gradient: one capture serves it and all others, and none is computed for it."""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+from tiny import batch, make, run
+from torch._dynamo.utils import counters
+
+import fastft
+from fastft.graph.attention import only_causal
+from fastft.graph.compile import decoder_layers
+from fastft.graph.first_input import FirstInput, structure
+from fastft.registry.resolve import find
+from fastft.state import base_model
+
+
+def compiled(apart=False, backend="aot_eager", **changes):
+    """Return a compiled model; with `apart` its first layer has a hook, so that its input is shown as it is."""
+    model = make("llama", torch.float32, True, num_hidden_layers=4, **changes)
+    if apart:
+        layers_of(model)[0].register_forward_pre_hook(lambda module, args: None)
+    return fastft.compile(model, backend=backend)
+
+
+def layers_of(model):
+    base = base_model(model)
+    return decoder_layers(base, find(base.config))
+
+
+def captured():
+    return counters["stats"]["unique_graphs"]
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    """Return a list that fills with the inputs that are shown as ones that need a gradient."""
+    inputs, of = [], FirstInput.of
+
+    @contextmanager
+    def watched(self, *given):
+        with of(self, *given) as arguments:
+            inputs.extend([] if self.shown is None else [self.shown])
+            yield arguments
+
+    monkeypatch.setattr(FirstInput, "of", watched)
+    return inputs
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
+def test_one_capture_gives_the_bits_of_two(shown, autocast):
+    results, counts, reports = [], [], []
+    for apart in (True, False):
+        model, before = compiled(apart), captured()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            results.append(run(model, batch(0)))
+        counts.append(captured() - before)
+        reports.append(fastft.report(model))
+    # Two of layers and the norm's; one of layers and the norm's.
+    assert counts == [3, 2] and len(shown) == 1
+    assert [graph.unit for graph in reports[1].graphs] == ["LlamaDecoderLayer"] * 2 + ["LlamaRMSNorm"]
+    assert reports[0].applied() == reports[1].applied() and reports[1].refused() == ()
+    (logits, loss, gradients), (ours, our_loss, our_gradients) = results
+    assert torch.equal(logits, ours) and torch.equal(loss, our_loss) and gradients.keys() == our_gradients.keys()
+    assert all(torch.equal(gradient, our_gradients[name]) for name, gradient in gradients.items())
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_no_gradient_is_computed_for_it(shown, backend):
+    model = compiled(backend=backend)
+    for index in range(2):
+        run(model, batch(index))
+    assert [(tensor.requires_grad, tensor.grad) for tensor in shown] == [(True, None)] * 2
+
+
+def test_lengths_that_vary_keep_both_forms(shown):
+    eager, model = make("llama", torch.float32, True, num_hidden_layers=4), compiled()
+    for index, length in enumerate((37, 24, 51)):
+        expected, got = run(eager, batch(index, length=length)), run(model, batch(index, length=length))
+        for name, gradient in expected[2].items():
+            assert (got[2][name] - gradient).norm() <= 5e-6 * gradient.norm()
+    assert len(shown) == 3 and all(tensor.grad is None for tensor in shown)
+
+
+def test_layers_of_one_structure_are_told_from_others():
+    layers = layers_of(make("llama", torch.float32, True, num_hidden_layers=3))
+    assert structure(layers[0]) == structure(layers[1]) == structure(layers[2])
+    next(layers[1].parameters()).requires_grad_(True)
+    layers[2].self_attn.scaling *= 2
+    assert structure(layers[0]) != structure(layers[1]) and structure(layers[0]) != structure(layers[2])
+
+
+def test_what_is_said_of_lengths_is_said_of_the_input_that_is_shown(shown):
+    """Rows laid end to end are captured once for all lengths: another length adds no capture."""
+    model = compiled()
+    counts = []
+    for index, length in enumerate((40, 56, 72)):
+        before = captured()
+        inputs = batch(index, rows=1, length=length)
+        offsets = torch.tensor([0, 17, length], dtype=torch.int32)
+        positions = torch.cat([torch.arange(17), torch.arange(length - 17)])[None]
+        hidden = model.get_base_model().model(
+            inputs["input_ids"], position_ids=positions, attention_mask=only_causal(torch.device("cpu")),
+            cu_seq_lens_q=offsets, cu_seq_lens_k=offsets, max_length_q=64, max_length_k=64,
+            lengths_vary=True, use_cache=False,
+        ).last_hidden_state  # fmt: skip
+        hidden.square().sum().backward()
+        counts.append(captured() - before)
+    assert counts == [2, 0, 0] and len(shown) == 3
