@@ -201,7 +201,7 @@ def parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="of the tokens")
     add("--warm", action="store_true", help="time the first step a second time, with the compiler's cache warm")
     add("--together", action="store_true", help="an arm measures all lengths in one process, shortest first")
-    add("--limit", type=float, default=600.0, help="seconds that a process may take; default: 600")
+    add("--limit", type=float, default=600.0, help="seconds that a process may take for a length; default: 600")
     add("--backend", default="", help="of torch.compile; default: inductor, on a CPU aot_eager")
     add("--peers", default="", metavar="DIR", help="folder of packages for the arms of other tools alone")
     add("--out", type=Path, default=PAGES, help="folder of results and page; default: docs/benchmarks")
@@ -284,15 +284,17 @@ def together(cells: Sequence[Cell]) -> list[tuple[Cell, ...]]:
 
 
 def each(result: dict[str, Any], group: Sequence[Cell]) -> list[dict[str, Any]]:
-    """Return the results of the cells that one process measured; what ended it early is that of all.
+    """Return the results of the cells that one process measured; what ended it early is that of those not done.
 
-    The first step of a longer batch is not one with empty caches, and is left out.
+    Of a longer batch the first step is not one with empty caches, and the process's peak not its own: left out.
     """
-    shared = {key: value for key, value in result.items() if key != "longer"}
+    shared = {key: value for key, value in result.items() if key not in ("longer", "ended")}
     if len(group) == 1 or result["status"] != "ok":
         return [shared] * len(group)
     general = {key: result[key] for key in ("base_gb", "build_s", "versions", "process_s") if key in result}
-    return [shared, *({**general, **found, "first_step_s": None} for found in result["longer"])]
+    not_its_own = {"first_step_s": None, "host_peak_gb": None}
+    done = [shared, *({**general, **found, **not_its_own} for found in result.get("longer", ()))]
+    return done + [result.get("ended", {})] * (len(group) - len(done))
 
 
 def told(arm: str, cell: Cell, run: Run) -> dict[str, Any]:
@@ -337,7 +339,10 @@ def model_folder(task: Task, run: Run) -> Path | dict[str, Any]:
 
 
 def process(task: Task, run: Run, cache: str) -> dict[str, Any]:
-    """Run `benchmarks.measure` on the task in a process of its own; what ends it early becomes status and reason."""
+    """Run `benchmarks.measure` on the task in a process of its own; what ends it early becomes status and reason.
+
+    Where some of its cells were done by then, those are kept, and status and reason stand under `ended`.
+    """
     files = {name: run.work / name for name in ("task.json", "result.json", "log.txt")}
     files["task.json"].write_text(json.dumps(task.to_dict()), encoding="utf-8")
     files["result.json"].unlink(missing_ok=True)
@@ -353,9 +358,11 @@ def process(task: Task, run: Run, cache: str) -> dict[str, Any]:
             start_new_session=True,
         )
         try:
-            code = child.wait(timeout=run.limit)
+            limit = run.limit * (1 + len(task.longer))
+            code = child.wait(timeout=limit)
         except subprocess.TimeoutExpired:
-            return {"status": "timed out", "reason": f"not done after {run.limit:g} s"}
+            late = {"status": "timed out", "reason": f"not done after {limit:g} s"}
+            return _with_what_is_done(files["result.json"], late)
         finally:
             if child.poll() is None:
                 os.killpg(child.pid, signal.SIGKILL)
@@ -363,7 +370,13 @@ def process(task: Task, run: Run, cache: str) -> dict[str, Any]:
     if code == 0:
         seconds = round(time.perf_counter() - began, 1)
         return {**json.loads(files["result.json"].read_text("utf-8")), "process_s": seconds}
-    return death(code, files["log.txt"].read_text("utf-8", errors="replace"))
+    ended = death(code, files["log.txt"].read_text("utf-8", errors="replace"))
+    return _with_what_is_done(files["result.json"], ended)
+
+
+def _with_what_is_done(path: Path, ended: dict[str, Any]) -> dict[str, Any]:
+    """Return what a process had written before it `ended`, with that beside it, or that alone."""
+    return {**json.loads(path.read_text("utf-8")), "ended": ended} if path.exists() else ended
 
 
 def environment(task: Task, run: Run, cache: str) -> dict[str, str]:

@@ -41,14 +41,26 @@ class Steps:
 
 def main() -> None:
     """Run the task in the file named first and write its result to the file named second."""
-    task = task_from(json.loads(Path(sys.argv[1]).read_text("utf-8")))
-    Path(sys.argv[2]).write_text(json.dumps(run(task)), encoding="utf-8")
+    task, target = task_from(json.loads(Path(sys.argv[1]).read_text("utf-8"))), Path(sys.argv[2])
+    for result in results(task):
+        whole = target.with_suffix(".part")
+        whole.write_text(json.dumps(result), encoding="utf-8")
+        whole.replace(target)
 
 
 def run(task: Task) -> dict[str, Any]:
-    """Return the arm's result: `status` "ok" with all metrics. The arm `FOLDER` writes the model's folder instead."""
+    """Return the arm's whole result."""
+    return list(results(task))[-1]
+
+
+def results(task: Task) -> Iterator[dict[str, Any]]:
+    """Yield the arm's result: `status` "ok" with all metrics; with each of the `longer` cells anew, those in a list.
+
+    The arm `FOLDER` writes the model's folder instead.
+    """
     if task.arm == FOLDER:
-        return write_folder(task)
+        yield write_folder(task)
+        return
     arm = find_arm(task.arm)
     began = time.perf_counter()
     prepare = importlib.import_module(arm.module).prepare
@@ -60,13 +72,17 @@ def run(task: Task) -> dict[str, Any]:
     base = allocated(device)
     built = time.perf_counter() - began
     if task.arm == REFERENCE:
-        return judge(task, trainee, device)
+        yield judge(task, trainee, device)
+        return
     facts = {"base_gb": base, "build_s": round(built, 2), "versions": versions()}
-    if not task.longer:
-        return {**measured(task, trainee, device), **facts}
-    trained = (weight for weight in trainee.model.parameters() if weight.requires_grad)
+    trained = [weight for weight in trainee.model.parameters() if weight.requires_grad and task.longer]
     first = [(weight, weight.detach().to("cpu", copy=True)) for weight in trained]
-    return {**measured(task, trainee, device), **facts, "longer": list(measured_longer(task, trainee, first, device))}
+    result = {**measured(task, trainee, device), **facts}
+    yield result
+    longer: list[dict[str, Any]] = []
+    for one in measured_longer(task, trainee, first, device):
+        longer.append(one)
+        yield {**result, "longer": longer}
 
 
 def measured_longer(task: Task, trainee: Trainee, first: Sequence[Any], device: str) -> Iterator[dict[str, Any]]:
@@ -148,7 +164,6 @@ def train(task: Task, trainee: Trainee, device: str) -> tuple[Steps, dict[str, f
 
     The first compiles; a later one may record what the others replay, and that memory stays taken.
     """
-
     from benchmarks.batches import batch_of
     from benchmarks.stepping import optimizer_of, step
 

@@ -15,7 +15,7 @@ def draw(data: Mapping[str, Any], path: Path) -> list[Path]:
         from matplotlib.figure import Figure
     except ImportError:
         return []
-    done = [line for line in data["cells"] if line["status"] == "ok"]
+    done = [line for line in data["cells"] if line["status"] == "ok" and _peak(line) is not None]
     drawn = []
     for name, fill in (("speed", _speed), ("memory", _memory)):
         groups = fill(done)
@@ -38,7 +38,7 @@ def draw(data: Mapping[str, Any], path: Path) -> list[Path]:
     return drawn
 
 
-def _peak(line: Mapping[str, Any]) -> float:
+def _peak(line: Mapping[str, Any]) -> float | None:
     return line["host_peak_gb"] if line["peak_gb"] is None else line["peak_gb"]
 
 

@@ -251,9 +251,21 @@ def test_lengths_measured_together_are_those_measured_alone(tmp_path):
     ]
     assert all(set(line) >= FIELDS and line["status"] == "ok" and line["parity"]["ok"] for line in lines)
     assert [line["first_step_s"] is None for line in lines] == [False, True, False, True]
+    assert [line["host_peak_gb"] is None for line in lines] == [False, True, False, True]
     (one,) = (tmp_path / "one").glob("*.json")
     for alone in json.loads(one.read_text("utf-8"))["cells"]:
         (line,) = [line for line in lines if (line["arm"], line["length"]) == (alone["arm"], 96)]
         assert line["losses"] == pytest.approx(alone["losses"], rel=1e-5)
         assert line["parity"]["reference_loss0"] == pytest.approx(alone["parity"]["reference_loss0"], rel=1e-6)
     assert page_of.read_text("utf-8").count("## tiny nf4, 2 x 96\n") == 1
+
+
+def test_lengths_that_were_done_before_a_process_ended_are_kept(tmp_path):
+    cells = [Cell("tiny", "nf4", 2, length) for length in (16, 32, 64)]
+    done = {"status": "ok", "base_gb": 1.0, "first_step_s": 2.0, "host_peak_gb": 3.0}
+    (tmp_path / "result.json").write_text(json.dumps({**done, "longer": [{**done, "base_gb": None}]}))
+    ended = {"status": "timed out", "reason": "not done after 3 s"}
+    first, second, third = command.each(command._with_what_is_done(tmp_path / "result.json", ended), cells)
+    assert first == done and third == ended
+    assert second == {**done, "base_gb": None, "first_step_s": None, "host_peak_gb": None}
+    assert command.each(command._with_what_is_done(tmp_path / "none.json", ended), cells) == [ended] * 3

@@ -107,3 +107,38 @@ def test_what_is_said_of_lengths_is_said_of_the_input_that_is_shown(shown):
         hidden.square().sum().backward()
         counts.append(captured() - before)
     assert counts == [2, 0, 0] and len(shown) == 3
+
+
+@pytest.mark.parametrize("hook", ["register_forward_pre_hook", "register_forward_hook", "register_full_backward_hook"])
+def test_hooks_of_the_layer_see_what_the_model_hands_it(shown, hook):
+    model, seen = make("llama", torch.float32, True, num_hidden_layers=4), []
+    first = layers_of(model)[0]
+    getattr(first, hook)(lambda module, args, *_: seen.append(args[0].requires_grad if args[0] is not None else None))
+    fastft.compile(model, backend="aot_eager")
+    run(model, batch(0))
+    assert shown == [] and set(seen) == {None if hook == "register_full_backward_hook" else False}
+
+
+def test_frozen_layers_in_front_have_no_form_that_is_never_run(shown):
+    model = make("llama", torch.float32, True, num_hidden_layers=4)
+    eager = make("llama", torch.float32, True, num_hidden_layers=4)
+    for one in (model, eager):
+        for layer in layers_of(one)[:2]:
+            layer.requires_grad_(False)
+    fastft.compile(model, backend="aot_eager")
+    expected, got = run(eager, batch(0)), run(model, batch(0))
+    # One of the frozen ones, and both forms of those behind them.
+    units = [graph.unit for graph in fastft.report(model).graphs]
+    assert units == ["LlamaDecoderLayer"] * 3 + ["LlamaRMSNorm"] and len(shown) == 1
+    for name, gradient in expected[2].items():
+        assert (got[2][name] - gradient).norm() <= 5e-6 * gradient.norm()
+
+
+def test_an_input_that_needs_no_gradient_any_more_is_captured_anew(shown):
+    model = compiled()
+    model.enable_input_require_grads()
+    run(model, batch(0))
+    assert shown == []
+    model.disable_input_require_grads()
+    run(model, batch(1))
+    assert len(shown) == 1 and shown[0].grad is None

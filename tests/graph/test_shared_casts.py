@@ -76,7 +76,9 @@ def test_one_operation_casts_the_adapters_of_a_layer(monkeypatch):
         assert all(matrix.op == "placeholder" and matrix.users.keys() == {cast} for matrix in cast.args[0])
         for name in ("lora_linears", "linears", "lora_glu_down"):
             assert named(graph, f"fastft::{name}") and named(graph, f"fastft::{name}_backward")
-            assert all(node.kwargs == {"own": torch.float32} for node in named(graph, f"fastft::{name}_backward"))
+            assert all(
+                node.kwargs == {"grad_dtype": torch.float32} for node in named(graph, f"fastft::{name}_backward")
+            )
 
 
 @pytest.mark.parametrize("plan", ["keep", "min"])
@@ -113,6 +115,9 @@ def test_matrices_in_a_row_are_one_without_a_copy():
     a = [flat_[:16].view(2, 8), flat_[16:16].view(0, 8), flat_[16:].view(3, 8)]
     stack, _ = casts.stacked_and_cast(a, [], torch.bfloat16)
     assert stack.data_ptr() == flat_.data_ptr() and torch.equal(stack, torch.cat(a))
+    one = flat_[:16].view(2, 8)
+    rows = [one[:1].as_strided((1, 8), (1, 1)), one[1:]]  # of a single row any stride is contiguous
+    assert torch.equal(casts.stacked_and_cast(rows, [], torch.bfloat16)[0], one)
     for others in ([a[2], a[0]], [a[0], a[2].clone()], [a[0].float(), a[2].float()]):
         made, _ = casts.stacked_and_cast(others, [], torch.bfloat16)
         assert made.data_ptr() != others[0].data_ptr() and torch.equal(made, torch.cat(others).bfloat16())

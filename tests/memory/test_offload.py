@@ -108,6 +108,35 @@ def test_no_buffer_is_made_after_the_first_step(problem):
     assert [size[0] for size in sizes] == [allocated] * 3 and sizes[2][2] == 3 * moved
 
 
+def test_steps_of_other_sizes_hold_no_more_than_the_largest_took():
+    torch.manual_seed(0)
+    layers, table = nn.ModuleList(Block(64) for _ in range(4)), torch.rand(128)
+    offloader, most = Offloader(CPU, least_bytes=1024), 0
+    for rows in (8, 24, 16, 40, 8, 32, 40, 64, 3, 64):
+        x = torch.randn(rows, 16, 64, requires_grad=True)
+        before = offloader.moved_bytes
+        chain(layers, x, table, offloader, range(4)).sum().backward()
+        most = max(most, offloader.moved_bytes - before)
+        held = sum(buffer.numel() for buffers in offloader.pool.free.values() for buffer in buffers)
+        assert offloader.pool.allocated_bytes == held <= most and offloader.pool.taken_bytes == 0
+    moved = offloader.pool.allocated_bytes
+    chain(layers, x, table, offloader, range(4)).sum().backward()  # the same again allocates nothing
+    assert offloader.pool.allocated_bytes == moved == most
+
+
+def test_what_is_changed_in_place_is_told_also_where_it_stays():
+    offloader = Offloader(CPU, least_bytes=1)
+    x = torch.randn(8, 8, requires_grad=True)
+    with offloader.layer(lambda: [x]):
+        y = torch.tanh(x)
+    with offloader.follow():
+        kept = torch.sigmoid(y)
+        out = kept * kept
+    kept.mul_(2)
+    with pytest.raises(RuntimeError, match="in-place"):
+        out.sum().backward()
+
+
 def test_parameters_shared_and_small_tensors_stay(problem):
     layers, x, table = problem
     offloader = Offloader(CPU, least_bytes=8 * 32 * 128 * 8)  # the widened results alone

@@ -11,6 +11,7 @@ from fastft.errors import UsageError
 from fastft.memory.devices import device_of, find_device, parse_bytes
 from fastft.memory.estimate import (
     Mode,
+    _moments,
     dequantising_seconds,
     estimate,
     head_bytes,
@@ -458,6 +459,22 @@ def test_predictions_stay_within_3_percent_of_what_was_measured_and_are_those_of
         assert made.seconds * 1e3 == pytest.approx(row["step_ms"], rel=0.05)
     told = f"| {describe_modes(modes)} | {row['measured_gb']:.2f} | {made.peak / 1e9:.2f} |"
     assert told in MEASURED.with_suffix(".md").read_text()
+
+
+def test_what_moves_is_held_at_the_head_only_where_the_last_layer_moves():
+    shape = shape_of({**LLAMA_8B, "num_hidden_layers": 4}, resolve("llama"))
+    setup = evolve(setup_of(shape, 2, 4096), norm="eager")
+    own = saved_bytes(setup, "context")
+
+    def kept_at_head(*modes):
+        first = next(iter(_moments(setup, modes)))
+        return next(part.bytes for part in first if part.name == "kept for the backward")
+
+    stays, moves = Mode("context"), Mode("context", True)
+    assert kept_at_head(moves, moves, moves, moves) == own
+    assert kept_at_head(moves, moves, moves, stays) == own  # what stays itself
+    assert kept_at_head(moves, moves, stays, stays) == 2 * own
+    assert kept_at_head(moves, stays, moves, moves) == 2 * own
 
 
 def test_modes_in_words():

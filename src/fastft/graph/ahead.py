@@ -1,6 +1,7 @@
 """What Inductor needs beside a graph, made ready while nothing waits for it yet: its workers, and Triton's hash."""
 
 from contextlib import suppress
+from functools import cache
 from threading import Thread
 
 import torch
@@ -32,6 +33,7 @@ def _start_workers() -> None:
     maybe_warm_pool()
 
 
+@cache
 def _hash_triton() -> None:
     """Hash Triton's libraries, hundreds of MB, which stand in the key of every compiled graph.
 
@@ -40,5 +42,9 @@ def _hash_triton() -> None:
     """
     from torch._inductor.runtime.triton_compat import HAS_TRITON, triton_key
 
+    def ask() -> None:
+        with suppress(Exception):  # the first graph asks again, and tells
+            triton_key()
+
     if HAS_TRITON:
-        Thread(target=triton_key, name="fastft-hash-triton", daemon=True).start()
+        Thread(target=ask, name="fastft-hash-triton", daemon=True).start()

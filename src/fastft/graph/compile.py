@@ -282,10 +282,14 @@ def _install(
     )
     compiled = Compiled(spec, settings, layers, rewriting, report_, planned, plain, fp8_head=fp8_head)
     versions: dict[tuple[str, bool, Kind, bool], Callable[..., Any]] = {}
+    both: set[tuple[str, bool, Kind, bool]] = set()  # of those, the ones with two forms (`first_input`)
 
     def version(mode: Mode, kind: Kind, whole: bool) -> Callable[..., Any]:
         """Return the compiled version of a layer that keeps what `mode` says, for such calls, made on first use."""
         key = (mode.level, mode.dequantised, kind, whole)
+        if rewriting.first.shown is not None and key not in both:  # what was captured before has one form alone
+            versions.pop(key, None)
+            both.add(key)
         if key not in versions:
             versions[key] = torch.compile(
                 _own_copy(_call_unit), backend=rewriting.for_mode(mode), fullgraph=whole, dynamic=dynamic

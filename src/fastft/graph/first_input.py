@@ -36,13 +36,12 @@ class FirstInput:
     ) -> Iterator[tuple[Sequence[Any], Mapping[str, Any]]]:
         """Give the arguments for one call of layer `index`: an input that needs no gradient as one that does.
 
-        Not where no other layer would share the capture: those that are `same` keep the same for the backward. Hooks of
-        the layer see what the model hands it, so they get it as it is.
+        Not where no other layer would share the capture: those that are `same` keep the same for the backward, and have
+        something trained before them. Hooks of the layer see what the model hands it, so they get it as it is.
         """
         hidden = args[0] if args else kwargs.get("hidden_states")
-        hooks = self.layers[index]._forward_pre_hooks
-        plain = type(hidden) is torch.Tensor and hidden.is_floating_point() and not hidden.requires_grad and not hooks
-        if not plain or not any(same(other) for other in self._alike(index)):
+        plain = type(hidden) is torch.Tensor and hidden.is_floating_point() and not hidden.requires_grad
+        if not plain or _hooked(self.layers[index]) or not self._shared(index, same):
             yield args, kwargs
             return
         self.shown = hidden.detach().requires_grad_()
@@ -50,6 +49,12 @@ class FirstInput:
             yield ((self.shown, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": self.shown})
         finally:
             self.shown = None
+
+    def _shared(self, index: int, same: Callable[[int], bool]) -> bool:
+        """Say whether a later layer, whose input needs a gradient, would share the capture."""
+        later = [other for other in self._alike(index) if other > index and same(other)]
+        between = self.layers[index : later[-1]] if later else ()
+        return any(parameter.requires_grad for layer in between for parameter in layer.parameters())
 
     def _alike(self, index: int) -> tuple[int, ...]:
         if index not in self.alike:
@@ -79,6 +84,12 @@ class FirstInput:
     def choose(self, whole: Callable[..., Any], detached: Callable[..., Any]) -> Callable[..., Any]:
         """Return what runs the one form or the other, as the call under way has it."""
         return lambda *inputs: (whole if self.shown is None else detached)(*inputs)
+
+
+def _hooked(layer: nn.Module) -> bool:
+    """Say whether something is called with what the layer is given: hooks before it, behind it, or on its way back."""
+    before, behind = layer._forward_pre_hooks, layer._forward_hooks
+    return bool(before or behind or layer._backward_pre_hooks or layer._backward_hooks)
 
 
 def structure(layer: nn.Module) -> tuple[object, ...]:

@@ -19,7 +19,7 @@ from fastft.memory.levels import LEVELS
 CHEAP_CUSTOM = frozenset({"rms_norm", "layer_norm", "rope", "glu", "scale_gradient", "cast_matrices"})
 MATMULS = frozenset({"mm", "addmm", "bmm", "baddbmm", "linear", "matmul", "_scaled_mm", "_int_mm", "_grouped_mm"})
 ATTENTIONS = ("_scaled_dot_product", "_flash_attention", "_efficient_attention", "_cudnn_attention", "flex_attention")
-PACKED_ATTENTIONS = frozenset({"packed_attention", "shared_attention"})
+PACKED_ATTENTIONS = frozenset({"packed_attention", "shared_attention", "_varlen_attn"})
 NAMELESS_VIEWS = frozenset({"_unsafe_view", "_reshape_alias"})
 BUILTIN = frozenset({"aten", "prims", "prim", "inductor_prims", "quantized_decomposed"})
 # What running a node again is worth in kept bytes. A cheap one, by byte that it reads and writes: ties go to what is at

@@ -24,7 +24,7 @@ ADAPTERS = {
     "fastft::lora_glu_down_backward": (("b_gate", "b_up", "a_down", "b_down"), "dy"),
 }
 # The argument of a backward that says in what dtype the adapters' gradients are wanted.
-OWN = "own"
+GRAD_DTYPE = "grad_dtype"
 WIDE = torch.float32
 
 
@@ -46,7 +46,7 @@ def share_casts(graph: fx.Graph) -> None:
         copies = _cast(graph, list(wanted), dtype)
         for use in own:
             given = {name: _copied(value, copies) for name, value in use.matrices.items()}
-            _give(use.node, given, any(argument.name == OWN for argument in use.node.target._schema.arguments))
+            _give(use.node, given, any(argument.name == GRAD_DTYPE for argument in use.node.target._schema.arguments))
 
 
 def _uses(graph: fx.Graph) -> Iterator[Use]:
@@ -107,4 +107,4 @@ def _give(node: fx.Node, given: dict[str, object], backward: bool) -> None:
     names = [argument.name for argument in node.target._schema.arguments]
     node.args = tuple(given.get(name, old) for name, old in zip(names, node.args))
     if backward:
-        node.kwargs = {**node.kwargs, OWN: WIDE}
+        node.kwargs = {**node.kwargs, GRAD_DTYPE: WIDE}

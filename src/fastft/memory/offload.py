@@ -2,8 +2,8 @@
 
 Double buffered on one side stream. A layer's tensors stay on the device until the layer after it has run, so at most
 two layers' worth wait; the backward of a layer begins with the copies of the layer before it, also where its own
-results stay. On a CPU the same happens with plain copies. Buffers come from a pool: once a step has run, no more are
-allocated.
+results stay. On a CPU the same happens with plain copies. Buffers come from a pool: steps of one size allocate in the
+first of them alone, and with steps of other sizes the pool holds no more than the largest of them took.
 """
 
 import weakref
@@ -21,23 +21,40 @@ LEAST_BYTES = 1 << 20
 
 @define(eq=False)
 class Pool:
-    """Host buffers by size, taken and given back; pinned where there is a GPU to copy from."""
+    """Host buffers by size, taken and given back; pinned where there is a GPU to copy from.
+
+    `most_taken`: the most bytes that were out at once. `allocated_bytes` never exceed it: for a buffer of a new size,
+    free ones of others are let go of.
+    """
 
     pinned: bool
     free: dict[int, list[Tensor]] = field(factory=dict)
     allocated_bytes: int = 0
+    taken_bytes: int = 0
+    most_taken: int = 0
 
     def take(self, size: int) -> Tensor:
         """Return a buffer of exactly `size` bytes."""
-        kept = self.free.get(size)
-        if kept:
-            return kept.pop()
+        self.taken_bytes += size
+        self.most_taken = max(self.most_taken, self.taken_bytes)
+        if size in self.free:
+            return self._free(size)
+        while self.free and self.allocated_bytes + size > self.most_taken:
+            # The size given back longest ago. For copies that still read it the pinned allocator waits.
+            self.allocated_bytes -= self._free(next(iter(self.free))).numel()
         self.allocated_bytes += size
         return torch.empty(size, dtype=torch.uint8, pin_memory=self.pinned)
 
     def give(self, buffer: Tensor) -> None:
         """Take a buffer back. Copies that still read it are on the same stream as those that will write it."""
+        self.taken_bytes -= buffer.numel()
         self.free.setdefault(buffer.numel(), []).append(buffer)
+
+    def _free(self, size: int) -> Tensor:
+        buffer = self.free[size].pop()
+        if not self.free[size]:
+            del self.free[size]
+        return buffer
 
 
 @define(eq=False)
@@ -67,10 +84,14 @@ class Parked:
 
 @frozen(eq=False)
 class Stayed:
-    """One tensor of a layer that moves nothing, whose backward begins where it is asked for."""
+    """One tensor of a layer that moves nothing, whose backward begins where it is asked for.
+
+    `version`: how often it had been written to. PyTorch does not look where hooks are set.
+    """
 
     group: Group
     tensor: Tensor
+    version: int
 
 
 class Offloader:
@@ -119,7 +140,7 @@ class Offloader:
             yield
             return
         group = Group(weakref.ref(self._groups[-1]))
-        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: Stayed(group, tensor), self._unpack):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: Stayed(group, t, t._version), self._unpack):
             yield
         self._settle(group)
 
@@ -208,6 +229,8 @@ class Offloader:
             return packed
         self._begin(packed.group)
         if isinstance(packed, Stayed):
+            if packed.tensor._version != packed.version:
+                raise RuntimeError("a tensor that the backward needs was changed by an in-place operation")
             return packed.tensor
         if packed.back is None:
             self._fetch(packed)

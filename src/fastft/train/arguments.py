@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any, get_type_hints
+from typing import Any, Optional
 
 from fastft.errors import Problem, UsageError, did_you_mean
 from fastft.memory.estimate import COMPUTE
@@ -118,14 +118,15 @@ EVALUATING = ("eval_strategy", "eval_steps", "early_stopping_patience")
 
 
 def unevaluated(owner: str, asked: Mapping[str, Any]) -> list[Problem]:
-    """Return what of the fields `asked` wants evaluations, where there are no data for them."""
+    """Return what of the fields `asked` wants evaluations, where there are no data for them.
+
+    Who says that nothing is evaluated may say how often it would be.
+    """
     remedy = "Pass them (eval=, of a trainer eval_dataset=), or leave it out."
-    wanted = {name: asked[name] for name in EVALUATING if asked.get(name) is not None}
-    return [
-        Problem(f"{owner} {name}", value, "evaluation data beside it", remedy)
-        for name, value in wanted.items()
-        if not (name == "eval_strategy" and _plain(value) == "no")
-    ]
+    never = "eval_strategy" in asked and _plain(asked["eval_strategy"]) == "no"
+    names = ("early_stopping_patience",) if never else EVALUATING
+    wanted = {name: asked[name] for name in names if asked.get(name) is not None}
+    return [Problem(f"{owner} {name}", value, "evaluation data beside it", remedy) for name, value in wanted.items()]
 
 
 def refuse_unevaluated(args: Any, eval_dataset: Any) -> None:
@@ -227,16 +228,25 @@ def _wrong_number(name: str, value: Any) -> tuple[str, str] | None:
     return (f"at most {MOST[name]}", "") if value > MOST.get(name, value) else None
 
 
+# What fields that are on or off are annotated with, evaluated or not.
+SWITCHES = (bool, bool | None, Optional[bool], "bool", "bool | None", "Optional[bool]")  # noqa: UP045
+
+
 def wrong_switches(args: Any) -> list[Problem]:
     """Return the fields that are on or off and hold something else; None leaves one as it is left out."""
     problems = []
-    for name, kind in get_type_hints(type(args)).items():
-        value = getattr(args, name, None)
-        if kind not in (bool, bool | None) or value is None or (isinstance(value, int) and value in (0, 1)):
+    for one in dataclasses.fields(args):
+        name, value = one.name, getattr(args, one.name, None)
+        if one.type not in SWITCHES or value is None or _on_or_off(value):
             continue
         near = f"Write {value.capitalize()} without quotes." if str(value).lower() in ("true", "false") else ""
         problems.append(Problem(f"{type(args).__name__} {name}", value, "True or False", near))
     return problems
+
+
+def _on_or_off(value: Any) -> bool:
+    """Say whether a value is True or False, or 1 or 0; numpy has its own."""
+    return (isinstance(value, int) and value in (0, 1)) or type(value).__name__ in ("bool", "bool_")
 
 
 def _wrong_choices(args: Any) -> list[Problem]:

@@ -56,7 +56,7 @@ def _renamed(problem: Problem | str, kinds: Sequence[str], owner: str, names: Ma
 
     def told(text: str) -> str:
         # A whole word: none in a path, and none in quotes, which is a value.
-        return re.sub(r"(?<![\w./\\'-])\w+(?![\w/\\'-]|\.\w)", lambda word: names.get(word[0], word[0]), text)
+        return re.sub(r"(?<![\w./\\'\"-])\w+(?![\w/\\'\"-]|\.\w)", lambda word: names.get(word[0], word[0]), text)
 
     told_where = f"{owner} {told(where)}"
     return evolve(problem, where=told_where, expected=told(problem.expected), remedy=told(problem.remedy))

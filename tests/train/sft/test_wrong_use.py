@@ -1,9 +1,11 @@
 """What a newcomer gets wrong is told before the work begins."""
 
+import dataclasses
 import logging
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 import trl
@@ -145,19 +147,28 @@ def test_evaluations_want_data(train, build_model, tokenizer, build_rows, tmp_pa
     assert told(**both) == [("eval_every", 5), ("early_stopping_patience", 2), ("learning_rate", -1)]
     assert told(eval_strategy="epoch") == [("eval_strategy", "epoch")]
     assert told(eval=rows[train], eval_every=0) == [("eval_every", 0)]
+    assert told(eval_strategy="no", eval_every=5, learning_rate=-1) == [("learning_rate", -1)]
     assert not list(tmp_path.iterdir())
 
 
 def test_a_trainer_wants_data_for_evaluations_too(build_model, tokenizer, dataset, settings):
     more = {"train_dataset": dataset, "processing_class": tokenizer, "compile": False}
     for wrong, names in (
-        ({"eval_steps": 5}, ["eval_steps"]),
+        ({"eval_steps": 5, "early_stopping_patience": 2}, ["early_stopping_patience"]),  # "no" is the default
         ({"eval_strategy": "steps"}, ["eval_strategy"]),
         ({"eval_strategy": "epoch", "eval_steps": 5}, ["eval_strategy", "eval_steps"]),
     ):
         with pytest.raises(UsageError, match="expected evaluation data beside it") as caught:
             SFTTrainer(build_model(), SFTConfig(**settings | wrong), **more)
         assert [problem.where for problem in caught.value.problems] == [f"SFTConfig {name}" for name in names]
+
+
+def test_switches_of_numpy_and_of_a_users_own_config_are_taken(tmp_path):
+    annotated = dataclasses.make_dataclass("Own", [("mine", "OnlyWhileChecking", None)], bases=(SFTConfig,))
+    made = annotated(output_dir=str(tmp_path), packing=np.True_, bf16=np.bool_(False), use_cpu=True)
+    assert made.packing and not made.bf16
+    with pytest.raises(UsageError, match="Own packing: expected True or False, got 'yes'"):
+        annotated(output_dir=str(tmp_path), packing="yes")
 
 
 def test_shares_and_whole_numbers_are_taken(tmp_path):

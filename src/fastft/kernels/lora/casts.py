@@ -23,7 +23,8 @@ def stacked_and_cast(a: list[Tensor], b: list[Tensor], dtype: torch.dtype) -> tu
         stack, *others = cast([*a, *b], dtype)
         return stack, others
     if _in_a_row(a, dtype):
-        return a[0].as_strided((sum(m.shape[0] for m in a), a[0].shape[1]), a[0].stride()), cast(b, dtype)
+        width = a[0].shape[1]
+        return a[0].as_strided((sum(m.shape[0] for m in a), width), (width, 1)), cast(b, dtype)
     if not all(_joins(m, dtype) for m in a):
         return torch.cat(cast(a, dtype)), cast(b, dtype)
     stack, others = _cast_around(a, b, dtype)

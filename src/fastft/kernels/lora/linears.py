@@ -69,9 +69,9 @@ def _linears_backward(
     quant_counts: list[int],
     needs_x: bool,
     fp8: bool,
-    own: torch.dtype | None = None,
+    grad_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return (dx or an empty tensor, dA of all stacked, in the dtype of a or, where it is given, in `own`)."""
+    """Return (dx or an empty tensor, dA of all stacked, in the dtype of a or, where it is given, in `grad_dtype`)."""
     with torch.autocast(x.device.type, enabled=False):
         rows, states = x.reshape(-1, x.shape[-1]), regroup(quant, quant_counts)
         g = dxa.reshape(-1, dxa.shape[-1])
@@ -80,12 +80,12 @@ def _linears_backward(
         if needs_x:
             stack, _ = stacked_and_cast(a, [], x.dtype)
             dx = input_gradient(flat, weights, states, g, stack, fp8).view(x.shape)
-        return dx, accumulating_mm(g.t(), rows, own or a[0].dtype)
+        return dx, accumulating_mm(g.t(), rows, grad_dtype or a[0].dtype)
 
 
 @_linears_backward.register_fake
-def _(dys, dxa, x, weights, a, quant, quant_counts, needs_x, fp8, own=None):
-    stacked = a[0].new_empty(sum(matrix.shape[0] for matrix in a), x.shape[-1], dtype=own or a[0].dtype)
+def _(dys, dxa, x, weights, a, quant, quant_counts, needs_x, fp8, grad_dtype=None):
+    stacked = a[0].new_empty(sum(matrix.shape[0] for matrix in a), x.shape[-1], dtype=grad_dtype or a[0].dtype)
     return x.new_empty(x.shape if needs_x else (0,)), stacked
 
 

@@ -147,12 +147,12 @@ def _lora_linears_backward(
     needs_weight: list[bool],
     needs_bias: list[bool],
     fp8: bool,
-    own: torch.dtype | None = None,
+    grad_dtype: torch.dtype | None = None,
 ) -> list[Tensor]:
     """Return [dx or an empty tensor, dA of all stacked, dB_1 .. dB_n, the needed dW_i, the needed dbias_i].
 
-    starts: where the columns of each projection begin in xa [..., R]. own: the dtype of dA and dB, where it is not that
-    of a and b.
+    starts: where the columns of each projection begin in xa [..., R]. grad_dtype: that of dA and dB, where it is not
+    that of a and b.
     """
     with torch.autocast(x.device.type, enabled=False):
         rows, states, dtype = x.reshape(-1, x.shape[-1]), regroup(quant, quant_counts), x.dtype
@@ -165,12 +165,12 @@ def _lora_linears_backward(
             g_i = torch.empty(rows.shape[0], r, dtype=dtype, device=x.device)
             gs.append(torch.addmm(g_i, dy, b_cast[i], beta=0, alpha=scales[i], out=g_i))
             own_xa.append(xa[:, starts[i] : starts[i] + r])
-        dbs = accumulating_mms([dy.t() for dy in dys], own_xa, [own or matrix.dtype for matrix in b], scales)
+        dbs = accumulating_mms([dy.t() for dy in dys], own_xa, [grad_dtype or matrix.dtype for matrix in b], scales)
         g = torch.cat(gs, dim=1) if len(gs) > 1 else gs[0]
         dx = x.new_empty(0)
         if needs_x:
             dx = input_gradient(dys, weights, states, g, stack, fp8).view(x.shape)
-        da = accumulating_mm(g.t(), rows, own or a[0].dtype)
+        da = accumulating_mm(g.t(), rows, grad_dtype or a[0].dtype)
         dws = [accumulating_mm(dys[i].t(), rows, weights[i].dtype) for i in range(len(dys)) if needs_weight[i]]
         dbias = [dys[i].sum(0, dtype=_sum_dtype(dtype)) for i in range(len(dys)) if needs_bias[i]]
         return [dx, da, *dbs, *dws, *dbias]
@@ -182,10 +182,24 @@ def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
 
 @_lora_linears_backward.register_fake
 def _(
-    grads, x, xa, starts, weights, a, b, scales, quant, quant_counts, needs_x, needs_weight, needs_bias, fp8, own=None
+    grads,
+    x,
+    xa,
+    starts,
+    weights,
+    a,
+    b,
+    scales,
+    quant,
+    quant_counts,
+    needs_x,
+    needs_weight,
+    needs_bias,
+    fp8,
+    grad_dtype=None,
 ):
-    stacked = a[0].new_empty(sum(matrix.shape[0] for matrix in a), x.shape[-1], dtype=own or a[0].dtype)
-    dbs = [matrix.new_empty(matrix.shape, dtype=own or matrix.dtype) for matrix in b]
+    stacked = a[0].new_empty(sum(matrix.shape[0] for matrix in a), x.shape[-1], dtype=grad_dtype or a[0].dtype)
+    dbs = [matrix.new_empty(matrix.shape, dtype=grad_dtype or matrix.dtype) for matrix in b]
     dws = [weight.new_empty(weight.shape) for weight, needed in zip(weights, needs_weight) if needed]
     dbias = [x.new_empty(b[i].shape[0], dtype=_sum_dtype(x.dtype)) for i, needed in enumerate(needs_bias) if needed]
     return [x.new_empty(x.shape if needs_x else (0,)), stacked, *dbs, *dws, *dbias]

@@ -179,9 +179,9 @@ def _lora_glu_down_backward(
     scales: list[float],
     activation: str,
     fp8: bool,
-    own: torch.dtype | None = None,
+    grad_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return (dgate0, dup0, dxa, dB_gate, dB_up, dA_down, dB_down), the adapters' in their own dtypes, or in `own`.
+    """Return (dgate0, dup0, dxa, dB_gate, dB_up, dA_down, dB_down), the adapters' in their own dtypes or `grad_dtype`.
 
     kept: [gate0, up0], or [q, scale] that the forward made of gate and up in 8 bits.
     """
@@ -189,7 +189,7 @@ def _lora_glu_down_backward(
         lead, wide, dtype = dy.shape[:-1], b_gate.shape[0], dy.dtype
         dy, xa, ha = as_matrix(dy), as_matrix(xa), as_matrix(ha)
         first, second = kept if kept[0].dtype == torch.uint8 else (as_matrix(kept[0]), as_matrix(kept[1]))
-        own_dtypes = [own or matrix.dtype for matrix in (b_gate, b_up, a_down, b_down)]
+        own_dtypes = [grad_dtype or matrix.dtype for matrix in (b_gate, b_up, a_down, b_down)]
         b_gate, b_up, b_down = cast([b_gate, b_up, b_down], dtype)
         g = torch.empty(dy.shape[0], b_down.shape[1], dtype=dtype, device=dy.device)
         torch.addmm(g, dy, b_down, beta=0, alpha=scales[2], out=g)
@@ -206,10 +206,10 @@ def _lora_glu_down_backward(
 
 
 @_lora_glu_down_backward.register_fake
-def _(dy, kept, xa, ha, b_gate, b_up, a_down, b_down, weight, quant, scales, activation, fp8, own=None):
+def _(dy, kept, xa, ha, b_gate, b_up, a_down, b_down, weight, quant, scales, activation, fp8, grad_dtype=None):
     wide, matrices = b_gate.shape[0], (b_gate, b_up, a_down, b_down)
     dgate, dup = (dy.new_empty(*dy.shape[:-1], wide) for _ in range(2))
-    return dgate, dup, xa.new_empty(xa.shape), *(t.new_empty(t.shape, dtype=own or t.dtype) for t in matrices)
+    return dgate, dup, xa.new_empty(xa.shape), *(t.new_empty(t.shape, dtype=grad_dtype or t.dtype) for t in matrices)
 
 
 def _setup_context(ctx, inputs, output):

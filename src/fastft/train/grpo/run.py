@@ -99,5 +99,5 @@ def grpo(
     trainer.create_model_card()
     names = ("reward", "loss", "kl", "completions/mean_length")
     curves = [curve(trainer.state.log_history, name) for name in names]
-    record = trainer.recorder.record
-    return GrpoResult(*curves, dict(output.metrics), args.output_dir, record, tuple(record["notes"]))
+    recorder = trainer.recorder  # only the main process has a record
+    return GrpoResult(*curves, dict(output.metrics), args.output_dir, recorder.record, tuple(recorder.extra["notes"]))
