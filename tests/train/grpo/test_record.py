@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import transformers
 from grpo_runs import PROMPTS, GivenRollouts, even, length_of, rows_of
 
 import fastft
@@ -91,6 +92,18 @@ def test_a_run_without_any_reward_says_that_nothing_was_learnt(build_model, toke
     assert (made.notes, record["notes"], said) == ((), [], []) and "| notes |" not in card
     made, *_ = run(never, "late", steps=3, resume=True)
     assert made.notes == ("nothing was learnt after step 2: none of the 4 completions had a reward",)
+
+
+def test_a_process_that_is_not_the_main_one_knows_the_notes_and_has_no_record(
+    build_model, tokenizer, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(transformers.Trainer, "is_world_process_zero", lambda self: False)
+    options = {"generations": 4, "steps": 1, "max_new_tokens": 6, "accumulate": 1, "save_strategy": "no"}
+    reward = lambda prompts, completions, **columns: [None] * len(completions)  # noqa: E731
+    made = fastft.grpo(
+        build_model(), tokenizer, PROMPTS, reward, tmp_path, engine=GivenRollouts(), compile=False, **options
+    )
+    assert made.notes == ("nothing was learnt: none of the 4 completions had a reward",) and made.record == {}
 
 
 def test_the_card_tells_of_rewards(trainer, config):
