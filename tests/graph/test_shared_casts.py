@@ -130,3 +130,12 @@ def test_the_gradients_are_near_those_of_fp64():
     wanted = flat(run(truth, batch(0))[2])
     got = flat(step(model_of())[2])
     assert (got - wanted).norm() < 0.05 * wanted.norm()
+
+
+def test_what_the_pass_does_is_part_of_the_caches_key(monkeypatch):
+    keep, other = joint.JointPass("keep").uuid(), joint.JointPass("min").uuid()
+    assert keep == joint.JointPass("keep").uuid() != other
+    joint._sources.cache_clear()
+    monkeypatch.setattr(joint.shared_casts, "__file__", joint.recompute.__file__)  # another text of that file
+    assert joint.JointPass("keep").uuid() != keep
+    joint._sources.cache_clear()

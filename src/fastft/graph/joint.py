@@ -1,13 +1,14 @@
 """What is done to the joint graph of a layer's forward and backward before it is parted."""
 
-from torch import fx
-from torch._inductor.custom_graph_pass import CustomGraphPass
+from functools import cache
 
+from torch import fx
+from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+
+from fastft.graph import recompute, shared_casts
 from fastft.graph.recompute import tag
 from fastft.graph.shared_casts import share_casts
-
-VERSION = 2
-"""Changes with what the pass does to a graph: part of the key of Inductor's cache."""
+from fastft.memory import levels
 
 
 class JointPass(CustomGraphPass):
@@ -22,5 +23,10 @@ class JointPass(CustomGraphPass):
         tag(graph, self.level)
 
     def uuid(self) -> bytes:
-        """Return what identifies this pass in Inductor's cache key."""
-        return f"fastft-level-{self.level}-{VERSION}".encode()
+        """Return what identifies this pass in Inductor's cache key: the level, and the sources of what is done."""
+        return _sources() + self.level.encode()
+
+
+@cache
+def _sources() -> bytes:
+    return get_hash_for_files((__file__, recompute.__file__, shared_casts.__file__, levels.__file__))

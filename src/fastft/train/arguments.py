@@ -45,7 +45,7 @@ RENAMED = {
 ELSEWHERE = {
     name: f"fastft.compile(model, {name}=...) takes it, before"
     for name in ("plan", "backend", "disable", "implementations")
-}
+} | {"lr": "did you mean 'learning_rate'?"}
 
 
 class DefaultLength(int):
@@ -165,6 +165,7 @@ COUNTS = {
     "early_stopping_patience": 1,
     "max_length": 2,
     "max_prompt_length": 1,
+    "pad_to_multiple_of": 1,
     "max_steps": -1,
     "save_total_limit": 1,
     "dataset_num_proc": 1,
@@ -199,7 +200,8 @@ def _wrong_numbers(args: Any) -> list[Problem]:
         problems.append(Problem(f"{owner} compute", args.compute, f"one of {', '.join(COMPUTE)}", near))
     for name in (*COUNTS, *MEASURES, *SHARES):
         value = getattr(args, name, None)  # of the shared names, a config has those that mean something in it
-        told = None if value is None else _wrong_number(name, value)
+        left = value is None or (name == "pad_to_multiple_of" and value == "auto")
+        told = None if left else _wrong_number(name, value)
         if told:
             problems.append(Problem(f"{owner} {name}", value, *told))
     for name, strategy in EVERY.items():
@@ -207,6 +209,8 @@ def _wrong_numbers(args: Any) -> list[Problem]:
         if value == 0 and not isinstance(value, bool) and _plain(getattr(args, strategy)) == "steps":
             expected = "a number of steps above 0, or a share of them"
             problems.append(Problem(f"{owner} {name}", value, expected, f"{strategy}='no' means never."))
+    if args.num_train_epochs == 0 and not isinstance(args.num_train_epochs, bool) and args.max_steps == -1:
+        problems.append(Problem(f"{owner} num_train_epochs", args.num_train_epochs, "a number above 0, or max_steps"))
     if args.max_steps == 0 and not isinstance(args.max_steps, bool):
         problems.append(Problem(f"{owner} max_steps", 0, "at least 1, or -1 to go by num_train_epochs"))
     return problems
@@ -233,11 +237,15 @@ SWITCHES = (bool, bool | None, Optional[bool], "bool", "bool | None", "Optional[
 
 
 def wrong_switches(args: Any) -> list[Problem]:
-    """Return the fields that are on or off and hold something else; None leaves one as it is left out."""
+    """Return the fields that are on or off and hold something else; None leaves one as it is left out.
+
+    Such a field has a default that is on, off or None: parsers of command lines change what fields are annotated with.
+    """
     problems = []
     for one in dataclasses.fields(args):
         name, value = one.name, getattr(args, one.name, None)
-        if one.type not in SWITCHES or value is None or _on_or_off(value):
+        switch = one.type in SWITCHES and (one.default is None or isinstance(one.default, bool))
+        if not switch or value is None or _on_or_off(value):
             continue
         near = f"Write {value.capitalize()} without quotes." if str(value).lower() in ("true", "false") else ""
         problems.append(Problem(f"{type(args).__name__} {name}", value, "True or False", near))
@@ -247,6 +255,10 @@ def wrong_switches(args: Any) -> list[Problem]:
 def _on_or_off(value: Any) -> bool:
     """Say whether a value is True or False, or 1 or 0; numpy has its own."""
     return (isinstance(value, int) and value in (0, 1)) or type(value).__name__ in ("bool", "bool_")
+
+
+# What others, `fastft plan` among them, call a choice.
+MEANT = {"adam": "adamw_torch", "adamw": "adamw_torch"}
 
 
 def _wrong_choices(args: Any) -> list[Problem]:
@@ -265,7 +277,7 @@ def _wrong_choices(args: Any) -> list[Problem]:
     for name, kind in choices.items():
         value, known = getattr(args, name), [member.value for member in kind]
         if value is not None and getattr(value, "value", value) not in known:
-            near = did_you_mean(str(value), known)
+            near = did_you_mean(MEANT.get(str(value), str(value)), known)
             problems.append(Problem(f"{owner} {name}", value, f"one of {', '.join(known)}", near))
     known = ["all", "none", *sorted(INTEGRATION_TO_CALLBACK)]
     for value in [args.report_to] if isinstance(args.report_to, str) else args.report_to or ():
@@ -315,6 +327,8 @@ def made(kind: type, defaults: Mapping[str, Any], fields: Mapping[str, Any], eva
     evaluated: whether there are evaluation data. Raises `UsageError` with everything that is wrong with it.
     """
     problems = [] if evaluated else unevaluated(kind.__name__, fields)
+    told = {problem.where.split()[-1] for problem in problems}
+    fields = {name: value for name, value in fields.items() if name not in told}
     defaults = {**defaults, **(evaluation_defaults(fields) if evaluated else {})}
     try:
         config = kind(**defaults | fields)

@@ -49,8 +49,10 @@ def built(model: Any, *data: Any) -> Iterator[None]:
 def take_recompute(args: Any, compile: bool) -> bool:
     """Return whether layers are to be recomputed; with `compile` the plan does it, and `args` ask for it no more.
 
-    Raises `UsageError` for a `compute` that only compiled layers have.
+    Raises `UsageError` for a `compute` that only compiled layers have, and for a `compile` that is no switch.
     """
+    if not isinstance(compile, bool):
+        raise UsageError(Problem(f"{type(args).__name__} compile", compile, "True or False"))
     if args.compute not in (None, "exact") and not compile:
         remedy = "Leave compile=False out, or compute."
         raise UsageError(Problem(f"{type(args).__name__} compute", args.compute, "'exact' with compile=False", remedy))

@@ -146,6 +146,7 @@ def test_evaluations_want_data(train, build_model, tokenizer, build_rows, tmp_pa
     both = {"eval_every": 5, "early_stopping_patience": 2, "learning_rate": -1}
     assert told(**both) == [("eval_every", 5), ("early_stopping_patience", 2), ("learning_rate", -1)]
     assert told(eval_strategy="epoch") == [("eval_strategy", "epoch")]
+    assert told(early_stopping_patience=2) == [("early_stopping_patience", 2)]
     assert told(eval=rows[train], eval_every=0) == [("eval_every", 0)]
     assert told(eval_strategy="no", eval_every=5, learning_rate=-1) == [("learning_rate", -1)]
     assert not list(tmp_path.iterdir())
@@ -169,6 +170,32 @@ def test_switches_of_numpy_and_of_a_users_own_config_are_taken(tmp_path):
     assert made.packing and not made.bf16
     with pytest.raises(UsageError, match="Own packing: expected True or False, got 'yes'"):
         annotated(output_dir=str(tmp_path), packing="yes")
+
+
+def test_what_was_taken_without_a_word_before(build_model, tokenizer, build_rows, tmp_path):
+    """Each trained nothing, or failed in the middle of the first step, or in words of transformers."""
+
+    def told(**wrong):
+        with pytest.raises(UsageError) as caught:
+            SFTConfig(output_dir=str(tmp_path), **wrong)
+        return [(problem.where.split()[-1], problem.value) for problem in caught.value.problems]
+
+    assert told(pad_to_multiple_of=0) == [("pad_to_multiple_of", 0)]
+    assert told(pad_to_multiple_of=-4) == [("pad_to_multiple_of", -4)]
+    assert told(num_train_epochs=0) == [("num_train_epochs", 0)]
+    assert SFTConfig(output_dir=str(tmp_path), num_train_epochs=0, max_steps=2).max_steps == 2
+    for name in ("adam", "adamw"):
+        with pytest.raises(UsageError, match="did you mean 'adamw_torch'"):
+            SFTConfig(output_dir=str(tmp_path), optim=name)
+    with pytest.raises(UsageError, match="unknown argument 'lr'; did you mean 'learning_rate'"):
+        sft(build_model(), tokenizer, build_rows(), tmp_path, lr=1e-4)
+
+
+def test_compile_is_a_switch(build_model, tokenizer, dataset, settings):
+    with pytest.raises(UsageError, match="compile: expected True or False, got 'no'"):
+        SFTTrainer(
+            build_model(), SFTConfig(**settings), train_dataset=dataset, processing_class=tokenizer, compile="no"
+        )
 
 
 def test_shares_and_whole_numbers_are_taken(tmp_path):
