@@ -135,7 +135,7 @@ def test_the_gradients_are_near_those_of_fp64():
 def test_what_the_pass_does_is_part_of_the_caches_key(monkeypatch):
     keep, other = joint.JointPass("keep").uuid(), joint.JointPass("min").uuid()
     assert keep == joint.JointPass("keep").uuid() != other
-    joint._sources.cache_clear()
+    joint.sources_hash.cache_clear()
     monkeypatch.setattr(joint.shared_casts, "__file__", joint.recompute.__file__)  # another text of that file
     assert joint.JointPass("keep").uuid() != keep
-    joint._sources.cache_clear()
+    joint.sources_hash.cache_clear()

@@ -1,18 +1,15 @@
 """The Dynamo backend: rewrite a captured graph, then lower it."""
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from attrs import define, evolve, field, frozen
 from torch import fx, nn
 
-import fastft.kernels
 from fastft.graph.capture import bind, find_unit
 from fastft.graph.first_input import FirstInput
-from fastft.graph.joint import JointPass
+from fastft.graph.joint import JointPass, sources_hash
 from fastft.graph.keepable import left_packed
 from fastft.graph.kept import KeptInput, KeptWeights, examples, finder
 from fastft.graph.passes.context import Context
@@ -114,7 +111,8 @@ def lower(graph_module: fx.GraphModule, example_inputs: Sequence[Any], settings:
     from torch._inductor.compile_fx import compile_fx
 
     # The bodies of custom operations are no part of Inductor's cache key.
-    with torch.compiler.config.patch(cache_key_tag=f"{torch.compiler.config.cache_key_tag}fastft-{kernel_hash()}"):
+    tag = f"{torch.compiler.config.cache_key_tag}fastft-{sources_hash().hex()[:16]}"
+    with torch.compiler.config.patch(cache_key_tag=tag):
         return compile_fx(graph_module, list(example_inputs), config_patches={"joint_custom_pre_pass": joint})
 
 
@@ -131,11 +129,3 @@ def _aot_eager(graph_module: fx.GraphModule, example_inputs: Sequence[Any], befo
         return make_boxed_func(graph.forward)
 
     return aot_autograd(fw_compiler=run, bw_compiler=run, partition_fn=partition)(graph_module, example_inputs)
-
-
-def kernel_hash() -> str:
-    """Return a hash over the sources of all kernels."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(fastft.kernels.__path__[0]).rglob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]

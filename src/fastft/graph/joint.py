@@ -1,10 +1,12 @@
 """What is done to the joint graph of a layer's forward and backward before it is parted."""
 
 from functools import cache
+from pathlib import Path
 
 from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
+import fastft.kernels
 from fastft.graph import recompute, shared_casts
 from fastft.graph.recompute import tag
 from fastft.graph.shared_casts import share_casts
@@ -24,9 +26,11 @@ class JointPass(CustomGraphPass):
 
     def uuid(self) -> bytes:
         """Return what identifies this pass in Inductor's cache key: the level, and the sources of what is done."""
-        return _sources() + self.level.encode()
+        return sources_hash() + self.level.encode()
 
 
 @cache
-def _sources() -> bytes:
-    return get_hash_for_files((__file__, recompute.__file__, shared_casts.__file__, levels.__file__))
+def sources_hash() -> bytes:
+    """Return a hash over the sources of this pass and of all kernels, whose operations it calls."""
+    kernels = sorted(map(str, Path(fastft.kernels.__path__[0]).rglob("*.py")))
+    return get_hash_for_files((__file__, recompute.__file__, shared_casts.__file__, levels.__file__, *kernels))

@@ -12,7 +12,7 @@ from attrs import frozen
 from torch import fx
 from torch.fx.node import map_arg
 
-from fastft.kernels.lora.casts import ALIGNED
+from fastft.kernels.lora.casts import joins
 
 # Arguments of an operation that are adapters' matrices, and the one in whose dtype it computes.
 ADAPTERS = {
@@ -45,8 +45,7 @@ def share_casts(graph: fx.Graph) -> None:
         wanted = dict.fromkeys(matrix for use in own for matrix in _flat(use.matrices))
         copies = _cast(graph, list(wanted), dtype)
         for use in own:
-            given = {name: _copied(value, copies) for name, value in use.matrices.items()}
-            _give(use.node, given, any(argument.name == GRAD_DTYPE for argument in use.node.target._schema.arguments))
+            _give(use.node, {name: _copied(value, copies) for name, value in use.matrices.items()})
 
 
 def _uses(graph: fx.Graph) -> Iterator[Use]:
@@ -55,26 +54,26 @@ def _uses(graph: fx.Graph) -> Iterator[Use]:
         if node.op != "call_function" or schema is None or schema.name not in ADAPTERS:
             continue
         names, activation = ADAPTERS[schema.name]
-        given = {argument.name: _argument(node, index) for index, argument in enumerate(schema.arguments)}
+        given = dict(zip(_names(node), node.args))
         matrices = {name: given[name] for name in names}
         dtype = given[activation].meta["val"].dtype
-        if dtype.itemsize == 2 and all(map(_castable, _flat(matrices))):
+        if dtype.itemsize == 2 and all(_castable(matrix, dtype) for matrix in _flat(matrices)):
             yield Use(node, dtype, matrices)
 
 
-def _argument(node: fx.Node, index: int) -> object:
-    return node.args[index] if index < len(node.args) else None
+def _names(node: fx.Node) -> list[str]:
+    return [argument.name for argument in node.target._schema.arguments]
 
 
 def _flat(matrices: dict[str, fx.Node | list[fx.Node]]) -> list[fx.Node]:
     return [node for given in matrices.values() for node in (given if isinstance(given, list | tuple) else [given])]
 
 
-def _castable(node: fx.Node) -> bool:
-    """Say whether a matrix can lie between others: an input of the graph, whole, and a multiple of what is aligned."""
+def _castable(node: fx.Node, dtype: torch.dtype) -> bool:
+    """Say whether a matrix is cast together with others: an input of the graph, of a known size, that `joins` them."""
     value = node.meta.get("val") if node.op == "placeholder" else None
-    whole = isinstance(value, torch.Tensor) and value.dtype == WIDE and value.is_contiguous()
-    return whole and all(isinstance(size, int) for size in value.shape) and value.numel() % ALIGNED == 0
+    known = isinstance(value, torch.Tensor) and all(isinstance(size, int) for size in value.shape)
+    return known and joins(value, dtype)
 
 
 def _cast(graph: fx.Graph, matrices: list[fx.Node], dtype: torch.dtype) -> dict[fx.Node, fx.Node]:
@@ -102,9 +101,9 @@ def _copied(value: fx.Node | list[fx.Node], copies: dict[fx.Node, fx.Node]) -> f
     return copies[value] if isinstance(value, fx.Node) else [copies[node] for node in value]
 
 
-def _give(node: fx.Node, given: dict[str, object], backward: bool) -> None:
+def _give(node: fx.Node, given: dict[str, object]) -> None:
     """Give an operation other adapters; a backward is told that their gradients are wanted in fp32 all the same."""
-    names = [argument.name for argument in node.target._schema.arguments]
+    names = _names(node)
     node.args = tuple(given.get(name, old) for name, old in zip(names, node.args))
-    if backward:
+    if GRAD_DTYPE in names:
         node.kwargs = {**node.kwargs, GRAD_DTYPE: WIDE}

@@ -25,7 +25,7 @@ def stacked_and_cast(a: list[Tensor], b: list[Tensor], dtype: torch.dtype) -> tu
     if _in_a_row(a, dtype):
         width = a[0].shape[1]
         return a[0].as_strided((sum(m.shape[0] for m in a), width), (width, 1)), cast(b, dtype)
-    if not all(_joins(m, dtype) for m in a):
+    if not all(joins(m, dtype) for m in a):
         return torch.cat(cast(a, dtype)), cast(b, dtype)
     stack, others = _cast_around(a, b, dtype)
     return stack.view(-1, a[0].shape[1]), others
@@ -64,17 +64,17 @@ def _in_a_row(matrices: list[Tensor], dtype: torch.dtype) -> bool:
     return ends[:-1] == [m.storage_offset() for m in matrices[1:]]
 
 
-def _joins(matrix: Tensor, dtype: torch.dtype) -> bool:
+def joins(matrix: Tensor, dtype: torch.dtype) -> bool:
     """Say whether the matrix is cast together with others: dense, and what follows it lies aligned."""
     return matrix.dtype == torch.float32 != dtype and matrix.is_contiguous() and matrix.numel() % ALIGNED == 0
 
 
 def _cast_around(first: list[Tensor], matrices: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
     """Return the numbers of all `first` as one piece, and each of the matrices, in `dtype`."""
-    joined = [m for m in matrices if _joins(m, dtype)]
+    joined = [m for m in matrices if joins(m, dtype)]
     if not first and len(joined) < 2:
         return torch.empty(0), [m.to(dtype) for m in matrices]
     flat = torch.cat([m.view(-1) for m in (*first, *joined)]).to(dtype)
     whole, *pieces = flat.split([sum(m.numel() for m in first), *(m.numel() for m in joined)])
     rest = iter(pieces)
-    return whole, [next(rest).view(m.shape) if _joins(m, dtype) else m.to(dtype) for m in matrices]
+    return whole, [next(rest).view(m.shape) if joins(m, dtype) else m.to(dtype) for m in matrices]

@@ -182,22 +182,9 @@ def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
 
 @_lora_linears_backward.register_fake
 def _(
-    grads,
-    x,
-    xa,
-    starts,
-    weights,
-    a,
-    b,
-    scales,
-    quant,
-    quant_counts,
-    needs_x,
-    needs_weight,
-    needs_bias,
-    fp8,
+    grads, x, xa, starts, weights, a, b, scales, quant, quant_counts, needs_x, needs_weight, needs_bias, fp8,
     grad_dtype=None,
-):
+):  # fmt: skip
     stacked = a[0].new_empty(sum(matrix.shape[0] for matrix in a), x.shape[-1], dtype=grad_dtype or a[0].dtype)
     dbs = [matrix.new_empty(matrix.shape, dtype=grad_dtype or matrix.dtype) for matrix in b]
     dws = [weight.new_empty(weight.shape) for weight, needed in zip(weights, needs_weight) if needed]
