@@ -7,8 +7,9 @@ One contract. A trainer is `class XTrainer(Trained, trl.XTrainer)` in a file of 
 3. calls `self.equip(...)` once its `train_dataset` stands,
 
 and its loss adds every micro-batch to `self.tally`. `args` are a `fastft.train.settings.Settings`. What a trainer may
-override besides is `settle_batches`, `largest_batch` and `head_use` (what the memory plan is made for), `save_extra`
-(files of its own in a checkpoint) and `resume_problems` (what of them it cannot go on with).
+override besides is `settle_batches`, `largest_batch` and `head_use` (what the memory plan is made for), `let_go` (what
+it holds for training alone), `save_extra` (files of its own in a checkpoint) and `resume_problems` (what of them it
+cannot go on with).
 """
 
 import contextlib
@@ -29,6 +30,7 @@ from fastft.state import base_model, get_state
 from fastft.train import card, checkpoint, earlier, flops, hygiene, lineage, memory, optimizers, recomputing, telling
 from fastft.train import resume as resuming
 from fastft.train.compiling import CompileCallback
+from fastft.train.finite import FiniteLosses
 from fastft.train.interrupt import Interruption, Stopped
 from fastft.train.record import RecordCallback, Tally
 
@@ -111,6 +113,8 @@ class Trained:
         self.compiling = CompileCallback(self.recorder.extra)
         self.add_callback(self.compiling)  # before the recorder, which writes what this one adds
         self.add_callback(self.recorder)
+        self.finite = FiniteLosses(self.args)
+        self.add_callback(self.finite)
         self.interruption = Interruption()
         self.add_callback(self.interruption)  # behind the recorder: it ends the run when a step is saved
         if self.args.early_stopping_patience is not None:
@@ -183,6 +187,11 @@ class Trained:
             )
         return super().create_optimizer(*args)
 
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Go forward and backward through a micro-batch; return its loss for the log, without waiting for it."""
+        loss = super().training_step(*args, **kwargs)
+        return self.finite.filtered(loss, self.state.global_step, self._globalstep_last_logged)
+
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train; the record says how the run ended, and the model has its own forward back."""
         kwargs |= dict(zip(("resume_from_checkpoint", "trial", "ignore_keys_for_eval"), args, strict=False))
@@ -214,13 +223,18 @@ class Trained:
             self._record_failure(error)
             raise
         finally:
+            self.finite.restore()
             telling.close(self)
             self.compiling.stop()
+            self.let_go()
             release_weights(self.model)
         if self.is_world_process_zero():
             for note in self.recorder.extra["notes"]:
                 print(f"fastft: {note}; {self.recorder.folder / lineage.RECORD} says so, too.")
         return output
+
+    def let_go(self) -> None:
+        """Let go of what only training needs, when a run has ended however it did."""
 
     def _put_aside(self, begun: Path | None) -> None:
         """Keep another run of the folder from being replaced by this one, once all processes have looked at it.

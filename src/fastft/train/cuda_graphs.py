@@ -44,11 +44,16 @@ Loss = Callable[[Mapping[str, Any], Tensor], Tensor]
 class Recording:
     """Forward and backward of one shape of batch, with the tensors that they read and write.
 
+    `state` is what of the model they were recorded for (`state_of`). `weights` keep the memory that they read from
+    being given to others: the forward is replayed before the model is asked whether it is still the same.
+
     `gradients` holds those of all `parameters` one after the other, a flat tensor for each dtype; `places` says for
     each parameter which of them, from where and how many elements, None where it has no gradient.
     """
 
     shape: tuple[Any, ...]
+    state: tuple[Any, ...]
+    weights: tuple[Tensor, ...]
     inputs: Mapping[str, Tensor]
     forward: torch.cuda.CUDAGraph
     backward: torch.cuda.CUDAGraph
@@ -60,10 +65,11 @@ class Recording:
 
 
 class _Replay(torch.autograd.Function):
+    """The loss of a forward that was just replayed, and its backward."""
+
     @staticmethod
     def forward(ctx: Any, recording: Recording, *parameters: Tensor) -> Tensor:
         ctx.recording = recording
-        recording.forward.replay()
         return recording.loss.detach().clone()  # the next replay overwrites it
 
     @staticmethod
@@ -110,17 +116,30 @@ class Replayer:
             return self.loss(batch, num_items)
         with uncached_autocast():
             batch = {**batch, "num_items": num_items, **_rounded(batch)}
-            shape = (*shape_of(batch), state_of(self.model))
-            if self.recording is not None and self.recording.shape != shape:
-                self.recording = None
-            if self.recording is None and self._settled(shape):
-                self.recording = self._try_to_record(batch, shape)
-            if self.recording is None:
-                return self._plain(batch) if shape in self.refused else self._timed(batch)
-            for name, tensor in self.recording.inputs.items():
+            shape = shape_of(batch)
+            if self.recording is not None and (loss := self._replayed(batch, shape)) is not None:
+                return loss
+            shape = (shape, state_of(self.model))
+            self.recording = self._try_to_record(batch, shape) if self._settled(shape) else None
+            if self.recording is not None and (loss := self._replayed(batch, shape[0])) is not None:
+                return loss
+            return self._plain(batch) if shape in self.refused else self._timed(batch)
+
+    def _replayed(self, batch: Mapping[str, Any], shape: tuple[Any, ...]) -> Tensor | None:
+        """Return the loss from the recording; None, and let go of it, where it is one of another shape or state.
+
+        The state is asked for while the GPU works: that takes the host milliseconds, and is seldom another.
+        """
+        recording = self.recording
+        if recording.shape == shape:
+            for name, tensor in recording.inputs.items():
                 tensor.copy_(batch[name], non_blocking=True)
-            self.replayed += 1
-            return _Replay.apply(self.recording, *self.recording.parameters)
+            recording.forward.replay()
+            if recording.state == state_of(self.model):
+                self.replayed += 1
+                return _Replay.apply(recording, *recording.parameters)
+        self.recording = None
+        return None
 
     def told(self) -> dict[str, Any]:
         """Return what a run's record says: how many micro-batches were replayed, and why not if none is now."""
@@ -158,8 +177,6 @@ class Replayer:
             final = self.waited[shape] >= ASKED
         else:
             why, final = obstacle(self.model), True
-            if not why and self.mode == "auto" and moves_activations(self.model):
-                why = 'the memory plan moves activations to the CPU; cuda_graphs="always" records that as well'
         if why and final:
             self.refused[shape] = why
         return why
@@ -168,6 +185,8 @@ class Replayer:
         """Return the loss, and take the times that `_host_share` compares."""
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
+        if self.mode == "auto" and self.seen[1] >= SETTLED:
+            start.synchronize()  # behind a device that is busy yet, launching would take as long as the device does
         began = time.perf_counter()
         loss = self._plain(batch)
         self.launched = (time.perf_counter() - began, start, end)
@@ -209,7 +228,8 @@ class Replayer:
                 if offloader:
                     offloader.join()
                 del gradients, parts
-        made = Recording(shape, inputs, forward, backward, loss, upstream, parameters, flat, places)
+        weights = tuple(parameter.detach() for parameter in self.model.parameters())
+        made = Recording(*shape, weights, inputs, forward, backward, loss, upstream, parameters, flat, places)
         for buffer in buffers:
             weakref.finalize(made, offloader.pool.give, buffer).atexit = False
         return made
@@ -265,12 +285,6 @@ def obstacle(model: Any) -> str:
     if gradients > MOST_GRADIENTS:
         return f"its gradients take {gradients / 1e9:.2f} GB, which a recording would hold once more"
     return _random(model)
-
-
-def moves_activations(model: Any) -> bool:
-    """Say whether the memory plan of a compiled model moves activations to the CPU."""
-    planned = get_state(model).compiled.planned
-    return planned is not None and any(mode.offload for mode in planned.modes)
 
 
 def _offloader(model: Any) -> Any:

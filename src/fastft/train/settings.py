@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 from transformers import TrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 from fastft.errors import Problem, UsageError
 from fastft.state import base_model
@@ -65,7 +66,10 @@ class Settings:
             self.use_cpu = True
         if self.bf16 is None and not self.fp16:
             self.bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        ours = self.accelerator_config in (None, AcceleratorConfig())
         super().__post_init__()
+        if ours:  # the host does not wait until a batch has been copied, nor for the steps before that
+            self.accelerator_config.non_blocking = self.dataloader_pin_memory
 
     def mistakes(self) -> list[Problem]:
         """Return all fields that cannot be meant."""

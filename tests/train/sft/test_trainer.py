@@ -55,6 +55,57 @@ def test_stock_trl_and_fastft_agree(build_model, tokenizer, dataset, settings):
         assert max(curve(ours)) - min(curve(ours)) > 1e-3  # it did learn: the comparison is not of constants
 
 
+def test_losses_that_are_no_numbers_are_logged_as_stock_trl_does(build_model, tokenizer, dataset, settings, capsys):
+    """The device leaves them out, where transformers' own filter has the host wait for each micro-batch."""
+
+    def unlucky():
+        calls = iter(range(100))
+
+        def loss(outputs, labels, num_items_in_batch=None):
+            value = step.statistics_of_logits(outputs.logits, {"labels": labels})[:, 0].sum() / num_items_in_batch
+            return value + (math.nan if next(calls) in (2, 3, 5) else 0.0)  # a constant: gradients stay what they are
+
+        return {"compute_loss_func": loss}
+
+    changes = {"gradient_accumulation_steps": 2, "logging_steps": 2}
+    ours = train(build_model(), tokenizer, dataset, settings, extra=unlucky(), **changes)
+    told = capsys.readouterr().out
+    stock = train(
+        build_model(),
+        tokenizer,
+        dataset,
+        settings,
+        trl.SFTTrainer,
+        extra=unlucky(),
+        gradient_checkpointing=False,
+        report_to="none",
+        **changes,
+    )
+    assert len(curve(stock)) == 2
+    torch.testing.assert_close(curve(ours), curve(stock), rtol=1e-5, atol=0)
+    assert told.count("the loss of 2 micro-batches up to step 2 was not a number") == 1
+    assert ours.args.logging_nan_inf_filter is True
+    off = train(
+        build_model(),
+        tokenizer,
+        dataset,
+        settings,
+        extra=unlucky(),
+        logging_nan_inf_filter=False,
+        **changes,
+    )
+    assert math.isnan(curve(off)[0])
+
+
+def test_batches_out_of_pinned_memory_are_copied_without_waiting_unless_asked_otherwise():
+    made = SFTConfig(output_dir="run")
+    assert made.dataloader_pin_memory == torch.cuda.is_available()
+    assert made.accelerator_config.non_blocking == made.dataloader_pin_memory
+    for asked in (True, False):
+        given = {"non_blocking": asked, "even_batches": False}
+        assert SFTConfig(output_dir="run", accelerator_config=given).accelerator_config.non_blocking == asked
+
+
 def test_accumulation_is_one_equivalence_class(build_model, tokenizer, dataset, settings):
     """1 x 8, 2 x 4, 4 x 2 and 8 x 1 micro-batches of unequal rows; padded and padding-free."""
     runs = []

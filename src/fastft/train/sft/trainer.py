@@ -123,6 +123,11 @@ class SFTTrainer(Trained, trl.SFTTrainer):
         self.recorder.extra["cuda_graphs"] = self.replayer.told()
         return value
 
+    def let_go(self) -> None:
+        """Let go of the recorded step, whose memory is its own."""
+        if self.replayer is not None:
+            self.replayer.recording = None
+
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | None:
         """Count the tokens that bear loss, over micro-batches and processes; count what the record reports."""
         if not batch_samples or "labels" not in batch_samples[0]:

@@ -1,0 +1,66 @@
+"""Losses that are no numbers, left out of the log as transformers leaves them out, without waiting for the device.
+
+transformers asks each micro-batch's loss whether it is one (`logging_nan_inf_filter`), and the host waits until the
+device has gone through the whole step. Here the device decides, and what it left out is told with the next line.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import TrainerCallback
+
+
+class FiniteLosses(TrainerCallback):
+    """Stands in for `logging_nan_inf_filter` of `args` while a micro-batch's loss is added to the log's."""
+
+    def __init__(self, args: Any) -> None:
+        self.args = args
+        self.ours, self.told = False, False
+        self.total: Tensor | None = None
+        self.left_out: Tensor | None = None
+        self.since = -1
+
+    def filtered(self, loss: Tensor, global_step: int, last_logged: int) -> Tensor:
+        """Return the loss to add to the log's sum: itself, or the mean of those since the last log if it is no number.
+
+        `global_step` counts the steps that are done, `last_logged` those that were when the last line was logged.
+        """
+        if not (self.ours or self.args.logging_nan_inf_filter):
+            return loss
+        self.ours, self.args.logging_nan_inf_filter = True, False  # until `restore`
+        if self.total is None or self.since != last_logged:
+            self.total, self.since = torch.zeros_like(loss), last_logged
+        if self.left_out is None:
+            self.left_out = torch.zeros_like(loss)
+        finite = loss.isfinite()
+        loss = torch.where(finite, loss, self.total / (1 + global_step - last_logged))
+        self.total = self.total + loss
+        self.left_out = self.left_out + ~finite
+        return loss
+
+    def restore(self) -> None:
+        """Give `args` back what they said."""
+        if self.ours:
+            self.ours, self.args.logging_nan_inf_filter = False, True
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The loss of a micro-batch was added."""
+        self.restore()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The loss of a step's last micro-batch was added."""
+        self.restore()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Tell what was left out: the line waits for the device anyway."""
+        if self.told or self.left_out is None or "loss" not in (logs or {}) or not state.is_world_process_zero:
+            return
+        if count := int(self.left_out):
+            self.told = True
+            which = f"{count} micro-batch{'es' if count > 1 else ''} up to step {state.global_step}"
+            tqdm.write(
+                f"fastft: the loss of {which} was not a number; the log has the mean of the others in its place "
+                "(logging_nan_inf_filter). A model is seldom any good after that; a smaller learning_rate may help."
+            )
