@@ -32,10 +32,10 @@ from fastft.memory.plan import (
     named_modes,
     plan_problem,
     planned,
-    remedies,
     solve,
     usable,
 )
+from fastft.memory.remedies import remedies
 from fastft.memory.shape import positions_of, shape_of
 from fastft.registry.resolve import resolve
 
@@ -382,6 +382,17 @@ def test_remedies_save_what_they_say_and_are_ordered_by_cost():
     least = estimate(now, named_modes("min", 32)).peak
     assert found[0].saves == peak - least and found[0].fits == (least <= 70 * GB)
     assert all(remedy.saves > 0 for remedy in found)
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_an_optimizer_in_8_bits_is_no_remedy_where_it_is_so_already(full):
+    keep, narrow = named_modes("keep", 32), "an 8-bit optimizer (adamw_8bit)"
+    made = {name: setup(quant=None, full=full, optimizer=name) for name in ("adamw", "adamw_8bit")}
+    saves = {name: {r.name: r.saves for r in remedies(step, keep)} for name, step in made.items()}
+    assert saves["adamw"][narrow] > 0 and narrow not in saves["adamw_8bit"]
+    nf4 = 'LoRA with quant="nf4"' if full else 'quant="nf4"'
+    then = estimate(setup(optimizer="adamw_8bit"), keep).peak
+    assert saves["adamw_8bit"][nf4] == estimate(made["adamw_8bit"], keep).peak - then
 
 
 def test_the_head_of_log_probabilities():
