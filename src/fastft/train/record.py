@@ -191,7 +191,7 @@ class RecordCallback(TrainerCallback):
         self.record |= self.measurements(state)
         name, plot = self.picture
         self.record["picture"] = name
-        plot(self.rows, self.folder / name, self.record.get("model", {}).get("name", ""))
+        plot(self.rows, self.folder / name, card.short_name(self.record.get("model", {}).get("name", "")))
         self.write_record(status, error)
 
     def write_record(self, status: str, error: str | None = None) -> None:
