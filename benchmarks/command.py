@@ -26,6 +26,7 @@ from benchmarks.arms import ARMS, DEFAULT_ARMS, FOLDER, REFERENCE, Arm, find_arm
 from benchmarks.cells import Cell, Task, default_cells, file_stem
 from benchmarks.parity import judged
 from benchmarks.shapes import MODES, SHAPES
+from benchmarks.terminal import short_table
 from fastft.errors import Problem, UsageError, did_you_mean
 
 ROOT = Path(__file__).parents[1]
@@ -137,7 +138,7 @@ def started(arguments: list[str]) -> int:
         except Stopped as stop:
             return leave(stop, path, head, lines + not_done(lines, cells, arms, run, f"{stop} before it was done"))
     written = page.write(path)
-    print(f"{path}\n{written}", file=sys.stderr)
+    print(f"{short_table(lines)}\n{path}\n{written}", file=sys.stderr)
     return 0 if any(line["status"] == "ok" for line in lines) else 1
 
 
@@ -156,7 +157,7 @@ def leave(stop: Stopped, path: Path, head: dict[str, Any], lines: list[dict[str,
     count = sum(line["status"] != "stopped" for line in lines)
     print(f"scripts/bench: {stop}, {count} of {len(lines)} arms were done", file=sys.stderr)
     measured = any(line["status"] == "ok" for line in lines)
-    print(f"{path}\n{page.write(path)}" if measured else path, file=sys.stderr)
+    print(f"{short_table(lines)}\n{path}\n{page.write(path)}" if measured else path, file=sys.stderr)
     return 128 + stop.number
 
 

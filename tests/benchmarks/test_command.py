@@ -54,6 +54,22 @@ def test_one_line_a_cell_on_stdout_and_in_the_file(done):
     assert path.name == f"{data['date'][:10]}-tiny-nf4.json"
 
 
+def test_a_short_table_is_on_stderr(done):
+    """With every arm, the wrong one's speed left out; what is on stdout stays JSON."""
+    run, path, data = done
+    shown = run.stderr.splitlines()[-2 - len(ARMS_RUN) - 1 :]
+    assert shown[0].split() == ["arm", "cell", "tokens/s", "step", "ms", "peak", "GB", "parity"]
+    assert shown[-2:] == [str(path), str(path.with_suffix(".md"))]
+    fastft, peft, unsloth, wrong = shown[1:-2]
+    for told, line in ((fastft, data["cells"][0]), (peft, data["cells"][1])):
+        numbers = [f"{line['tokens_per_second']:,.1f}", f"{line['step_ms']:,.2f}"]
+        assert told.startswith(line["arm"]) and told.split()[-4:] == [*numbers, "-", "yes"]  # a CPU counts no peak
+        assert line["cell"] in told
+    if data["cells"][2]["status"] == "absent":
+        assert unsloth.split()[-4:] == ["-", "-", "-", "absent"]
+    assert wrong.startswith("module:wrong_arm") and wrong.split()[-4:] == ["-", "-", "-", "no"]
+
+
 def test_metrics(done):
     _, _, data = done
     for line in data["cells"][:2]:
@@ -166,6 +182,7 @@ def test_a_stopped_command_writes_what_it_has(tmp_path):
     _, told = run.communicate(timeout=600)
     assert run.returncode == 143 and "Traceback" not in told
     assert "stopped by SIGTERM, 1 of 3 arms were done" in told
+    assert [line.split()[-1] for line in told.splitlines()[-5:-2]] == ["yes", "stopped", "stopped"]
     (path,) = tmp_path.glob("*.json")
     lines = json.loads(path.read_text("utf-8"))["cells"]
     assert [line["status"] for line in lines] == ["ok", "stopped", "stopped"]

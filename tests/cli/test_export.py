@@ -108,11 +108,19 @@ def test_wrong_use(adapter, tmp_path, capsys):
     code, _, err = run(capsys, "verify", tmp_path / "alone", "--model", tmp_path / "absent")  # nothing is loaded before
     assert (code, "adapter.gguf']" in err, "the .gguf file of a whole model" in err) == (3, True, True)
     assert run(capsys, "verify", adapter)[0] == 3
+    (tmp_path / "empty").mkdir()
+    for command in (
+        ["verify", adapter, "--model", tmp_path / "empty"],
+        *(["export", *kind, tmp_path / "empty", tmp_path / "m"] for kind in (["merged"], ["lora"], ["gguf"])),
+        ["export", "lora", tmp_path / "empty", tmp_path / "m", "--gguf"],
+    ):
+        code, _, err = run(capsys, *command)
+        assert (code, "no weights, no adapter and no checkpoint of a run is in it" in err) == (3, True)
     assert run(capsys, "export", "other")[0] == 3
 
 
 def test_arguments_are_checked_before_anything_is_loaded(adapter, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("fastft.cli.export._folder", lambda model: pytest.fail("the model was looked for"))
+    monkeypatch.setattr("fastft.cli.export.folder_of", lambda model: pytest.fail("the model was looked for"))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "note.txt").write_text("mine")
     for command in (["merged"], ["lora"]):

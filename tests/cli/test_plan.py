@@ -106,6 +106,9 @@ def test_the_page_shows_what_is_printed(tmp_path, capsys):
     _, out = told(capsys, tmp_path, "--gpu", "24GB", "--length", 8192)
     page = (Path(__file__).parents[2] / "docs/how-to/fit-a-gpu.md").read_text()
     assert "```text\nmodel:  meta-llama/Llama-3.1-8B\n" + out.out.split("\n", 1)[1] + "```" in page
+    _, out = told(capsys, tmp_path, "--gpu", "24GB", "--plan", "keep", "--batch", 4)
+    start = out.out.index("WHAT IS ENOUGH")
+    assert f"```text\n{out.out[start:]}```" in page
 
 
 def test_rows_longer_than_the_models_positions_have_a_note(tmp_path, capsys):
@@ -134,12 +137,58 @@ def test_fp8_and_8_bits_are_timed_beside_the_exact_step(folder, capsys):
     assert "32 layers keep (gate and up in 8 bits, not exact)\n" in out.out
 
 
-def test_what_cannot_fit_has_exit_code_2_and_remedies(folder, capsys):
-    code, out = told(capsys, folder, "--gpu", "16GB", "--quant", "none")
-    assert code == 2 and "check failed" in out.err and 'quant="nf4"' in out.out and "yes" in out.out
-    code, out = told(capsys, folder, "--gpu", "16GB", "--quant", "none", "--json")
-    remedies = {remedy["name"]: remedy for remedy in json.loads(out.out)["remedies"]}
-    assert code == 2 and remedies['quant="nf4"']["saves_bytes"] > 9e9 and remedies['quant="nf4"']["enough"]
+def test_what_cannot_fit_has_exit_code_2_and_what_is_enough(folder, capsys):
+    given = (folder, "--gpu", "16GB", "--quant", "none")
+    code, out = told(capsys, *given)
+    assert code == 2 and "check failed" in out.err
+    assert out.out.endswith(
+        'WHAT IS ENOUGH BY ITSELF  PEAK GB\nquant="nf4"               14.34\nsmallest known GPU: L4 (23.6 GB)\n'
+    )  # of length 2048, rank 8 and an 8-bit optimizer none is
+    found = json.loads(told(capsys, *given, "--json")[1].out)
+    assert [remedy["name"] for remedy in found["remedies"]] == ['quant="nf4"']
+    assert found["remedies"][0]["peak_bytes"] <= found["budget_bytes"] and found["remedies_together"] is None
+    assert told(capsys, folder, "--gpu", "16GB", "--quant", "nf4")[0] == 0
+
+
+def test_what_is_enough_is_so_when_it_is_asked_for(folder, capsys):
+    given = ("--gpu", "24GB", "--plan", "keep", "--batch", "4", "--length", "4096")
+    code, out = told(capsys, folder, *given, "--json")
+    found = json.loads(out.out)
+    assert code == 2 and [(remedy["name"], remedy["peak_bytes"]) for remedy in found["remedies"]] == [
+        ('plan="auto"', 22_173_174_177),
+        ("batch size 1 with 4 times the accumulation", 19_401_999_360),
+        ("length 1024", 19_401_999_360),
+    ]
+    assert found["smallest_gpu"]["name"] == "H100 PCIe" and found["longest_length"] == 1024
+    for option, value, milder in (("--plan", "auto", "keep"), ("--batch", "1", "2"), ("--length", "1024", "1280")):
+        for tried, fits in ((value, 0), (milder, 2)):
+            assert told(capsys, folder, *given, option, tried)[0] == fits
+    for gpu, fits in (("H100 PCIe", 0), ("A6000", 2)):
+        assert told(capsys, folder, *given, "--gpu", gpu)[0] == fits
+
+
+def test_where_nothing_is_enough_by_itself_what_is_together_is_told(folder, capsys):
+    given = (folder, "--gpu", "12GB", "--plan", "keep", "--quant", "none", "--batch", 6)
+    code, out = told(capsys, *given)
+    together = 'plan="auto", batch size 3 with twice the accumulation, quant="nf4"'
+    assert code == 2 and "enough by itself:   nothing\n" in out.out
+    assert f"enough together:    {together} (peak 10.06 GB)\n" in out.out
+    found = json.loads(told(capsys, *given, "--json")[1].out)
+    assert found["remedies"] == [] and ", ".join(found["remedies_together"]["names"]) == together
+    assert told(capsys, folder, "--gpu", "12GB", "--batch", 3)[0] == 0
+    code, out = told(capsys, folder, "--gpu", "5GB")
+    assert code == 2 and out.out.endswith(
+        "enough by itself:   nothing\nenough together:    nothing\nsmallest known GPU: T4 (15.7 GB)\n"
+    )
+    given = (folder, "--gpu", "H100", "--full", "--quant", "none", "--plan", "min", "--batch", 16, "--length", 32768)
+    assert "smallest known GPU: none fits\n" in told(capsys, *given)[1].out
+
+
+def test_a_larger_budget_is_told_where_the_gpu_has_it(folder, capsys):
+    given = (folder, "--gpu", "A100", "--length", 20000, "--plan")
+    code, out = told(capsys, *given, "8GB+8bit", "--json")
+    assert code == 2 and json.loads(out.out)["remedies"][0]["name"] == 'plan="10.10GB+8bit"'
+    assert [told(capsys, *given, plan)[0] for plan in ("10.09GB+8bit", "10.10GB+8bit")] == [2, 0]
 
 
 def test_a_known_gpu_gives_a_time_and_a_named_plan_is_taken(folder, capsys):

@@ -75,11 +75,24 @@ def test_interrupted_before_training(replaced, capsys):
     assert capsys.readouterr().err == "fastft: stopped\n"
 
 
-def test_resume_is_handed_on(replaced):
+def test_resume_is_handed_on(replaced, tmp_path, monkeypatch):
     heard = []
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run/demo/checkpoint-7").mkdir(parents=True)
     replaced(lambda **kwargs: heard.append(kwargs) or signal.raise_signal(signal.SIGINT))
     assert [main(["demo", "--no-chat", *more]) for more in ([], ["--resume"])] == [130, 130]
     assert [kwargs["resume"] for kwargs in heard] == [False, True]
+
+
+def test_nothing_to_resume_is_wrong_usage(replaced, tmp_path, monkeypatch, capsys):
+    replaced(lambda **kwargs: pytest.fail("it was begun"))
+    monkeypatch.chdir(tmp_path)
+    for more, folder in (([], "run/demo"), (["--grpo"], "run/demo-grpo"), (["--output", "mine"], "mine")):
+        assert main(["demo", "--no-chat", "--resume", *more]) == 3
+        assert capsys.readouterr().err == (
+            f"error: --resume: expected a folder with a checkpoint of an interrupted run, got {folder!r}. "
+            "Leave --resume out to begin anew, or name another folder with --output.\n"
+        )
 
 
 def test_missing_packages_are_named(monkeypatch, capsys):

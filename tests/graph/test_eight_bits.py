@@ -13,7 +13,8 @@ from fastft.graph.twin import tiny_model
 from fastft.graph.verify import Verdict
 from fastft.memory.estimate import Mode, estimate, own_bytes_per_token, setup_of
 from fastft.memory.levels import LEVELS
-from fastft.memory.plan import PLANS, budget_of, named_part, plan_problem, planned, remedies, solve
+from fastft.memory.plan import PLANS, budget_of, named_part, plan_problem, planned, solve
+from fastft.memory.remedies import remedies
 from fastft.memory.shape import Shape
 from fastft.state import get_state, update_state
 from fastft.train import card

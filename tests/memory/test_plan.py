@@ -32,10 +32,10 @@ from fastft.memory.plan import (
     named_modes,
     plan_problem,
     planned,
-    remedies,
     solve,
     usable,
 )
+from fastft.memory.remedies import remedies
 from fastft.memory.shape import positions_of, shape_of
 from fastft.registry.resolve import resolve
 
@@ -370,20 +370,6 @@ def test_the_time_of_fp8_is_that_of_a_measured_layer_and_relative_to_exact():
     assert estimate(setup(), keep, H200).relative == 1 < estimate(evolve(setup(), eight_bits=True), keep).relative
 
 
-def test_remedies_save_what_they_say_and_are_ordered_by_cost():
-    now = setup(quant=None)
-    modes = named_modes("keep", 32)
-    found = remedies(now, modes, 70 * GB)
-    names = [remedy.name for remedy in found]
-    assert names[:3] == ['plan="min"', 'plan="offload"', "batch size 2 with twice the accumulation"]
-    assert names[3] == "gate and up in 8 bits (not exact; a plan with '+8bit' behind it)"
-    assert names[4:] == ["an 8-bit optimizer (adamw_8bit)", 'quant="nf4"', "rank 8", "length 2048"]
-    peak = estimate(now, modes).peak
-    least = estimate(now, named_modes("min", 32)).peak
-    assert found[0].saves == peak - least and found[0].fits == (least <= 70 * GB)
-    assert all(remedy.saves > 0 for remedy in found)
-
-
 def test_the_head_of_log_probabilities():
     """By hand for 4 x 4096 tokens of 8B, 1,024 of them with one: of 4,096 widths a slope in fp32, the rows in bf16, and
     a chunk of logits, of 256 MiB at most. Beside that is the last norm's input, or its backward takes most."""
@@ -420,13 +406,6 @@ def test_the_last_norm_as_one_operation_and_as_transformers_computes_it():
     assert norm_bytes(whole) == norm_bytes(fused) and norm_bytes(evolve(whole, norm="eager"))[0] == 8 * wide
     with pytest.raises(ValueError, match="compiled"):
         evolve(fused, norm="compiled")
-
-
-def test_half_the_batch_has_half_the_answers():
-    asked = evolve(setup(), head="logprobs", answers=4096)
-    saved = next(r.saves for r in remedies(asked, named_modes("min", 32)) if r.name.startswith("batch size 2"))
-    half = evolve(asked, rows=2, answers=2048)
-    assert saved == estimate(asked, named_modes("min", 32)).peak - estimate(half, named_modes("min", 32)).peak
 
 
 def test_message_of_an_out_of_memory_holds_table_remedies_and_what_is_kept():

@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 
 from fastft.data.collate import collate
-from fastft.train import checkpoint, flops, plots, record, step
+from fastft.train import card, checkpoint, flops, plots, record, step
 from fastft.train.grpo.run import GrpoResult
 from fastft.train.preference.run import PreferenceResult
 from fastft.train.sft.config import SFTConfig
@@ -60,6 +60,20 @@ def test_record_of_a_run(build_model, build_rows, tokenizer, settings):
     card = (folder / "README.md").read_text()
     assert f"{real:,} ({targets:,})" in card and run["data"]["sha256"] in card and "loss.png" in card
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_title_of_a_card_is_no_path(tmp_path, monkeypatch):
+    """But the table has it whole, and a folder is no base model of a hub, however it is written."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run" / "first").mkdir(parents=True)
+    names = [(str(tmp_path / "gone" / "tiny"), "tiny"), ("run/first", "first"), ("./run/first/", "first")]
+    for name, title in [*names, (".", tmp_path.name), ("~/models/tiny", "tiny")]:
+        made = card.model_card({"model": {"name": name}})
+        assert f"\n# {title}, fine-tuned with fastft\n" in made and f"| base model | {name} |" in made
+        assert "base_model:" not in made
+    made = card.model_card({"model": {"name": "org/tiny"}})
+    assert "\n# org/tiny, fine-tuned with fastft\n" in made and "\nbase_model: org/tiny\n" in made
+    assert "\n# A model, fine-tuned with fastft\n" in card.model_card({})
 
 
 def test_a_failed_run_says_so(build_model, tokenizer, dataset, settings):

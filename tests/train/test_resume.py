@@ -289,6 +289,34 @@ def test_other_settings_are_told(run, build_model, tokenizer, dataset, settings,
     assert rates[-1] == 1e-2  # that of the checkpoint
 
 
+@pytest.mark.parametrize("schedule", ["linear", "constant"])
+def test_another_number_of_steps_is_told(schedule, build_model, tokenizer, dataset, settings, capsys):
+    every = {"lr_scheduler_type": schedule, "save_steps": 2}
+    run, said = Path(settings["output_dir"]), {}
+    trainer(build_model(), tokenizer, dataset, settings, max_steps=4, **every).train()
+    for steps in (4, 8):
+        capsys.readouterr()
+        made = trainer(build_model(), tokenizer, dataset, settings, max_steps=steps, **every)
+        made.train(resume_from_checkpoint=str(run / "checkpoint-2"))
+        said[steps] = [line for line in capsys.readouterr().out.splitlines() if "was to take" in line]
+    told = f"fastft: the run of {run / 'checkpoint-2'} was to take 4 steps, this one takes 8"
+    if schedule == "linear":
+        told += "; the learning rate is that of schedule 'linear' over 8 steps from the second step on, in the first "
+        told += "that of the checkpoint"
+    assert said == {4: [], 8: [f"{told}."]}
+    rates = [row["learning_rate"] for row in made.state.log_history if "learning_rate" in row]
+    there, here = [1e-2, 7.5e-3, 5e-3], [6.25e-3, 5e-3, 3.75e-3, 2.5e-3, 1.25e-3]
+    assert rates == pytest.approx([*there, *here] if schedule == "linear" else [1e-2] * 8)
+
+
+def test_epochs_are_told_as_steps(build_model, tokenizer, dataset, settings, capsys):
+    rows, run = dataset.select(range(4)), Path(settings["output_dir"])
+    for epochs in (2, 3):
+        made = trainer(build_model(), tokenizer, rows, settings, max_steps=-1, num_train_epochs=epochs)
+        made.train(resume_from_checkpoint=None if epochs == 2 else str(run / "checkpoint-3"))
+    assert f"the run of {run / 'checkpoint-3'} was to take 4 steps, this one takes 6;" in capsys.readouterr().out
+
+
 def test_a_checkpoint_of_another_method(run, build_model, tokenizer, dataset, settings):
     path = run / "checkpoint-2" / "run.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "method": "dpo"}))

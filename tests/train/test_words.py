@@ -36,6 +36,29 @@ def test_plain_names(name, told):
 
 
 @pytest.mark.parametrize("name", DATA)
+def test_how_often_beside_what_it_goes_by_instead(name, told):
+    found = told(
+        name, eval=DATA[name], save_every=5, save_strategy="epoch", eval_steps=3, eval_strategy="epoch", log_every=2,
+        logging_strategy="epoch", steps=0,
+    )  # fmt: skip
+    assert found.keys() == {"save_every", "eval_steps", "log_every", "steps"}
+    assert str(found["save_every"]) == (
+        f"{name} save_every: expected nothing beside save_strategy='epoch', got 5. "
+        "Leave save_every out, or set save_strategy='steps'."
+    )
+    assert found["eval_steps"].remedy == "Leave eval_steps out, or set eval_strategy='steps'."
+    stopping = told(name, eval=DATA[name], save_every=5, early_stopping_patience=2)
+    assert stopping["save_every"].remedy == (
+        "With early stopping it is saved when it is evaluated: set eval_every, or leave save_every out."
+    )
+    without = told(name, save_every=5, save_strategy="best", eval_every=3, eval_strategy="epoch")
+    assert without["eval_every"].expected == "evaluation data beside it"
+    assert without["save_every"].expected == "nothing beside save_strategy='best'"
+    never = {"save_every": 5, "save_strategy": "no", "eval_every": 3, "eval_strategy": "no"}
+    assert told(name, eval=DATA[name], steps=0, **never).keys() == {"steps"}
+
+
+@pytest.mark.parametrize("name", DATA)
 def test_names_of_fields_stay_where_they_were_written(name, told):
     found = told(name, per_device_train_batch_size=0, max_steps=0, num_train_epochs=1, accumulate=0)
     assert found.keys() == {"per_device_train_batch_size", "max_steps", "accumulate"}

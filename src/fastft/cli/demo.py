@@ -3,6 +3,7 @@
 import contextlib
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +12,7 @@ import typer
 from fastft.cli.output import CheckFailed, JsonOption, checking_arguments, print_json
 from fastft.cli.stopping import stoppable
 from fastft.environment import installed
-from fastft.errors import UsageError
+from fastft.errors import Problem, UsageError
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
@@ -57,6 +58,9 @@ def demo(
 
         with checking_arguments():
             check_steps(steps)
+    if resume:
+        with checking_arguments():
+            _check_resumable(output or _module(grpo).FOLDER)
     if chat is None:
         chat = not json and sys.stdin.isatty() and sys.stdout.isatty()
     given = {name: value for name, value in (("output_dir", output), ("steps", steps)) if value is not None}
@@ -73,11 +77,18 @@ def demo(
         raise CheckFailed(complaint)
 
 
+def _check_resumable(folder: str | Path) -> None:
+    """Raise UsageError where no demonstration was interrupted, before the model is loaded."""
+    from fastft.train.lineage import own_and_others
+
+    if not own_and_others(folder)[0]:
+        remedy = "Leave --resume out to begin anew, or name another folder with --output."
+        raise UsageError(Problem("--resume", str(folder), "a folder with a checkpoint of an interrupted run", remedy))
+
+
+def _module(grpo: bool) -> Any:
+    return import_module("fastft.demo.reinforce" if grpo else "fastft.demo.run")
+
+
 def _run(grpo: bool) -> Callable[..., Any]:
-    if grpo:
-        from fastft.demo.reinforce import run_grpo_demo
-
-        return run_grpo_demo
-    from fastft.demo.run import run_demo
-
-    return run_demo
+    return _module(grpo).run_grpo_demo if grpo else _module(grpo).run_demo

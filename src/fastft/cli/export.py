@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from fastft.cli.models import check_weights, folder_of
 from fastft.cli.output import ArgumentsError, JsonOption, checking_arguments, print_json
 from fastft.environment import installed
 from fastft.errors import SaveError, UsageError
@@ -52,8 +53,9 @@ def merged(
         chosen_precision(precision)
         check_base(base)
         check_target(out.expanduser(), (Path(model).expanduser(),))
+        check_weights(model)
     with _quiet(json):
-        report = merge(_folder(model), out, precision=precision, base=base)
+        report = merge(folder_of(model), out, precision=precision, base=base)
     _show(report.to_dict() if json else str(report), json)
 
 
@@ -79,7 +81,8 @@ def lora(
 
             with checking_arguments():
                 check_target(out.expanduser(), (Path(model).expanduser(),))
-            path = save_adapter(_folder(model), out)
+                check_weights(model)
+            path = save_adapter(folder_of(model), out)
             said = f"{path}: written"
     _show({"path": str(path)} if json else said, json)
 
@@ -94,7 +97,8 @@ def _lora_gguf(model: str, out: Path, quant: str) -> tuple[Path, str]:
     with checking_arguments():
         check_quant(quant)
         check_folder(out.expanduser())
-    folder = _folder(model)
+        check_weights(model)
+    folder = folder_of(model)
     path = export_lora_gguf(folder, out / "adapter.gguf", quant)
     base = files.read_json(find_weights(folder).folder / files.ADAPTER_CONFIG).get("base_model_name_or_path")
     return (
@@ -127,9 +131,9 @@ def gguf(
     from fastft.export.modelfile import create_ollama_model, write_modelfile
 
     quant = quant or ["q4_k_m"]
-    _check_gguf(quant, base, out.expanduser(), ollama, modelfile)
+    _check_gguf(model, quant, base, out.expanduser(), ollama, modelfile)
     with _quiet(json):
-        source = _folder(model)
+        source = folder_of(model)
         tokenizer = _tokenizer(source) if modelfile else None
         options = {"chat_format": chat_format, "system": system, "num_ctx": num_ctx}
         if modelfile:
@@ -155,7 +159,7 @@ def gguf(
         raise failure
 
 
-def _check_gguf(quant: list[str], base: str, out: Path, ollama: str | None, modelfile: bool) -> None:
+def _check_gguf(model: str, quant: list[str], base: str, out: Path, ollama: str | None, modelfile: bool) -> None:
     """Raise `ArgumentsError` for what can be seen before anything is loaded."""
     from fastft.export.gguf.export import chosen_quants
     from fastft.export.gguf.stream import check_folder
@@ -166,6 +170,7 @@ def _check_gguf(quant: list[str], base: str, out: Path, ollama: str | None, mode
         chosen_quants(quant)
         check_base(base)
         check_folder(out)
+        check_weights(model)
         if ollama and (len(quant) > 1 or not modelfile):
             raise UsageError("--ollama takes one --quant, with its Modelfile")
     if ollama:
@@ -189,13 +194,6 @@ def _check_installed(*names: str) -> None:
     missing = [name for name in names if not installed(name)]
     if missing:
         raise UsageError(f"fastft export needs {', '.join(missing)}: pip install 'fastft[export]'")
-
-
-def _folder(model: str) -> Path:
-    """Return the folder of what is to be exported; a hub id is looked up as `fastft.load` does."""
-    from fastft.model import files
-
-    return Path(model).expanduser() if Path(model).expanduser().is_dir() else files.locate(model)
 
 
 def _tokenizer(folder: Path) -> Any:

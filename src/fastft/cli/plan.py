@@ -39,7 +39,7 @@ def plan(
 ) -> None:
     """Predict memory and time of a training step from the model's config; no weights are read or downloaded.
 
-    Exit code 2 means that it does not fit; what would help is then listed.
+    Exit code 2 means that it does not fit; what would be enough is then listed.
     """
     found = collect(model, gpu, length, batch, quant, rank, full, optimizer, plan, compute)
     if json:
@@ -100,12 +100,7 @@ def collect(
         **_told(made, bool(setup.eight_bits), setup.fp8),
         "notes": [note for note in notes if note],
         **_lengths(plans.longest(setup, plan, limit, device), positions),
-        "remedies": []
-        if made.fits
-        else [
-            {"name": remedy.name, "saves_bytes": remedy.saves, "enough": remedy.fits}
-            for remedy in plans.remedies(setup, made.modes, limit)
-        ],
+        **_what_is_enough(made, setup, plan, device),
     }
 
 
@@ -138,6 +133,25 @@ def _check_arguments(gpu: str, quant: str, full: bool, optimizer: str, plan: str
     if problems:
         raise UsageError(*problems)
     return device
+
+
+def _what_is_enough(made: Any, setup: Any, plan: str, device: "Device") -> dict[str, Any]:
+    """Return as plain values the changes that are enough, alone or else together, and a GPU that is."""
+    from fastft.memory.devices import DEVICES
+    from fastft.memory.enough import Asked, enough_alone, enough_together, smallest
+
+    if made.fits:
+        return {"remedies": [], "remedies_together": None, "smallest_gpu": None}
+    asked = Asked(setup, plan, device.memory, device)
+    alone = enough_alone(asked)
+    together = None if alone else enough_together(asked)
+    gpus = [known for known in DEVICES if setup.compute == "exact" or not _without_fp8(known, setup.compute)]
+    gpu = smallest(asked, gpus)
+    return {
+        "remedies": [{"name": found.names[0], "peak_bytes": found.peak} for found in alone],
+        "remedies_together": together and {"names": list(together.names), "peak_bytes": together.peak},
+        "smallest_gpu": gpu and {"name": gpu.name, "memory_bytes": gpu.memory},
+    }
 
 
 def _without_fp8(device: "Device", compute: str) -> list[Problem]:
@@ -230,9 +244,20 @@ def _print(found: dict[str, Any]) -> None:
         "longest length": _longest(found),
     }
     print_fields(fields | ({"note": "; ".join(found["notes"])} if found["notes"] else {}))
+    if not found["fits"]:
+        _print_what_is_enough(found)
+
+
+def _print_what_is_enough(found: dict[str, Any]) -> None:
     if found["remedies"]:
-        rows = [(r["name"], f"{r['saves_bytes'] / GB:.2f}", "yes" if r["enough"] else "") for r in found["remedies"]]
-        print_table(("what would help", "saves GB", "enough"), rows)
+        rows = [(remedy["name"], f"{remedy['peak_bytes'] / GB:.2f}") for remedy in found["remedies"]]
+        print_table(("what is enough by itself", "peak GB"), rows)
+    gpu, together = found["smallest_gpu"], found["remedies_together"]
+    fields = {"smallest known GPU": f"{gpu['name']} ({gpu['memory_bytes'] / GB:.1f} GB)" if gpu else "none fits"}
+    if not found["remedies"]:
+        names = together and f"{', '.join(together['names'])} (peak {together['peak_bytes'] / GB:.2f} GB)"
+        fields = {"enough by itself": "nothing", "enough together": names or "nothing", **fields}
+    print_fields(fields)
 
 
 def _budget(found: dict[str, Any]) -> str:

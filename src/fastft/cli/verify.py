@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from fastft.cli.models import check_weights
 from fastft.cli.output import CheckFailed, JsonOption, checking_arguments, print_json
 from fastft.environment import installed
 from fastft.errors import Problem, UsageError
@@ -45,6 +46,7 @@ def verify(
     with contextlib.redirect_stdout(sys.stderr) if json else contextlib.nullcontext():
         with checking_arguments():
             artefacts_in(artefacts, [])
+            check_weights(model)
             asked = None if prompts is None else _prompts(prompts)
             passage = None if text is None else _read(text)
         report = verify_export(model, None, artefacts, prompts=asked, text=passage, text_tokens=text_tokens)

@@ -13,6 +13,7 @@ from fastft.demo.before_after import Subject
 from fastft.demo.terminal import Say
 from fastft.errors import Problem, UsageError
 
+FOLDER = "run/demo-grpo"
 QUESTIONS, ANSWERS = 8, 8  # of a step, and of each question
 LEAST_STEPS = 8  # of fewer, the first and the last steps are much the same ones
 ABOUT = (
@@ -61,7 +62,7 @@ class GrpoDemoResult:
 
 
 def run_grpo_demo(
-    output_dir: str | Path = "run/demo-grpo",
+    output_dir: str | Path = FOLDER,
     *,
     steps: int = 32,
     sums: int = 40,

@@ -13,6 +13,7 @@ from fastft.demo.before_after import Subject
 from fastft.demo.terminal import Say
 
 BATCH = 16
+FOLDER = "run/demo"
 LENGTH = 96  # tokens; every row of the lesson is shorter, and one length means one compilation
 
 
@@ -44,7 +45,7 @@ class DemoResult:
 
 
 def run_demo(
-    output_dir: str | Path = "run/demo",
+    output_dir: str | Path = FOLDER,
     *,
     steps: int = 80,
     sums: int = 40,

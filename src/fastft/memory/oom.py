@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 
 from fastft.memory.estimate import Mode, Setup, estimate
-from fastft.memory.plan import describe_modes, remedies
+from fastft.memory.plan import describe_modes
+from fastft.memory.remedies import remedies
 
 GB = 10**9
 

@@ -3,12 +3,11 @@
 from collections.abc import Iterator, Sequence
 from itertools import groupby, pairwise
 
-from attrs import evolve, frozen
+from attrs import frozen
 
 from fastft.errors import Problem, did_you_mean
 from fastft.memory.devices import LEAST_AMOUNT, Device, parse_bytes
 from fastft.memory.estimate import (
-    OPTIMIZER_BYTES,
     REFERENCE,
     Estimate,
     Mode,
@@ -16,7 +15,6 @@ from fastft.memory.estimate import (
     estimate,
     longer,
     saved_bytes,
-    setup_of,
     step_seconds,
 )
 from fastft.memory.levels import LEVELS, keeps_wide
@@ -43,15 +41,6 @@ class Plan:
     modes: tuple[Mode, ...]
     estimate: Estimate
     budget: int | None
-    fits: bool
-
-
-@frozen
-class Remedy:
-    """Something that makes a step smaller, and the bytes of the peak that it saves."""
-
-    name: str
-    saves: int
     fits: bool
 
 
@@ -256,52 +245,6 @@ def longest(setup: Setup, plan: str | int, budget: int, device: Device | None = 
         else:
             high = middle
     return low * multiple
-
-
-def remedies(setup: Setup, modes: Sequence[Mode], budget: int | None = None) -> tuple[Remedy, ...]:
-    """Return what would make the step smaller, in the order of what it costs: the bytes of the peak each saves alone.
-
-    A plan that keeps less costs time, a smaller batch nothing but more accumulation. 8 bits for what is kept, and for
-    the optimizer, change the numbers a little; quantisation, the rank and a shorter length change what is trained.
-    """
-    now = estimate(setup, modes).peak
-    layers = setup.shape.layers
-    keep = [f"keep{EIGHT_BITS}" if setup.eight_bits else "keep"] if any(mode.dequantised for mode in modes) else []
-    tried: list[tuple[str, Setup, Sequence[Mode]]] = [
-        (f'plan="{name}"', setup, named_modes(name, layers)) for name in (*keep, "min", "offload")
-    ]
-    if setup.rows > 1:
-        half = setup.rows // 2
-        answers = None if setup.answers is None else -(-setup.answers * half // setup.rows)
-        smaller = evolve(setup, rows=half, answers=answers)
-        tried.append((f"batch size {half} with twice the accumulation", smaller, modes))
-    if setup.rank and setup.eight_bits is False and any(keeps_wide(mode.level) for mode in modes):
-        name = f"gate and up in 8 bits (not exact; a plan with {EIGHT_BITS!r} behind it)"
-        tried.append((name, evolve(setup, eight_bits=True), modes))
-    if setup.optimizer:
-        part = OPTIMIZER_BYTES["adamw_8bit"] / OPTIMIZER_BYTES["adamw"]
-        part *= 2 if setup.full and setup.element == 2 else 1  # AdamW's own state has 2 bytes a number there
-        smaller = evolve(setup, optimizer=int(setup.optimizer * part))
-        tried.append(("an 8-bit optimizer (adamw_8bit)", smaller, modes))
-    if setup.quant != "nf4":
-        made = setup_of(setup.shape, setup.rows, setup.length, rank=setup.rank or 16, element=setup.element)
-        made = evolve(
-            made, compute=setup.compute, head=setup.head, answers=setup.answers, norm=setup.norm,
-            eight_bits=setup.eight_bits,
-        )  # fmt: skip
-        tried.append(('quant="nf4"' if not setup.full else 'LoRA with quant="nf4"', made, modes))
-    if setup.rank > 8:
-        part = 8 / setup.rank
-        changes = {name: int(getattr(setup, name) * part) for name in ("adapter", "gradients", "optimizer")}
-        tried.append(("rank 8", evolve(setup, rank=8, **changes), modes))
-    if setup.length > 256:
-        tried.append((f"length {setup.length // 2}", longer(setup, setup.length // 2), modes))
-    found = []
-    for name, smaller, with_modes in tried:
-        peak = estimate(smaller, with_modes).peak
-        if peak < now:
-            found.append(Remedy(name, now - peak, budget is not None and peak <= budget))
-    return tuple(found)
 
 
 def describe_modes(modes: Sequence[Mode], eight_bits: bool = False, fp8: bool = False) -> str:

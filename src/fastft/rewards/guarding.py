@@ -7,7 +7,7 @@ import logging
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from attrs import evolve, frozen
@@ -19,6 +19,8 @@ from fastft.rewards.deadline import Overdue, within
 _log = logging.getLogger(__name__)
 # Functions that trainers pass along for logging; what a failed call had logged is forgotten.
 _LOGGERS = ("log_extra", "log_metric")
+# A number or None for each row, and the rows that failed.
+Scores = tuple[list[float | None], list[Failure]]
 
 
 @frozen
@@ -205,48 +207,58 @@ def is_module(thing: Any) -> bool:
 
 def _score(
     function: Callable[..., Any], prompts: Sequence[Any], completions: Sequence[Any], columns: dict[str, Any]
-) -> tuple[list[float | None], list[Failure]]:
+) -> Scores:
     """Return the rewards and failures of all rows, scored together, or one by one if that raised an exception."""
-    rows = len(completions)
-    kept = _Kept(columns)
-    try:
-        returned = function(prompts=prompts, completions=completions, **kept.columns)
-    except (UsageError, RewardError):
-        raise
-    except Exception as error:
-        if rows == 1:
-            return [None], [_failure(error)]
-    else:
-        kept.pass_on()
-        return checked(returned, rows)
-    rewards: list[float | None] = []
-    failures: list[Failure] = []
-    for row in range(rows):
-        one = _row(prompts, completions, columns, row)
-        (reward,), failed = _score(function, *one)
-        rewards.append(reward)
-        failures += [evolve(failure, row=row) for failure in failed]
-    return rewards, failures
+    with _Attempt(prompts, completions, columns) as attempt:
+        attempt.returned = function(**attempt.arguments)
+    return attempt.scores() or _joined([_score(function, *one) for one in attempt.rows()])
 
 
 async def _score_async(
     function: Callable[..., Any], prompts: Sequence[Any], completions: Sequence[Any], columns: dict[str, Any]
-) -> tuple[list[float | None], list[Failure]]:
+) -> Scores:
     """`_score` of an async function; the rows that are scored one by one are so at the same time."""
-    rows = len(completions)
-    kept = _Kept(columns)
-    try:
-        returned = await function(prompts=prompts, completions=completions, **kept.columns)
-    except (UsageError, RewardError):
-        raise
-    except Exception as error:
-        if rows == 1:
-            return [None], [_failure(error)]
-    else:
-        kept.pass_on()
-        return checked(returned, rows)
-    ones = (_row(prompts, completions, columns, row) for row in range(rows))
-    scored = await asyncio.gather(*(_score_async(function, *one) for one in ones))
+    with _Attempt(prompts, completions, columns) as attempt:
+        attempt.returned = await function(**attempt.arguments)
+    return attempt.scores() or _joined(await asyncio.gather(*(_score_async(function, *one) for one in attempt.rows())))
+
+
+class _Attempt:
+    """A call of a reward with all rows at once: what it `returned`, or the exception that the block ended with.
+
+    Of a mistake in its arguments, and of one that the guard raised further inside, the run is to end.
+    """
+
+    def __init__(self, prompts: Sequence[Any], completions: Sequence[Any], columns: dict[str, Any]) -> None:
+        self._given = prompts, completions, columns
+        self._kept = _Kept(columns)
+        self._error: Exception | None = None
+        self.arguments = {"prompts": prompts, "completions": completions, **self._kept.columns}
+        self.returned: Any = None
+
+    def __enter__(self) -> "_Attempt":
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
+        if isinstance(error, Exception) and not isinstance(error, UsageError | RewardError):
+            self._error = error
+        return self._error is not None
+
+    def scores(self) -> Scores | None:
+        """Return rewards and failures, None where the rows have to be scored one by one."""
+        rows = len(self._given[1])
+        if self._error is None:
+            self._kept.pass_on()
+            return checked(self.returned, rows)
+        return ([None], [_failure(self._error)]) if rows == 1 else None
+
+    def rows(self) -> Iterator[tuple[list[Any], list[Any], dict[str, Any]]]:
+        """Yield each row by itself."""
+        return (_row(*self._given, row) for row in range(len(self._given[1])))
+
+
+def _joined(scored: Sequence[Scores]) -> Scores:
+    """Return as one what single rows came to."""
     failures = [evolve(failure, row=row) for row, (_, failed) in enumerate(scored) for failure in failed]
     return [rewards[0] for rewards, _ in scored], failures
 

@@ -2,7 +2,7 @@
 
 import copy
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from fastft.rewards.guarding import Guarded, is_async, is_module, name_of
@@ -21,24 +21,22 @@ def of_texts(function: Any) -> Any:
         return guarded
     if not callable(function) or is_module(function):
         return function
-    made = _async(function) if is_async(function) else _plain(function)
+
+    def plain(*given: Any, **named: Any) -> Any:
+        return function(**_as_texts(*given, **named))
+
+    async def awaited(*given: Any, **named: Any) -> Any:
+        return await function(**_as_texts(*given, **named))
+
+    made = awaited if is_async(function) else plain
     functools.update_wrapper(made, function)  # its signature, and the columns that it looks at
     made.__name__ = name_of(function)
     return made
 
 
-def _plain(function: Callable[..., Any]) -> Callable[..., Any]:
-    def reward(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> Any:
-        return function(prompts=_prompts(prompts), completions=[text_of(one) for one in completions], **columns)
-
-    return reward
-
-
-def _async(function: Callable[..., Any]) -> Callable[..., Any]:
-    async def reward(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> Any:
-        return await function(prompts=_prompts(prompts), completions=[text_of(one) for one in completions], **columns)
-
-    return reward
+def _as_texts(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> dict[str, Any]:
+    """Return what a reward is called with, texts in place of messages."""
+    return {"prompts": _prompts(prompts), "completions": [text_of(one) for one in completions], **columns}
 
 
 def _prompts(prompts: Sequence[Any]) -> list[str]:

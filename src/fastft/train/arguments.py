@@ -321,15 +321,36 @@ def evaluation_defaults(fields: Mapping[str, Any]) -> dict[str, Any]:
     return defaults
 
 
+def contradictions(
+    owner: str, fields: Mapping[str, Any], defaults: Mapping[str, Any], evaluated: bool
+) -> list[Problem]:
+    """Return the `fields` that say after how many steps, where it goes by something else: that would be ignored.
+
+    Only of what a function's user has said that is known: a config holds a number always. Who says that there is none
+    may say how often there would be.
+    """
+    problems = []
+    for name, strategy in EVERY.items():
+        kind = _plain(fields.get(strategy, defaults.get(strategy)))
+        if name not in fields or kind not in ("epoch", "best") or (name == "eval_steps" and not evaluated):
+            continue
+        remedy = f"Leave {name} out, or set {strategy}='steps'."
+        if strategy not in fields:
+            remedy = f"With early stopping it is saved when it is evaluated: set eval_steps, or leave {name} out."
+        problems.append(Problem(f"{owner} {name}", fields[name], f"nothing beside {strategy}={kind!r}", remedy))
+    return problems
+
+
 def made(kind: type, defaults: Mapping[str, Any], fields: Mapping[str, Any], evaluated: bool) -> Any:
     """Return the config `kind` of a function's defaults and of the `fields` that its user has said.
 
     evaluated: whether there are evaluation data. Raises `UsageError` with everything that is wrong with it.
     """
     problems = [] if evaluated else unevaluated(kind.__name__, fields)
+    defaults = {**defaults, **(evaluation_defaults(fields) if evaluated else {})}
+    problems += contradictions(kind.__name__, fields, defaults, evaluated)
     told = {problem.where.split()[-1] for problem in problems}
     fields = {name: value for name, value in fields.items() if name not in told}
-    defaults = {**defaults, **(evaluation_defaults(fields) if evaluated else {})}
     try:
         config = kind(**defaults | fields)
     except UsageError as error:

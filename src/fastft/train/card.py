@@ -1,5 +1,6 @@
 """The model card, made from a run's manifest."""
 
+import os.path
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,15 +9,25 @@ def model_card(record: Mapping[str, Any]) -> str:
     """Return the README.md of a run: metadata for a hub, then what was trained, on what, how fast, in which memory."""
     model = record.get("model", {})
     head = ["---", "library_name: peft" if model.get("lora") else "library_name: transformers"]
-    if "/" in model.get("name", "") and not model["name"].startswith((".", "/")):
+    if "/" in model.get("name", "") and not is_path(model["name"]):
         head.append(f"base_model: {model['name']}")
     head += ["tags:", "- fastft", f"- {record.get('method', 'sft')}", "---", ""]
     rows = [(label, value) for label, value in facts(record) if value not in (None, "")]
     table = ["| | |", "|---|---|", *(f"| {label} | {value} |" for label, value in rows)]
-    title = f"# {model.get('name') or 'A model'}, fine-tuned with fastft"
+    title = f"# {short_name(model.get('name', '')) or 'A model'}, fine-tuned with fastft"
     picture = ["", f"![curves]({record['picture']})"] if "picture" in record else []
     versions = ", ".join(f"{name} {version}" for name, version in record.get("versions", {}).items() if version)
     return "\n".join([*head, title, "", *table, *picture, "", f"Versions: {versions}.", ""])
+
+
+def is_path(name: str) -> bool:
+    """Say whether a model's name is that of a folder here, and no id of a hub."""
+    return name.startswith((".", "~")) or os.path.isabs(name) or os.path.isdir(name)
+
+
+def short_name(name: str) -> str:
+    """Return a model's name for a title: of a path the last folder's."""
+    return os.path.basename(os.path.abspath(name)) if name and is_path(name) else name
 
 
 def facts(record: Mapping[str, Any]) -> list[tuple[str, Any]]:

@@ -21,6 +21,8 @@ ASIDE = (
 )  # fmt: skip
 # Fields that the optimizer of a checkpoint brings with it.
 HELD = ("learning_rate", "weight_decay", "adam_", "embedding_learning_rate", "loraplus_ratio")
+# Schedules that are the same whatever number of steps a run takes.
+WITHOUT_LENGTH = ("constant", "reduce_lr_on_plateau")
 
 
 def record_of(folder: Path) -> dict[str, Any]:
@@ -44,10 +46,16 @@ def runs_from(earlier: Sequence[Mapping[str, Any]], step: int) -> list[dict[str,
 
 def step_of(folder: Path) -> int:
     """Return the step of a checkpoint: its state's, else that in its name."""
+    step = _state_number(folder, "global_step")
+    return int(folder.name.rpartition("-")[2]) if step is None else step
+
+
+def _state_number(folder: Path, name: str) -> int | None:
+    """Return a number of a checkpoint's state, None where that cannot be read."""
     try:
-        return int(json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["global_step"])
+        return int(json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))[name])
     except (OSError, ValueError, KeyError, TypeError):
-        return int(folder.name.rpartition("-")[2])
+        return None
 
 
 def leads_to(folder: Path, runs: Sequence[Mapping[str, Any]]) -> bool:
@@ -89,13 +97,13 @@ def changes(earlier: Mapping[str, Any], now: Mapping[str, Any], told: Collection
     return dict(sorted(found.items()))
 
 
-def lines(begun: Path, now: Mapping[str, Any], told: Collection[str] = ()) -> list[str]:
-    """Return what to say of a run with the record `now` that goes on from the checkpoint `begun`, a sentence each."""
-    earlier = record_of(begun)
-    if not earlier:
-        return []
-    said = []
-    if (earlier.get("data") or {}).get("sha256") != now["data"]["sha256"]:
+def lines(begun: Path, now: Mapping[str, Any], steps: int, told: Collection[str] = ()) -> list[str]:
+    """Return what to say of a run with the record `now` that goes on from the checkpoint `begun`, a sentence each.
+
+    `steps`: how many the run takes in all, those of the checkpoint among them.
+    """
+    earlier, said = record_of(begun), []
+    if earlier and (earlier.get("data") or {}).get("sha256") != now["data"]["sha256"]:
         said.append(f"the data are not those that {begun} was made with; the curve goes on with them.")
     other = changes(earlier, now, told)
     if other:
@@ -103,4 +111,18 @@ def lines(begun: Path, now: Mapping[str, Any], told: Collection[str] = ()) -> li
         held = [name for name in other if name.startswith(HELD)]
         stay = f"; its optimizer brings {', '.join(held)} with it" if held else ""
         said.append(f"other settings than in {begun}: {listed}{stay}.")
-    return said
+    return [*said, *_other_length(begun, now, steps)]
+
+
+def _other_length(begun: Path, now: Mapping[str, Any], steps: int) -> list[str]:
+    """Return what to say where the checkpoint's run was to take another number of steps than this one."""
+    there = _state_number(begun, "max_steps")
+    if there is None or there == steps:
+        return []
+    kind = (now.get("config") or {}).get("lr_scheduler_type")
+    line = f"the run of {begun} was to take {there} steps, this one takes {steps}"
+    if kind in WITHOUT_LENGTH:
+        return [f"{line}."]
+    # transformers makes the schedule anew; the optimizer's state brings the rate of the step that comes next
+    rate = f"the learning rate is that of schedule {kind!r} over {steps} steps from the second step on"
+    return [f"{line}; {rate}, in the first that of the checkpoint."]

@@ -134,8 +134,9 @@ class RecordCallback(TrainerCallback):
             self.record = {"method": self.method, **describe_run(args, model, self.dataset, self.work)}
             earlier = [] if self.begun is None else lineage.runs_of(self.begun)
             self.record["runs"] = lineage.runs_from(earlier, state.global_step)
-            for line in [] if self.begun is None else lineage.lines(self.begun, self.record, self.told):
-                print(f"fastft: {line}")
+            if self.begun is not None:
+                for line in lineage.lines(self.begun, self.record, state.max_steps, self.told):
+                    print(f"fastft: {line}")
             self.write_record("running")
         self.clock.start()
 
@@ -190,7 +191,7 @@ class RecordCallback(TrainerCallback):
         self.record |= self.measurements(state)
         name, plot = self.picture
         self.record["picture"] = name
-        plot(self.rows, self.folder / name, self.record.get("model", {}).get("name", ""))
+        plot(self.rows, self.folder / name, card.short_name(self.record.get("model", {}).get("name", "")))
         self.write_record(status, error)
 
     def write_record(self, status: str, error: str | None = None) -> None:

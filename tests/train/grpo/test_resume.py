@@ -1,6 +1,7 @@
 """Checkpoints of GRPO runs: going on from them, and what is left after a failure."""
 
 import json
+import logging
 import signal
 import time
 import traceback
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import trl
 from grpo_runs import GivenRollouts, as_second, trained
 from transformers import TrainerCallback
 
@@ -107,12 +109,35 @@ def test_failing_reward_is_one_error_from_its_exception(trainer, caplog):
     assert line.startswith("reward 'fails' failed for 4 of 4 rows")
 
 
-def test_rows_that_all_rewards_leave_out_are_still_told_by_trl(trainer, caplog):
-    trainer(GivenRollouts(), rewards=[lambda completions, **columns: [None] * 4], max_steps=1).train()
-    assert "All reward functions returned None" in caplog.text
+def left_out(capsys):
+    return [line for line in capsys.readouterr().out.splitlines() if "have a reward from no function" in line]
 
 
-def test_a_row_that_all_leave_out_is_news_beside_one_that_failed(trainer, caplog):
+def test_rows_that_all_rewards_leave_out_are_told_once(trainer, caplog, capsys):
+    """By a line of fastft's; TRL's of each step, with all columns of a row, is kept back, and no other of its lines."""
+
+    def never(completions, **columns):
+        logging.getLogger(trl.GRPOTrainer.__module__).warning("another line")
+        return [None] * len(completions)
+
+    trainer(GivenRollouts(), rewards=[never, never], max_steps=2).train()
+    assert left_out(capsys) == [
+        "fastft: 4 of 4 completions have a reward from no function (None from all of them) and are not learnt from. "
+        "This is said once; the log counts them as rewards/NAME/missing."
+    ]
+    assert caplog.messages.count("another line") == 4 and "All reward functions returned None" not in caplog.text
+
+
+def test_rows_that_failed_are_not_told_as_left_out(trainer, caplog, capsys):
+    def fails(completions, **columns):
+        return [1.0, "none", 1.0, 1.0]
+
+    trainer(GivenRollouts(), rewards=[fails], max_steps=1).train()
+    assert "reward 'fails' failed for 1 of 4 rows" in caplog.text
+    assert left_out(capsys) == [] and "All reward functions returned None" not in caplog.text
+
+
+def test_a_row_that_all_leave_out_is_news_beside_one_that_failed(trainer, caplog, capsys):
     """Row 0 fails in one reward and is scored by the other; row 1 has no reward of either, and failed in none."""
 
     seen = []
@@ -128,7 +153,8 @@ def test_a_row_that_all_leave_out_is_news_beside_one_that_failed(trainer, caplog
 
     trainer(GivenRollouts(), rewards=[one, other], max_steps=1).train()
     assert "reward 'other' failed for 1 of 4 rows" in caplog.text
-    assert "All reward functions returned None" in caplog.text
+    (line,) = left_out(capsys)
+    assert line.startswith("fastft: 1 of 4 completions have a reward from no function")
 
 
 def test_merging_is_no_other_batch_to_a_checkpoint(trainer, config, build_model, capsys):

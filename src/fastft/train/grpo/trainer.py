@@ -26,11 +26,10 @@ from fastft.rollout.base import Engine, Sampling
 from fastft.state import base_model, get_state
 from fastft.train import arguments, checkpoint, plots, settings
 from fastft.train.base import Trained, built, load_named, take_recompute
-from fastft.train.grpo import batching, checks, groups, prompts, rollouts, telling
+from fastft.train.grpo import batching, checks, groups, prompts, rollouts, scored, telling
 from fastft.train.grpo import kept as kept_rollouts
 from fastft.train.grpo.config import LEGACY, GRPOConfig
 from fastft.train.grpo.phases import Phases
-from fastft.train.grpo.scored import Scored, told_already
 from fastft.train.logprobs import CompletionLogprobs, completion_logprobs
 from fastft.train.telling import bars_aside
 
@@ -95,7 +94,7 @@ class GRPOTrainer(Trained, trl.GRPOTrainer):
             super().__init__(model, functions, args, **kwargs)
         self.beta = args.beta = beta
         self.reward_funcs = guard(self.reward_funcs, time_limit=args.reward_time_limit)  # environments bring their own
-        self.phases = Phases()
+        self.phases, self._scored = Phases(), scored.Scored()
         self._settled_step, self._order, self._resumed_orders = 0, None, None
         self._batching, self._merged = batching.batching(args), 1  # as asked for; micro-batches that are one
         self._differences: list[rollouts.Difference] = []  # of the micro-batches of an update
@@ -259,11 +258,12 @@ class GRPOTrainer(Trained, trl.GRPOTrainer):
         return self._buffered_inputs[self._step % self.args.steps_per_generation]
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Any:
-        def told(line: str) -> bool:
-            return told_already(line, self.reward_funcs)
-
-        with bars_aside(self), self.phases("rewards"), kept_back(trl.GRPOTrainer.__module__, told):
+        told_here = kept_back(trl.GRPOTrainer.__module__, scored.is_of_unscored_rows)
+        with bars_aside(self), self.phases("rewards"), told_here:
             made = super()._calculate_rewards(*args, **kwargs)
+            own = made.chunk(self.args.world_size)[self.args.process_index]
+            left = self._sum_processes(torch.tensor(scored.left_out(own, self.reward_funcs), device=made.device))
+            self._scored.tell(int(left), len(made), self.is_world_process_zero())
         self._count_failures()
         if self.model.training:
             self._scored.add(made)
@@ -390,7 +390,7 @@ class GRPOTrainer(Trained, trl.GRPOTrainer):
 
     def _begin_record(self) -> None:
         """Begin what a run records beside metrics.jsonl: names of engine and rewards, and the sample completions."""
-        self._scored = Scored(begun=self.state.global_step)
+        self._scored = scored.Scored(begun=self.state.global_step)
         told = {"engine": self.engine.name, "rewards": list(self.reward_func_names), "merged": self._merged}
         self.recorder.extra |= {**told, "notes": []}
         if self.is_world_process_zero():
