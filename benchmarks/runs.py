@@ -1,94 +1,155 @@
-"""What a step of `fastft.sft` takes, data, clipping and log included, where `scripts/bench` times bare steps.
+"""What a step of a whole run takes, in each tool's own trainer: data, clipping and log included.
 
-python -m benchmarks.runs --shape llama-1b --plan keep+8bit --log-every 1
+python -m benchmarks.runs --arm fastft:keep+8bit --shape llama-1b --log-every 1
+python -m benchmarks.runs --arm unsloth-none --shape llama-1b --log-every 1
+
+`scripts/bench` times bare steps. Arms are named as there; those of fastft train by `fastft.sft`, all others by the
+SFTTrainer of TRL (parts of which Unsloth replaces), on the same rows of random tokens. One JSON line.
 """
 
 import argparse
+import importlib
 import json
+import subprocess
+import sys
 import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
-import datasets
-import torch
-from transformers import AutoTokenizer, TrainerCallback
+from benchmarks.arms import FOLDER, find_arm
+from benchmarks.cells import Cell, Task
+from benchmarks.machine import device, versions
 
-import fastft
-from benchmarks.batches import batch_of
-from benchmarks.cells import Cell
-from benchmarks.machine import device
-from benchmarks.weights import build
-from fastft.demo import MODEL_FOLDER
+FASTFT = "benchmarks.arms.fastft"
 
 
-class Timed(TrainerCallback):
-    """Takes the time from the beginning of step `first` to the end of the last, with the device done at both."""
+def timed(first: int) -> Any:
+    """Return a callback whose `seconds` are those from the beginning of step `first` to the end of the last.
 
-    def __init__(self, first: int) -> None:
-        self.first, self.began, self.seconds = first, 0.0, 0.0
+    At both the device is done.
+    """
+    import torch
+    from transformers import TrainerCallback
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Begin at the first timed step."""
-        if state.global_step == self.first:
-            _wait()
-            self.began = time.perf_counter()
+    class Timed(TrainerCallback):
+        seconds, began = 0.0, 0.0
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """End at the last step."""
-        if state.global_step == state.max_steps:
-            _wait()
-            self.seconds = time.perf_counter() - self.began
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == first:
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()
+                self.began = time.perf_counter()
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == state.max_steps:
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()
+                self.seconds = time.perf_counter() - self.began
+
+    return Timed()
 
 
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+def measured(task: Task, log_every: int) -> dict[str, Any]:
+    """Train twice `task.steps` steps, and return the mean milliseconds of the later half, and the losses as logged."""
+    arm, cell = find_arm(task.arm), task.cell
+    prepare = importlib.import_module(arm.module).prepare  # first of all: some tools want to be imported first
+    import torch
 
-
-def measured(cell: Cell, plan: str, steps: int, log_every: int, cuda_graphs: str, backend: str) -> dict[str, Any]:
-    """Train `2 * steps` steps of random rows, and return the mean milliseconds of the later half, and the last loss."""
     where = "cuda" if torch.cuda.is_available() else "cpu"
-    model = fastft.compile(build(cell, where), plan=plan, backend=backend)
-    batches = [batch_of(cell, index, "cpu")["input_ids"] for index in range(2 * steps)]
-    rows = datasets.Dataset.from_dict({name: torch.cat(batches).numpy() for name in ("input_ids", "labels")})
-    tokenizer, timed = AutoTokenizer.from_pretrained(MODEL_FOLDER), Timed(steps)
+    model = prepare(task, arm.options, where).model
+    clock, settings = timed(task.steps), {
+        "per_device_train_batch_size": cell.batch,
+        "gradient_accumulation_steps": 1,
+        "learning_rate": 1e-4,
+        "max_steps": 2 * task.steps,
+        "logging_steps": log_every,
+        "max_length": cell.length,
+        "save_strategy": "no",
+        "report_to": "none",
+        "bf16": where == "cuda",
+        "use_cpu": where == "cpu",
+        "seed": cell.seed,
+    }  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
-        result = fastft.sft(
-            model,
-            tokenizer,
-            rows,
-            output_dir=folder,
-            batch_size=cell.batch,
-            accumulate=1,
-            learning_rate=1e-4,
-            log_every=log_every,
-            max_length=cell.length,
-            callbacks=[timed],
-            save_strategy="no",
-            refuse_untrained_stop=False,
-            cuda_graphs=cuda_graphs,
-        )
-    return {
-        "step_ms": round(timed.seconds / steps * 1e3, 2),
-        "last_loss": result.final_loss,
-        "cuda_graphs": result.record.get("cuda_graphs"),
-        "peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 3) if where == "cuda" else None,
-    }
+        train = trained_by_fastft if arm.module == FASTFT else trained_by_trl
+        made = train(model, rows_of(cell, 2 * task.steps), clock, {**settings, "output_dir": folder}, arm.options)
+    peak = round(torch.cuda.max_memory_allocated() / 1e9, 3) if where == "cuda" else None
+    return {"step_ms": round(clock.seconds / task.steps * 1e3, 2), **made, "peak_gb": peak}
+
+
+def rows_of(cell: Cell, batches: int) -> Any:
+    """Return a data set with the rows of the cell's first batches."""
+    import datasets
+    import torch
+
+    from benchmarks.batches import batch_of
+
+    ids = torch.cat([batch_of(cell, index, "cpu")["input_ids"] for index in range(batches)])
+    return datasets.Dataset.from_dict({name: ids.numpy() for name in ("input_ids", "labels")})
+
+
+def trained_by_fastft(model: Any, rows: Any, clock: Any, settings: dict[str, Any], options: Any) -> dict[str, Any]:
+    """Train by `fastft.sft`."""
+    import fastft
+    from fastft.train.cuda_graphs import MODES
+
+    graphs = next((option for option in options if option in MODES), "auto")
+    config = fastft.SFTConfig(**settings, cuda_graphs=graphs, refuse_untrained_stop=False)
+    result = fastft.sft(model, tokenizer(), rows, config=config, callbacks=[clock])
+    return {"losses": [loss for _, loss in result.losses], "cuda_graphs": result.record.get("cuda_graphs")}
+
+
+def trained_by_trl(model: Any, rows: Any, clock: Any, settings: dict[str, Any], options: Any) -> dict[str, Any]:
+    """Train by TRL's SFTTrainer; checkpointing is the arm's own affair."""
+    import trl
+
+    config = trl.SFTConfig(
+        **settings, gradient_checkpointing="checkpoint" in options, dataset_kwargs={"skip_prepare_dataset": True}
+    )
+    trainer = trl.SFTTrainer(
+        model=model, args=config, train_dataset=rows, processing_class=tokenizer(), callbacks=[clock]
+    )
+    trainer.train()
+    return {"losses": [row["loss"] for row in trainer.state.log_history if "loss" in row]}
+
+
+def tokenizer() -> Any:
+    """Return a tokenizer, which a trainer wants to have; the rows are token ids."""
+    from transformers import AutoTokenizer
+
+    from fastft.demo import MODEL_FOLDER
+
+    return AutoTokenizer.from_pretrained(MODEL_FOLDER)
+
+
+def with_folder(task: Task, work: Path) -> Task:
+    """Return the task with the model's folder, written by a process of its own, where the arm loads from one."""
+    from attrs import evolve
+
+    if not find_arm(task.arm).loads:
+        return task
+    ready = evolve(task, folder=str(work / "model"))
+    (work / "task.json").write_text(json.dumps(evolve(ready, arm=FOLDER).to_dict()), encoding="utf-8")
+    files = [str(work / name) for name in ("task.json", "result.json")]
+    subprocess.run([sys.executable, "-m", "benchmarks.measure", *files], check=True)
+    return ready
 
 
 def main() -> None:
     """Measure one run and print one JSON line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, default in (("shape", "llama-1b"), ("mode", "nf4"), ("plan", "keep"), ("cuda-graphs", "auto")):
+    for name, default in (("arm", "fastft"), ("shape", "llama-1b"), ("mode", "nf4"), ("backend", "inductor")):
         parser.add_argument(f"--{name}", default=default)
     for name, default in (("batch", 4), ("length", 2048), ("layers", 0), ("steps", 20), ("log-every", 1)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--backend", default="inductor", help="of torch.compile")
     given = parser.parse_args()
     cell = Cell(given.shape, given.mode, given.batch, given.length, layers=given.layers)
-    facts = {"cell": cell.name, "plan": given.plan, "log_every": given.log_every, "steps": given.steps}
-    made = measured(cell, given.plan, given.steps, given.log_every, given.cuda_graphs, given.backend)
-    print(json.dumps({**facts, **made, "device": device()["name"]}))
+    with tempfile.TemporaryDirectory() as work:
+        task = with_folder(Task(given.arm, cell, given.steps, backend=given.backend), Path(work))
+        made = measured(task, given.log_every)
+    facts = {"arm": given.arm, "cell": cell.name, "log_every": given.log_every, "steps": given.steps}
+    print(json.dumps({**facts, **made, "device": device()["name"], "versions": versions()}))
 
 
 if __name__ == "__main__":
