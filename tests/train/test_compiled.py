@@ -116,3 +116,45 @@ def test_compute_reaches_the_layers_or_is_refused(build_model, tokenizer, datase
     assert made.args.compute == "fp8+head" and "which is not exact, and stays so" in capsys.readouterr().out
     with pytest.raises(UsageError, match=r"SFTConfig compute: expected one of exact, fp8, fp8\+head, got 'fp9'"):
         SFTConfig(**settings, compute="fp9")
+
+
+def packed_run(model, tokenizer, rows, settings, **changes):
+    changes = {**settings, "packing": True, "max_length": 48, "max_steps": -1, "num_train_epochs": 2, **changes}
+    made = SFTTrainer(model, SFTConfig(**changes), train_dataset=rows, processing_class=tokenizer)
+    made.train()
+    return made
+
+
+def test_packed_batches_are_filled_up_and_compiled_for_once(build_model, build_rows, tokenizer, settings):
+    """For all batches, the last and smaller one too; losses are those of batches as they are."""
+    from datasets import Dataset
+
+    rows = Dataset.from_list(build_rows(55, low=4, high=12))
+    runs = []
+    for filling in (True, False):
+        model = compile_layers(build_model(), backend="aot_eager")
+        made = packed_run(model, tokenizer, rows, settings, **({} if filling else {"neftune_noise_alpha": 0.0}))
+        told = made.packing_statistics["train"]
+        assert told["fill"] >= 15 / 16 and told["packed_rows"] % 2 == 1
+        assert told["filled_up_to"] == (96 if filling else None)
+        runs.append((curve(made), len(get_state(model).compiled.report().graphs)))
+    torch.testing.assert_close(runs[0][0], runs[1][0], rtol=1e-5, atol=0)
+    assert runs[0][1] == 3 < runs[1][1]  # the first layer's form, all others' and the last norm
+
+
+def test_batches_to_evaluate_and_those_of_layers_as_they_are_are_not_filled_up(
+    build_model, build_rows, tokenizer, settings
+):
+    from datasets import Dataset
+
+    rows = Dataset.from_list(build_rows(55, low=4, high=12))
+    changes = {**settings, "packing": True, "max_length": 48, "per_device_eval_batch_size": 1}
+    more = {"train_dataset": rows, "eval_dataset": rows, "processing_class": tokenizer}
+    model = compile_layers(build_model(), backend="aot_eager")
+    made = SFTTrainer(model, SFTConfig(**changes), **more)
+    assert {batch["input_ids"].shape[1] for batch in made.get_train_dataloader()} == {96}
+    assert max(batch["input_ids"].shape[1] for batch in made.get_eval_dataloader()) <= 48
+    assert made.data_collator.filling is not None
+    plain = SFTTrainer(build_model(), SFTConfig(**changes), compile=False, **more)
+    assert max(batch["input_ids"].shape[1] for batch in plain.get_train_dataloader()) <= 96
+    assert plain.data_collator.filling is None

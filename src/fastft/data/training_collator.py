@@ -7,6 +7,7 @@ from typing import Any
 
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from fastft.data.filling import Filling, filled
 from fastft.data.mask import IGNORE
 from fastft.errors import DataError, Problem
 
@@ -18,12 +19,17 @@ class CountingCollator(DataCollatorForLanguageModeling):
     """TRL's collator, which also says what the loss would otherwise have to ask the device for.
 
     `valid_rows` is the number of targets; `right_padded` that no token stands behind padding. Padding is masked by the
-    rows' lengths, never by its id, so that the pad token may be the stop token.
+    rows' lengths, never by its id, so that the pad token may be the stop token. Packed batches are filled up to
+    `filling`, if there is one, and say by how many tokens (`filler`).
     """
+
+    filling: Filling | None = None
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """Return TRL's batch with `valid_rows`, an int, and where there is a mask `right_padded`, a bool."""
         batch = super().torch_call(examples)
+        if self.filling is not None and "cu_seq_lens_q" in batch:
+            batch = filled(batch, self.filling, self.pad_token_id)
         mask = batch.get("attention_mask")
         if mask is not None:
             batch["right_padded"] = bool((mask[:, 1:] <= mask[:, :-1]).all())

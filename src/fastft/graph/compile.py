@@ -35,6 +35,7 @@ from fastft.state import base_model, get_state, update_state
 DEFAULT_ATTENTION = ("sdpa", "eager", attention.NAME)
 # What a decoder layer calls its key-value cache: the second until transformers 5.23.
 CACHES = ("cache", "past_key_values")
+OFFSETS = ("cu_seq_lens_q", "cu_seq_lens_k")
 
 
 FEWER_KEPT = (
@@ -349,6 +350,12 @@ def _mark_lengths(args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
             torch._dynamo.maybe_mark_dynamic(leaf, 1)
 
 
+def _mark_documents(kwargs: Mapping[str, Any]) -> None:
+    """Say to Dynamo that the number of this batch's documents is of this batch alone."""
+    for offsets in {id(one): one for name in OFFSETS if (one := kwargs.get(name)) is not None}.values():
+        torch._dynamo.maybe_mark_dynamic(offsets, 0)
+
+
 def _dispatcher(
     layer: nn.Module, index: int, version: Callable[[Mode, Kind, bool], Callable[..., Any]], compiled: Compiled
 ) -> Callable[..., Any]:
@@ -362,6 +369,8 @@ def _dispatcher(
         if kwargs.get("use_cache") or any(kwargs.get(name) is not None for name in CACHES):
             return eagerly("a key-value cache is in use (pass use_cache=False)", *args, **kwargs)
         lengths_vary, planned = kwargs.pop("lengths_vary", False), compiled.planned
+        if kind.rows == "cu_seq_lens_q":
+            _mark_documents(kwargs)
 
         def run(mode: Mode, whole: bool, given: Sequence[Any], named: Mapping[str, Any]) -> Any:
             if lengths_vary:

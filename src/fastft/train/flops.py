@@ -90,11 +90,17 @@ def pairs_name(window: int | None) -> str:
 
 
 def count_batch(batch: Mapping[str, Any], targets: Tensor, windows: set[int | None]) -> dict[str, Tensor]:
-    """Count a batch's tokens without waiting for the device: scalars `all`, `non_padding`, `loss_bearing`, pairs."""
+    """Count a batch's tokens without waiting for the device: scalars `all`, `non_padding`, `loss_bearing`, pairs.
+
+    What fills a packed batch up (`filler`) is padding.
+    """
     ids = batch["input_ids"]
     mask, positions = batch.get("attention_mask"), batch.get("position_ids")
     if positions is not None and positions.shape == ids.shape and mask is None:
         seen, real = positions + 1, None
+        if batch.get("filler") is not None:
+            real = ids.numel() - batch["filler"].to(ids.device)
+            seen = seen * (ids.new_ones(ids.shape).cumsum(dim=-1) <= real)
     elif mask is not None and mask.ndim == 2:
         seen, real = mask.cumsum(dim=-1) * mask, mask.sum()
     else:

@@ -27,9 +27,9 @@ from fastft.graph.head import (
 from fastft.state import base_model
 
 IGNORE = -100
-# What the loss takes from a batch, and the backbone does not. `valid_rows`: the number of targets, and `right_padded`:
-# that no token stands behind padding, both known to the host.
-LABEL_KEYS = ("labels", "shift_labels", "num_items_in_batch", "valid_rows", "right_padded")
+# What the loss and the counts take from a batch, and the backbone does not. `valid_rows`: the number of targets, and
+# `right_padded`: that no token stands behind padding, both known to the host. `filler`: how many tokens fill it up.
+LABEL_KEYS = ("labels", "shift_labels", "num_items_in_batch", "valid_rows", "right_padded", "filler")
 CHUNK_ELEMENTS = 2**26
 
 

@@ -16,6 +16,7 @@ from accelerate import PartialState
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from fastft.data import packing
+from fastft.data.filling import filling_of
 from fastft.data.training_collator import CountingCollator
 from fastft.errors import Problem, UsageError
 from fastft.noise import quiet
@@ -82,6 +83,7 @@ class SFTTrainer(Trained, trl.SFTTrainer):
         self.replayer: Replayer | None = None
         self.equip(model, "sft", compile=compile, recompute=recompute)
         if self.packing_statistics:
+            self._fill_batches()
             self.recorder.extra["packing"] = self.packing_statistics
 
     def largest_batch(self) -> tuple[int, int] | None:
@@ -180,6 +182,29 @@ class SFTTrainer(Trained, trl.SFTTrainer):
         return output
 
     # ---- data
+
+    def _fill_batches(self) -> None:
+        """Have training batches of packed rows filled up, if that takes few tokens and layers are compiled for it.
+
+        Not where every token counts: in the loss of a router, and in noise that is scaled by their number.
+        """
+        told, collator = self.packing_statistics.get("train"), self.data_collator
+        compiled = get_state(self.model).compiled
+        if told is None or type(collator) is not CountingCollator or compiled is None or not compiled.layers:
+            return
+        if step.head_check(self.model).fused and self.args.neftune_noise_alpha is None:
+            collator.filling = filling_of(told, self.args.per_device_train_batch_size)
+        told["filled_up_to"] = collator.filling.tokens if collator.filling else None
+
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the loader of batches to evaluate, which are as long as their rows: nothing is compiled for them."""
+        own = self.data_collator
+        if type(own) is CountingCollator:
+            self.data_collator = dataclasses.replace(own, filling=None)
+        try:
+            return super().get_eval_dataloader(*args, **kwargs)
+        finally:
+            self.data_collator = own
 
     @functools.cached_property
     def packing_statistics(self) -> dict[str, dict[str, Any]]:
