@@ -132,6 +132,7 @@ def test_packed_batches_are_filled_up_and_compiled_for_once(build_model, build_r
     rows = Dataset.from_list(build_rows(55, low=4, high=12))
     runs = []
     for filling in (True, False):
+        torch._dynamo.reset()  # what it has learnt of lengths that vary
         model = compile_layers(build_model(), backend="aot_eager")
         made = packed_run(model, tokenizer, rows, settings, **({} if filling else {"neftune_noise_alpha": 0.0}))
         told = made.packing_statistics["train"]
