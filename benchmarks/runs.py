@@ -17,9 +17,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.arms import FOLDER, find_arm
+from benchmarks.arms import ARMS, FOLDER, find_arm
 from benchmarks.cells import Cell, Task
+from benchmarks.command import CHOICES
 from benchmarks.machine import device, versions
+from fastft.errors import Problem, did_you_mean
 
 FASTFT = "benchmarks.arms.fastft"
 
@@ -36,12 +38,14 @@ def timed(first: int) -> Any:
         seconds, began = 0.0, 0.0
 
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            """Begin at the first timed step."""
             if state.global_step == first:
                 if torch.cuda.is_available():
                     torch.cuda.synchronize()
                 self.began = time.perf_counter()
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            """End at the last step."""
             if state.global_step == state.max_steps:
                 if torch.cuda.is_available():
                     torch.cuda.synchronize()
@@ -144,6 +148,8 @@ def main() -> None:
     for name, default in (("batch", 4), ("length", 2048), ("layers", 0), ("steps", 20), ("log-every", 1)):
         parser.add_argument(f"--{name}", type=int, default=default)
     given = parser.parse_args()
+    if find_arm(given.arm) is None:
+        parser.error(str(Problem("--arm", given.arm, f"of {CHOICES}", did_you_mean(given.arm, ARMS))))
     cell = Cell(given.shape, given.mode, given.batch, given.length, layers=given.layers)
     with tempfile.TemporaryDirectory() as work:
         task = with_folder(Task(given.arm, cell, given.steps, backend=given.backend), Path(work))

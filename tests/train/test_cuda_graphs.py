@@ -76,8 +76,9 @@ def test_what_keeps_a_model_from_being_recorded(build_model, monkeypatch):
     assert "mlp.noise" in cuda_graphs.obstacle(model)
     layer.mlp.noise = torch.nn.Dropout(0.0)
     assert cuda_graphs.obstacle(model) == ""
+    assert not cuda_graphs.moves_activations(model)
     fastft.compile(model, plan="offload", backend="aot_eager")
-    assert cuda_graphs.obstacle(model) == ""
+    assert cuda_graphs.obstacle(model) == "" and cuda_graphs.moves_activations(model)
     monkeypatch.setattr(cuda_graphs, "MOST_GRADIENTS", 1000)
     assert "gradients" in cuda_graphs.obstacle(model)
 
@@ -261,6 +262,8 @@ def test_a_recording_has_host_buffers_of_its_own_and_gives_them_back_at_its_end(
         return sum(buffer.numel() for buffers in offloader.pool.free.values() for buffer in buffers)
 
     recording = replayer._record({**rows, "num_items": items}, ((), ()))
+    held = {one.untyped_storage().data_ptr() for one in recording.weights}
+    assert {one.untyped_storage().data_ptr() for one in (*model.parameters(), *model.buffers())} == held
     size = offloader.moved_bytes
     assert size > 0 == free()
     step.loss(model, rows, items).backward()  # a step that is launched takes others

@@ -24,7 +24,7 @@ def test_the_sum_is_the_one_that_transformers_makes():
             value = losses[step]
             kept = finite.filtered(torch.tensor(value), step, last_logged).item()
             assert args.logging_nan_inf_filter is False  # what transformers reads next
-            finite.on_substep_end(args, None, None)
+            (finite.on_substep_end if step % 2 else finite.on_pre_optimizer_step)(args, None, None)
             assert args.logging_nan_inf_filter is True  # what an evaluation or a checkpoint reads
             ours += kept
             theirs += value if math.isfinite(value) else theirs / (1 + step - last_logged)
@@ -36,7 +36,7 @@ def test_without_the_filter_a_loss_is_what_it_is():
     args = arguments(False)
     finite = FiniteLosses(args)
     assert math.isnan(finite.filtered(torch.tensor(math.nan), 0, 0).item())
-    finite.on_step_end(args, None, None)
+    finite.on_pre_optimizer_step(args, None, None)
     assert args.logging_nan_inf_filter is False and finite.left_out is None
 
 
@@ -51,3 +51,14 @@ def test_it_is_told_once_and_with_a_line_of_losses(capsys):
     finite.on_log(None, state, None, logs={"loss": 1.0})
     told = capsys.readouterr().out
     assert told.count("fastft:") == 1 and "the loss of 1 micro-batch up to step 2 was not a number" in told
+    finite.on_train_begin(None, state, None)  # another run, that logs nothing but its end
+    finite.on_log(None, state, None, logs={"train_loss": 1.0})
+    assert capsys.readouterr().out == ""
+    for _ in range(300):  # more than bfloat16 can count
+        finite.filtered(torch.tensor(math.inf, dtype=torch.bfloat16), 0, 0)
+    state.is_world_process_zero = False
+    finite.on_log(None, state, None, logs={"train_loss": 1.0})
+    assert capsys.readouterr().out == ""
+    state.is_world_process_zero = True
+    finite.on_log(None, state, None, logs={"train_loss": 1.0})
+    assert "the loss of 300 micro-batches up to step 2" in capsys.readouterr().out

@@ -289,7 +289,7 @@ def test_other_settings_are_told(run, build_model, tokenizer, dataset, settings,
     assert rates[-1] == 1e-2  # that of the checkpoint
 
 
-@pytest.mark.parametrize("schedule", ["linear", "constant"])
+@pytest.mark.parametrize("schedule", ["linear", "constant", "constant_with_warmup"])
 def test_another_number_of_steps_is_told(schedule, build_model, tokenizer, dataset, settings, capsys):
     every = {"lr_scheduler_type": schedule, "save_steps": 2}
     run, said = Path(settings["output_dir"]), {}

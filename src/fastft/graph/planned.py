@@ -180,7 +180,7 @@ class PlannedLayers:
                 needed = f"{made.estimate.peak / GB:.2f} GB where the plan allows {budget / GB:.2f} GB"
                 warnings.warn(
                     f"memory plan {self.plan!r}: a step of {rows} x {length} tokens is predicted to take at least "
-                    f"{needed}; `fastft plan` lists what would help",
+                    f"{needed}; `fastft plan` lists what is enough",
                     stacklevel=2,
                 )
 

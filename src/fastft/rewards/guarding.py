@@ -250,7 +250,8 @@ class _Attempt:
         if self._error is None:
             self._kept.pass_on()
             return checked(self.returned, rows)
-        return ([None], [_failure(self._error)]) if rows == 1 else None
+        error, self._error = self._error, None  # whose traceback holds this very object
+        return ([None], [_failure(error)]) if rows == 1 else None
 
     def rows(self) -> Iterator[tuple[list[Any], list[Any], dict[str, Any]]]:
         """Yield each row by itself."""

@@ -7,9 +7,9 @@ One contract. A trainer is `class XTrainer(Trained, trl.XTrainer)` in a file of 
 3. calls `self.equip(...)` once its `train_dataset` stands,
 
 and its loss adds every micro-batch to `self.tally`. `args` are a `fastft.train.settings.Settings`. What a trainer may
-override besides is `settle_batches`, `largest_batch` and `head_use` (what the memory plan is made for), `let_go` (what
-it holds for training alone), `save_extra` (files of its own in a checkpoint) and `resume_problems` (what of them it
-cannot go on with).
+override besides is `settle_batches`, `largest_batch` and `head_use` (what the memory plan is made for), `end_training`
+and `begin_evaluation` (to let go of what training alone needs), `save_extra` (files of its own in a checkpoint) and
+`resume_problems` (what of them it cannot go on with).
 """
 
 import contextlib
@@ -211,6 +211,7 @@ class Trained:
         except KeyboardInterrupt:
             raise KeyboardInterrupt(self._stop()) from None
         except torch.OutOfMemoryError as error:
+            self.end_training()
             memory.let_go(error, self.model)
             told = memory.out_of_memory(error, self.model, self._rescue())
             self._record_failure(told)
@@ -226,14 +227,14 @@ class Trained:
             self.finite.restore()
             telling.close(self)
             self.compiling.stop()
-            self.let_go()
+            self.end_training()
             release_weights(self.model)
         if self.is_world_process_zero():
             for note in self.recorder.extra["notes"]:
                 print(f"fastft: {note}; {self.recorder.folder / lineage.RECORD} says so, too.")
         return output
 
-    def let_go(self) -> None:
+    def end_training(self) -> None:
         """Let go of what only training needs, when a run has ended however it did."""
 
     def _put_aside(self, begun: Path | None) -> None:
@@ -254,8 +255,12 @@ class Trained:
         if line is not None and self.is_world_process_zero():
             print(f"fastft: {line}")
 
+    def begin_evaluation(self) -> None:
+        """Make room for an evaluation, which may come in the middle of a run."""
+
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate as TRL's trainer does."""
+        self.begin_evaluation()
         with between_libraries():
             return super().evaluate(*args, **kwargs)
 
@@ -350,6 +355,7 @@ class Trained:
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Write a checkpoint beside its place and rename it when it is whole. Raises `SaveError`."""
+        self.finite.restore()  # of a step that was broken off
         folder = Path(super()._get_output_dir(trial))
         target = folder / f"checkpoint-{self.state.global_step}"
         last = [path for path in self._own if path != target]

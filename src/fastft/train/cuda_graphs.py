@@ -23,6 +23,7 @@ import torch
 from attrs import define, field, frozen
 from torch import Tensor, nn
 
+from fastft.graph.capture import quant_state_tensors
 from fastft.graph.head import unwrapped
 from fastft.state import get_state
 
@@ -45,7 +46,7 @@ class Recording:
     """Forward and backward of one shape of batch, with the tensors that they read and write.
 
     `state` is what of the model they were recorded for (`state_of`). `weights` keep the memory that they read from
-    being given to others: the forward is replayed before the model is asked whether it is still the same.
+    being given to others (`read_by`): the forward is replayed before the model is asked whether it is still the same.
 
     `gradients` holds those of all `parameters` one after the other, a flat tensor for each dtype; `places` says for
     each parameter which of them, from where and how many elements, None where it has no gradient.
@@ -168,7 +169,7 @@ class Replayer:
 
         The cheapest question comes first; that of the model's modules is asked once.
         """
-        if self.before is not None and self.before() is not None:
+        if self._held_before():
             return "the loss of the step before is still referred to"
         share = self._host_share() if self.mode == "auto" else 1.0
         if share < HOST_BOUND:
@@ -181,11 +182,15 @@ class Replayer:
             self.refused[shape] = why
         return why
 
+    def _held_before(self) -> bool:
+        """Say whether the loss of the step before is still referred to."""
+        return self.before is not None and self.before() is not None
+
     def _timed(self, batch: Mapping[str, Any]) -> Tensor:
         """Return the loss, and take the times that `_host_share` compares."""
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
-        if self.mode == "auto" and self.seen[1] >= SETTLED:
+        if self.mode == "auto" and self.seen[1] >= SETTLED and not self._held_before():
             start.synchronize()  # behind a device that is busy yet, launching would take as long as the device does
         began = time.perf_counter()
         loss = self._plain(batch)
@@ -228,8 +233,9 @@ class Replayer:
                 if offloader:
                     offloader.join()
                 del gradients, parts
-        weights = tuple(parameter.detach() for parameter in self.model.parameters())
-        made = Recording(*shape, weights, inputs, forward, backward, loss, upstream, parameters, flat, places)
+        made = Recording(
+            *shape, read_by(self.model), inputs, forward, backward, loss, upstream, parameters, flat, places
+        )
         for buffer in buffers:
             weakref.finalize(made, offloader.pool.give, buffer).atexit = False
         return made
@@ -285,6 +291,22 @@ def obstacle(model: Any) -> str:
     if gradients > MOST_GRADIENTS:
         return f"its gradients take {gradients / 1e9:.2f} GB, which a recording would hold once more"
     return _random(model)
+
+
+def read_by(model: nn.Module) -> tuple[Tensor, ...]:
+    """Return all tensors of a model that a step may read: parameters, buffers, quantisation states, and copies."""
+    compiled = get_state(model).compiled
+    planned = compiled.planned if compiled is not None else None
+    states = [part for module in model.modules() for part in quant_state_tensors(module).values()]
+    copies = [] if planned is None else planned.weights.of(list(planned.weights.copies.keys()))
+    return (*(one.detach() for one in model.parameters()), *model.buffers(), *states, *copies)
+
+
+def moves_activations(model: Any) -> bool:
+    """Say whether the memory plan of a compiled model moves activations to the CPU."""
+    compiled = get_state(model).compiled
+    planned = compiled.planned if compiled is not None else None
+    return planned is not None and any(mode.offload for mode in planned.modes)
 
 
 def _offloader(model: Any) -> Any:

@@ -1,7 +1,7 @@
-"""Losses that are no numbers, left out of the log as transformers leaves them out, without waiting for the device.
+"""Losses that are no numbers, counted in the log as transformers counts them, without waiting for the device.
 
 transformers asks each micro-batch's loss whether it is one (`logging_nan_inf_filter`), and the host waits until the
-device has gone through the whole step. Here the device decides, and what it left out is told with the next line.
+device has gone through the whole step. Here the device decides, and how many there were is told with the next line.
 """
 
 from typing import Any
@@ -17,13 +17,20 @@ class FiniteLosses(TrainerCallback):
 
     def __init__(self, args: Any) -> None:
         self.args = args
-        self.ours, self.told = False, False
+        self.ours = False
+        self._begin()
+
+    def _begin(self) -> None:
+        self.told, self.since = False, -1
         self.total: Tensor | None = None
         self.left_out: Tensor | None = None
-        self.since = -1
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Forget an earlier run of the trainer."""
+        self._begin()
 
     def filtered(self, loss: Tensor, global_step: int, last_logged: int) -> Tensor:
-        """Return the loss to add to the log's sum: itself, or the mean of those since the last log if it is no number.
+        """Return the loss to add to the log's sum: itself, or if it is no number the sum so far over the steps since.
 
         `global_step` counts the steps that are done, `last_logged` those that were when the last line was logged.
         """
@@ -33,7 +40,7 @@ class FiniteLosses(TrainerCallback):
         if self.total is None or self.since != last_logged:
             self.total, self.since = torch.zeros_like(loss), last_logged
         if self.left_out is None:
-            self.left_out = torch.zeros_like(loss)
+            self.left_out = torch.zeros_like(loss, dtype=torch.int64)
         finite = loss.isfinite()
         loss = torch.where(finite, loss, self.total / (1 + global_step - last_logged))
         self.total = self.total + loss
@@ -49,18 +56,20 @@ class FiniteLosses(TrainerCallback):
         """The loss of a micro-batch was added."""
         self.restore()
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The loss of a step's last micro-batch was added."""
         self.restore()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Tell what was left out: the line waits for the device anyway."""
-        if self.told or self.left_out is None or "loss" not in (logs or {}) or not state.is_world_process_zero:
+        """Tell how many there were, of the first process: the line waits for the device anyway."""
+        of_training = not {"loss", "train_loss"}.isdisjoint(logs or {})
+        if self.told or self.left_out is None or not of_training or not state.is_world_process_zero:
             return
         if count := int(self.left_out):
             self.told = True
             which = f"{count} micro-batch{'es' if count > 1 else ''} up to step {state.global_step}"
             tqdm.write(
-                f"fastft: the loss of {which} was not a number; the log has the mean of the others in its place "
-                "(logging_nan_inf_filter). A model is seldom any good after that; a smaller learning_rate may help."
+                f"fastft: the loss of {which} was not a number. In the log's mean each counts as the mean of the steps "
+                "since the line before, as 0 if there are none (logging_nan_inf_filter). A model is seldom any good "
+                "after that; a smaller learning_rate may help."
             )

@@ -22,7 +22,7 @@ ASIDE = (
 # Fields that the optimizer of a checkpoint brings with it.
 HELD = ("learning_rate", "weight_decay", "adam_", "embedding_learning_rate", "loraplus_ratio")
 # Schedules that are the same whatever number of steps a run takes.
-WITHOUT_LENGTH = ("constant", "reduce_lr_on_plateau")
+WITHOUT_LENGTH = ("constant", "constant_with_warmup", "inverse_sqrt", "reduce_lr_on_plateau")
 
 
 def record_of(folder: Path) -> dict[str, Any]:
@@ -119,9 +119,10 @@ def _other_length(begun: Path, now: Mapping[str, Any], steps: int) -> list[str]:
     there = _state_number(begun, "max_steps")
     if there is None or there == steps:
         return []
-    kind = (now.get("config") or {}).get("lr_scheduler_type")
+    config = now.get("config") or {}
+    kind, warmup = config.get("lr_scheduler_type"), config.get("warmup_steps") or 0
     line = f"the run of {begun} was to take {there} steps, this one takes {steps}"
-    if kind in WITHOUT_LENGTH:
+    if kind in WITHOUT_LENGTH and not 0 < warmup < 1:  # a share of all steps
         return [f"{line}."]
     # transformers makes the schedule anew; the optimizer's state brings the rate of the step that comes next
     rate = f"the learning rate is that of schedule {kind!r} over {steps} steps from the second step on"

@@ -66,10 +66,11 @@ class Settings:
             self.use_cpu = True
         if self.bf16 is None and not self.fp16:
             self.bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-        ours = self.accelerator_config in (None, AcceleratorConfig())
+        if self.accelerator_config is None or isinstance(self.accelerator_config, dict):
+            # the host does not wait until a batch has been copied, nor for the steps before that
+            pinned = self.dataloader_pin_memory and not self.use_cpu
+            self.accelerator_config = {"non_blocking": pinned, **(self.accelerator_config or {})}
         super().__post_init__()
-        if ours:  # the host does not wait until a batch has been copied, nor for the steps before that
-            self.accelerator_config.non_blocking = self.dataloader_pin_memory
 
     def mistakes(self) -> list[Problem]:
         """Return all fields that cannot be meant."""
@@ -151,6 +152,8 @@ def evolved(config: type, args: Any, fields: Mapping[str, Any]) -> Any:
         for name, default in config.UNSAID.items():
             if same.get(name) == default:
                 del same[name]
+        if same.get("accelerator_config") == AcceleratorConfig():
+            del same["accelerator_config"]
     return config(**{**same, **fields})
 
 

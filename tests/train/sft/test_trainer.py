@@ -1,5 +1,6 @@
 """The trainer: equivalent settings give equal curves, resume goes on, rates reach their groups, evaluation is right."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -9,10 +10,13 @@ import torch
 import trl
 from datasets import Dataset
 
+import fastft
 from fastft.data import bars
 from fastft.data.collate import collate
 from fastft.errors import DataError, UsageError
 from fastft.train import checkpoint, step
+from fastft.train import settings as config_settings
+from fastft.train.cuda_graphs import Replayer
 from fastft.train.sft.config import SFTConfig
 from fastft.train.sft.run import sft
 from fastft.train.sft.trainer import SFTTrainer
@@ -84,6 +88,16 @@ def test_losses_that_are_no_numbers_are_logged_as_stock_trl_does(build_model, to
     assert len(curve(stock)) == 2
     torch.testing.assert_close(curve(ours), curve(stock), rtol=1e-5, atol=0)
     assert told.count("the loss of 2 micro-batches up to step 2 was not a number") == 1
+
+    class Stopped(SFTTrainer):
+        def _clip_grad_norm(self, model):  # behind a micro-batch, before its step
+            raise RuntimeError("stopped")
+
+    args = SFTConfig(**{**settings, **changes})
+    made = Stopped(build_model(), args, train_dataset=dataset, processing_class=tokenizer, compile=False)
+    with pytest.raises(RuntimeError, match="stopped"):
+        made.train()
+    assert made.args.logging_nan_inf_filter is True
     assert ours.args.logging_nan_inf_filter is True
     off = train(
         build_model(),
@@ -97,13 +111,35 @@ def test_losses_that_are_no_numbers_are_logged_as_stock_trl_does(build_model, to
     assert math.isnan(curve(off)[0])
 
 
-def test_batches_out_of_pinned_memory_are_copied_without_waiting_unless_asked_otherwise():
-    made = SFTConfig(output_dir="run")
-    assert made.dataloader_pin_memory == torch.cuda.is_available()
-    assert made.accelerator_config.non_blocking == made.dataloader_pin_memory
-    for asked in (True, False):
-        given = {"non_blocking": asked, "even_batches": False}
-        assert SFTConfig(output_dir="run", accelerator_config=given).accelerator_config.non_blocking == asked
+def test_batches_out_of_pinned_memory_are_copied_without_waiting_unless_asked_otherwise(monkeypatch):
+    assert SFTConfig(output_dir="run", use_cpu=True).accelerator_config.non_blocking is False
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)  # as on a GPU's machine
+
+    def waits(made):
+        return not made.accelerator_config.non_blocking
+
+    made = SFTConfig(output_dir="run", bf16=False)
+    assert not waits(made) and waits(SFTConfig(output_dir="run", bf16=False, dataloader_pin_memory=False))
+    for given, wanted in (({"even_batches": False}, False), ({"non_blocking": False}, True)):
+        asked = SFTConfig(output_dir="run", bf16=False, accelerator_config=given)
+        assert waits(asked) is wanted and waits(dataclasses.replace(asked)) is wanted
+    plain = trl.SFTConfig(output_dir="run", bf16=False)
+    assert not waits(config_settings.as_config(SFTConfig, SFTTrainer, plain)) and waits(plain)
+
+
+@pytest.mark.parametrize("plan", ["keep", "offload"])
+def test_a_recorded_step_is_let_go_of_at_the_end_and_where_memory_is_short_for_evaluations(
+    plan, build_model, tokenizer, dataset, settings
+):
+    model = fastft.compile(build_model(), plan=plan, backend="eager")
+    more = {"train_dataset": dataset, "eval_dataset": dataset, "processing_class": tokenizer}
+    made = SFTTrainer(model, SFTConfig(**settings), **more)
+    made.replayer = Replayer(model, None, recording="a recording")
+    made.evaluate()
+    assert (made.replayer.recording is None) is (plan == "offload")
+    made.replayer = Replayer(model, lambda batch, items: step.loss(model, batch, items), recording="a recording")
+    made.train()
+    assert made.replayer.recording is None and made.replayer.model is model
 
 
 def test_accumulation_is_one_equivalence_class(build_model, tokenizer, dataset, settings):

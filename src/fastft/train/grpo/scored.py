@@ -29,11 +29,11 @@ class Scored:
     def tell(self, left: int, completions: int, aloud: bool) -> None:
         """Say once, where `aloud`, that all functions have left out `left` completions of a generation."""
         if left and not self.told and aloud:
+            self.told = True
             print(
                 f"fastft: {left} of {completions} completions have a reward from no function (None from all of them) "
                 "and are not learnt from. This is said once; the log counts them as rewards/NAME/missing."
             )
-        self.told = self.told or left > 0
 
     def notes(self) -> list[str]:
         """Return what is to be known of the run: that nothing was learnt, where no completion had a reward."""

@@ -263,7 +263,7 @@ class GRPOTrainer(Trained, trl.GRPOTrainer):
             made = super()._calculate_rewards(*args, **kwargs)
             own = made.chunk(self.args.world_size)[self.args.process_index]
             left = self._sum_processes(torch.tensor(scored.left_out(own, self.reward_funcs), device=made.device))
-            self._scored.tell(int(left), len(made), self.is_world_process_zero())
+            self._scored.tell(int(left), len(made), self.is_world_process_zero() and self.model.training)
         self._count_failures()
         if self.model.training:
             self._scored.add(made)

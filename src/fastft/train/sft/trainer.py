@@ -23,7 +23,7 @@ from fastft.noise import quiet
 from fastft.state import get_state
 from fastft.train import arguments, checkpoint, memory, settings, step
 from fastft.train.base import Trained, built, load_named, take_recompute
-from fastft.train.cuda_graphs import Replayer
+from fastft.train.cuda_graphs import Replayer, moves_activations
 from fastft.train.sft import preparation, reading
 from fastft.train.sft.config import SFTConfig
 
@@ -125,7 +125,12 @@ class SFTTrainer(Trained, trl.SFTTrainer):
         self.recorder.extra["cuda_graphs"] = self.replayer.told()
         return value
 
-    def let_go(self) -> None:
+    def begin_evaluation(self) -> None:
+        """Let go of the recorded step where memory is short enough for activations to be moved."""
+        if moves_activations(self.model):
+            self.end_training()
+
+    def end_training(self) -> None:
         """Let go of the recorded step, whose memory is its own."""
         if self.replayer is not None:
             self.replayer.recording = None
