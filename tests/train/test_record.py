@@ -214,3 +214,17 @@ def test_pauses_are_no_training(monkeypatch):
 
 def test_plain_numbers():
     assert checkpoint.plain({"a": [float("inf"), 1.0], 2: None}) == {"a": ["inf", 1.0], "2": None}
+
+
+@pytest.mark.parametrize("every", [3, 100])
+def test_steps_behind_the_last_line_are_counted(every, build_model, build_rows, tokenizer, settings):
+    rows = build_rows(8)
+    config = SFTConfig(**{**settings, "num_train_epochs": 1, "max_steps": -1, "logging_steps": every})
+    data = Dataset.from_list(rows)
+    made = SFTTrainer(build_model(), config, train_dataset=data, processing_class=tokenizer, compile=False)
+    made.train()
+    run = json.loads((Path(settings["output_dir"]) / "run.json").read_text())
+    assert run["steps"] == 4 and run["tokens"]["non_padding"] == sum(len(row["input_ids"]) for row in rows)
+    assert run["tokens"]["loss_bearing"] == sum(label != -100 for row in rows for label in row["labels"][1:])
+    assert run["tokens_per_second"]["non_padding"] == pytest.approx(run["tokens"]["non_padding"] / run["train_seconds"])
+    assert run["flops"] > 0

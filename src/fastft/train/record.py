@@ -180,7 +180,9 @@ class RecordCallback(TrainerCallback):
             append_line(self.folder / "metrics.jsonl", row)
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Write the picture, the manifest and the card, unless an interruption has."""
+        """Count the steps behind the last line; write picture, manifest and card, unless an interruption has."""
+        if self.tally.pending:  # alike in all processes, which are summed here
+            self._speed()
         if state.is_world_process_zero and self.record["status"] == "running":
             self.finish("stopped early" if state.global_step < state.max_steps else "finished", state, model)
 
