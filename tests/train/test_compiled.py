@@ -118,29 +118,28 @@ def test_compute_reaches_the_layers_or_is_refused(build_model, tokenizer, datase
         SFTConfig(**settings, compute="fp9")
 
 
-def packed_run(model, tokenizer, rows, settings, **changes):
-    changes = {**settings, "packing": True, "max_length": 48, "max_steps": -1, "num_train_epochs": 2, **changes}
-    made = SFTTrainer(model, SFTConfig(**changes), train_dataset=rows, processing_class=tokenizer)
-    made.train()
-    return made
+KINDS = {"padded": {}, "padding_free": {"padding_free": True, "max_length": None}, "packed": {"packing": True}}
 
 
-def test_packed_batches_are_filled_up_and_compiled_for_once(build_model, build_rows, tokenizer, settings):
-    """For all batches, the last and smaller one too; losses are those of batches as they are."""
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rows", [8, 10, 9])
+def test_rows_of_many_lengths_are_compiled_for_once(kind, rows, build_model, build_rows, tokenizer, settings):
+    """From the first batch on, whatever the lengths of later ones, and however few rows the last one has."""
     from datasets import Dataset
 
-    rows = Dataset.from_list(build_rows(55, low=4, high=12))
-    runs = []
-    for filling in (True, False):
+    data = Dataset.from_list(build_rows(4 * rows if kind == "packed" else rows))
+    changes = {**settings, "max_steps": -1, "num_train_epochs": 2, "per_device_train_batch_size": 4}
+    changes |= {"max_length": 48, **KINDS[kind]}
+    curves = []
+    for compiled in (True, False):
         torch._dynamo.reset()  # what it has learnt of lengths that vary
-        model = compile_layers(build_model(), backend="aot_eager")
-        made = packed_run(model, tokenizer, rows, settings, **({} if filling else {"neftune_noise_alpha": 0.0}))
-        told = made.packing_statistics["train"]
-        assert told["fill"] >= 15 / 16 and told["packed_rows"] % 2 == 1
-        assert told["filled_up_to"] == (96 if filling else None)
-        runs.append((curve(made), len(get_state(model).compiled.report().graphs)))
-    torch.testing.assert_close(runs[0][0], runs[1][0], rtol=1e-5, atol=0)
-    assert runs[0][1] == 3 < runs[1][1]  # the first layer's form, all others' and the last norm
+        model = compile_layers(build_model(), backend="aot_eager") if compiled else build_model()
+        made = SFTTrainer(model, SFTConfig(**changes), train_dataset=data, processing_class=tokenizer, compile=compiled)
+        made.train()
+        curves.append(curve(made))
+        if compiled:
+            assert len(get_state(model).compiled.report().graphs) == 3  # the first layer's form, all others', a norm
+    torch.testing.assert_close(curves[0], curves[1], rtol=1e-5, atol=0)
 
 
 def test_batches_to_evaluate_and_those_of_layers_as_they_are_are_not_filled_up(
@@ -148,14 +147,15 @@ def test_batches_to_evaluate_and_those_of_layers_as_they_are_are_not_filled_up(
 ):
     from datasets import Dataset
 
-    rows = Dataset.from_list(build_rows(55, low=4, high=12))
-    changes = {**settings, "packing": True, "max_length": 48, "per_device_eval_batch_size": 1}
+    rows = Dataset.from_list(build_rows(6))
+    changes = {**settings, "per_device_train_batch_size": 4, "per_device_eval_batch_size": 4}
     more = {"train_dataset": rows, "eval_dataset": rows, "processing_class": tokenizer}
-    model = compile_layers(build_model(), backend="aot_eager")
-    made = SFTTrainer(model, SFTConfig(**changes), **more)
-    assert {batch["input_ids"].shape[1] for batch in made.get_train_dataloader()} == {96}
-    assert max(batch["input_ids"].shape[1] for batch in made.get_eval_dataloader()) <= 48
-    assert made.data_collator.filling is not None
-    plain = SFTTrainer(build_model(), SFTConfig(**changes), compile=False, **more)
-    assert max(batch["input_ids"].shape[1] for batch in plain.get_train_dataloader()) <= 96
-    assert plain.data_collator.filling is None
+    compiled = compile_layers(build_model(), backend="aot_eager")
+    filled = SFTTrainer(compiled, SFTConfig(**changes), **more)
+    assert [len(batch["input_ids"]) for batch in filled.get_train_dataloader()] == [4, 4]
+    assert [len(batch["input_ids"]) for batch in filled.get_eval_dataloader()] == [4, 2]
+    assert filled.data_collator.rows == 4
+    for given, asked in ((build_model(), {"compile": False}), (compiled, {"neftune_noise_alpha": 1.0})):
+        settled = {**changes, **{name: value for name, value in asked.items() if name != "compile"}}
+        plain = SFTTrainer(given, SFTConfig(**settled), compile=asked.get("compile", True), **more)
+        assert [len(batch["input_ids"]) for batch in plain.get_train_dataloader()] == [4, 2]

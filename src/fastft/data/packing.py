@@ -42,7 +42,7 @@ class Packing:
             start = end
 
     def statistics(self) -> dict[str, Any]:
-        """Return `rows`, `packed_rows`, `tokens`, `max_length`, `longest`, and the shares of them that are filled.
+        """Return `rows`, `packed_rows`, `tokens`, `max_length`, and the shares of them that are filled.
 
         `fill`: tokens over the room of all packed rows. `fill_padded`: what it would be if every row were padded to
         the longest.
@@ -53,7 +53,6 @@ class Packing:
             "packed_rows": len(self),
             "tokens": tokens,
             "max_length": self.max_length,
-            "longest": longest,
             "fill": tokens / max(1, len(self) * self.max_length),
             "fill_padded": tokens / max(1, len(self.lengths) * longest),
         }

@@ -5,13 +5,17 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
+import pyarrow.compute
+import torch
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from fastft.data.filling import Filling, filled
+from fastft.data import columns
 from fastft.data.mask import IGNORE
 from fastft.errors import DataError, Problem
 
 PROBED = 8
+# In a batch: how many of its tokens fill it up, an int64 scalar; they are the last ones, row after row.
+FILLER = "filler"
 
 
 @dataclasses.dataclass
@@ -19,17 +23,25 @@ class CountingCollator(DataCollatorForLanguageModeling):
     """TRL's collator, which also says what the loss would otherwise have to ask the device for.
 
     `valid_rows` is the number of targets; `right_padded` that no token stands behind padding. Padding is masked by the
-    rows' lengths, never by its id, so that the pad token may be the stop token. Packed batches are filled up to
-    `filling`, if there is one, and say by how many tokens (`filler`).
+    rows' lengths, never by its id, so that the pad token may be the stop token.
+
+    So that all batches of a run are compiled for once: with `rows` a padded batch has that many, the last of an epoch
+    too. It is filled up with its last row without loss, and `filler` says how many tokens these are. With `longest` a
+    batch of documents end to end says that its longest has that many tokens, if it has no longer one.
     """
 
-    filling: Filling | None = None
+    rows: int | None = None
+    longest: int | None = None
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """Return TRL's batch with `valid_rows`, an int, and where there is a mask `right_padded`, a bool."""
-        batch = super().torch_call(examples)
-        if self.filling is not None and "cu_seq_lens_q" in batch:
-            batch = filled(batch, self.filling, self.pad_token_id)
+        missing = 0 if self.rows is None else max(0, self.rows - len(examples))
+        without_loss = {**examples[-1], "labels": [IGNORE] * len(examples[-1]["input_ids"])}
+        batch = super().torch_call([*examples, *[without_loss] * missing])
+        if self.rows is not None:
+            batch[FILLER] = torch.tensor(missing * batch["input_ids"].shape[1])
+        if self.longest is not None and batch.get("max_length_q", self.longest) < self.longest:
+            batch["max_length_q"] = batch["max_length_k"] = self.longest
         mask = batch.get("attention_mask")
         if mask is not None:
             batch["right_padded"] = bool((mask[:, 1:] <= mask[:, :-1]).all())
@@ -38,6 +50,27 @@ class CountingCollator(DataCollatorForLanguageModeling):
             targets = targets.masked_fill(positions == 0, IGNORE)
         targets = targets[:, 1:]
         return {**batch, "valid_rows": int(targets.ne(IGNORE).sum())}
+
+
+def lengths_vary(dataset: Any, collator: CountingCollator) -> bool:
+    """Say whether batches of a data set of token ids may have different lengths as the collator pads them."""
+    if collator.padding_free or not hasattr(dataset, "__len__") or "input_ids" not in dataset.column_names:
+        return True
+    multiple = collator.pad_to_multiple_of or 1
+    padded = -(-columns.lengths(dataset) // multiple)
+    return len(padded) > 0 and bool(padded.min() != padded.max())
+
+
+def longest_document(dataset: Any) -> int | None:
+    """Return the length of the longest document of a data set of token ids, packed or not; None if it is a stream."""
+    if not hasattr(dataset, "__len__") or "input_ids" not in dataset.column_names:
+        return None
+    if "seq_lengths" not in dataset.column_names:
+        return int(columns.lengths(dataset).max(initial=0))
+    parts = dataset.select_columns(["seq_lengths"]).with_format("arrow").iter(1000)
+    return max(
+        (pyarrow.compute.max(part["seq_lengths"].combine_chunks().flatten()).as_py() for part in parts), default=0
+    )
 
 
 def training_collator(

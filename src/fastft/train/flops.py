@@ -92,22 +92,23 @@ def pairs_name(window: int | None) -> str:
 def count_batch(batch: Mapping[str, Any], targets: Tensor, windows: set[int | None]) -> dict[str, Tensor]:
     """Count a batch's tokens without waiting for the device: scalars `all`, `non_padding`, `loss_bearing`, pairs.
 
-    What fills a packed batch up (`filler`) is padding.
+    What fills a batch up (`filler`) is padding.
     """
     ids = batch["input_ids"]
-    mask, positions = batch.get("attention_mask"), batch.get("position_ids")
+    mask, positions, filler = (batch.get(name) for name in ("attention_mask", "position_ids", "filler"))
+    real = ids.new_ones(ids.shape)
+    if filler is not None:
+        real = (real.flatten().cumsum(dim=0) <= ids.numel() - filler.to(ids.device)).view_as(ids).to(ids.dtype)
     if positions is not None and positions.shape == ids.shape and mask is None:
-        seen, real = positions + 1, None
-        if batch.get("filler") is not None:
-            real = ids.numel() - batch["filler"].to(ids.device)
-            seen = seen * (ids.new_ones(ids.shape).cumsum(dim=-1) <= real)
+        seen = (positions + 1) * real
     elif mask is not None and mask.ndim == 2:
-        seen, real = mask.cumsum(dim=-1) * mask, mask.sum()
+        real = real * mask
+        seen = real.cumsum(dim=-1) * real
     else:
-        seen, real = ids.new_ones(ids.shape).cumsum(dim=-1), None
+        seen = real.cumsum(dim=-1) * real
     counts = {
         "all": ids.new_tensor(ids.numel()),
-        "non_padding": ids.new_tensor(ids.numel()) if real is None else real,
+        "non_padding": real.sum(),
         "loss_bearing": targets.ne(-100).sum(),
     }
     for window in windows | {None}:

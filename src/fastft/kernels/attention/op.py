@@ -100,7 +100,7 @@ def _flex(
 ) -> torch.Tensor:
     length = q.shape[2]
     position = torch.arange(length, device=q.device)
-    bounds = position.new_full((1,), length) if cu_seqlens is None else cu_seqlens[1:].to(position.dtype)
+    bounds = position.new_full((1,), length) if cu_seqlens is None else cu_seqlens.to(position.dtype)
     document = torch.bucketize(position, bounds, right=True)
     reach = length if window is None else window
 

@@ -17,7 +17,8 @@ def allowed_pairs(
     if window is not None:
         mask = mask & (position[:, None] - position[None, :] < window)
     if cu_seqlens is not None:
-        document = torch.bucketize(position, cu_seqlens[1:].to(position.dtype), right=True)
+        # All offsets: without the first there may be one, and Dynamo takes a length of one for another graph's.
+        document = torch.bucketize(position, cu_seqlens.to(position.dtype), right=True)
         mask = mask & (document[:, None] == document[None, :])
     return mask
 

@@ -16,8 +16,7 @@ from accelerate import PartialState
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from fastft.data import packing
-from fastft.data.filling import filling_of
-from fastft.data.training_collator import CountingCollator
+from fastft.data.training_collator import CountingCollator, lengths_vary, longest_document
 from fastft.errors import Problem, UsageError
 from fastft.noise import quiet
 from fastft.state import get_state
@@ -82,8 +81,8 @@ class SFTTrainer(Trained, trl.SFTTrainer):
         self._statistics: list[torch.Tensor] = []
         self.replayer: Replayer | None = None
         self.equip(model, "sft", compile=compile, recompute=recompute)
+        self._lengths_vary = self._settle_shapes()
         if self.packing_statistics:
-            self._fill_batches()
             self.recorder.extra["packing"] = self.packing_statistics
 
     def largest_batch(self) -> tuple[int, int] | None:
@@ -119,6 +118,8 @@ class SFTTrainer(Trained, trl.SFTTrainer):
 
         if num_items is None or not model.training:
             return loss(inputs, num_items)
+        if self._lengths_vary:
+            inputs = {**inputs, "lengths_vary": True}
         if self.replayer is None or self.replayer.model is not model:
             self.replayer = Replayer(model, loss, self.args.cuda_graphs)
         value = self.replayer(inputs, num_items)
@@ -188,24 +189,28 @@ class SFTTrainer(Trained, trl.SFTTrainer):
 
     # ---- data
 
-    def _fill_batches(self) -> None:
-        """Have training batches of packed rows filled up, if that takes few tokens and layers are compiled for it.
+    def _settle_shapes(self) -> bool:
+        """Have layers that are compiled see as few kinds of batches as can be; say whether their lengths vary then.
 
-        Not where every token counts: in the loss of a router, and in noise that is scaled by their number.
+        Rows are not filled up where every token counts (in the loss of a router, and in noise that is scaled by their
+        number), nor where batches may yet become smaller.
         """
-        told, collator = self.packing_statistics.get("train"), self.data_collator
-        compiled = get_state(self.model).compiled
-        if told is None or type(collator) is not CountingCollator or compiled is None or not compiled.layers:
-            return
-        if step.head_check(self.model).fused and self.args.neftune_noise_alpha is None:
-            collator.filling = filling_of(told, self.args.per_device_train_batch_size)
-        told["filled_up_to"] = collator.filling.tokens if collator.filling else None
+        collator, compiled = self.data_collator, get_state(self.model).compiled
+        if type(collator) is not CountingCollator or compiled is None or not compiled.layers:
+            return False
+        if not step.head_check(self.model).fused:
+            return False
+        if collator.padding_free:
+            collator.longest = longest_document(self.train_dataset)
+        elif self.args.neftune_noise_alpha is None and not self.args.auto_find_batch_size:
+            collator.rows = self.args.per_device_train_batch_size
+        return lengths_vary(self.train_dataset, collator)
 
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
         """Return the loader of batches to evaluate, which are as long as their rows: nothing is compiled for them."""
         own = self.data_collator
         if type(own) is CountingCollator:
-            self.data_collator = dataclasses.replace(own, filling=None)
+            self.data_collator = dataclasses.replace(own, rows=None)
         try:
             return super().get_eval_dataloader(*args, **kwargs)
         finally:
