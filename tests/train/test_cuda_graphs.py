@@ -180,6 +180,23 @@ def test_a_recording_that_fails_is_told_with_what_came_first(standing, monkeypat
     assert replayer.mode == "never" and replayer.recording is None
 
 
+def test_batches_of_fewer_targets_are_like_those_of_more(monkeypatch):
+    """One bound serves all of a length in a row; what is launched has its own."""
+    launched, shapes, items = [], [], OnGpu()
+    replayer = cuda_graphs.Replayer(torch.nn.Linear(2, 2), lambda given, _: launched.append(given) or torch.ones(()))
+    replayer.mode = "always"
+    monkeypatch.setattr(torch.cuda, "Event", Clocked)
+    monkeypatch.setattr(cuda_graphs, "uncached_autocast", contextlib.nullcontext)
+    monkeypatch.setattr(cuda_graphs, "obstacle", lambda model: "")
+    monkeypatch.setattr(cuda_graphs.Replayer, "_settled", lambda _, shape: shapes.append(shape))
+    for length, rows in ((32, 100), (32, 60), (32, 255), (32, 3), (16, 5), (32, 3)):
+        replayer(batch(8, length, valid_rows=rows), items)
+    told = [value for shape, _ in shapes for name, *rest in shape if name == "valid_rows" for value in rest]
+    assert told == [112, 112, 256, 256, 8, 16]
+    assert [given["valid_rows"] for given in launched] == [112, 64, 256, 16, 8, 16]
+    assert cuda_graphs.Replayer(None, None)._of_most(batch()).keys() == batch().keys()
+
+
 class Replayed:
     """Stands for a recorded graph; counts its replays."""
 

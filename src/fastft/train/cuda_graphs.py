@@ -35,7 +35,8 @@ MODES = ("auto", "always", "never")
 HOST_BOUND = 0.5
 # Bytes of gradients up to which steps are recorded: a recording holds them once more.
 MOST_GRADIENTS = 1 << 29
-# `valid_rows` is a bound, known to the host; rounded up to a share of all rows it seldom changes.
+# `valid_rows` is a bound, known to the host; rounded up to a share of all rows, and the most of batches that are else
+# alike, it seldom changes.
 ROWS_SHARE = 16
 
 Loss = Callable[[Mapping[str, Any], Tensor], Tensor]
@@ -108,6 +109,7 @@ class Replayer:
     refused: dict[Any, str] = field(factory=dict)
     waited: dict[Any, int] = field(factory=dict)
     seen: tuple[Any, int] = (None, 0)
+    most: tuple[Any, int] = (None, 0)
     before: Any = None
     launched: tuple[float, torch.cuda.Event, torch.cuda.Event] | None = None
 
@@ -117,12 +119,13 @@ class Replayer:
             return self.loss(batch, num_items)
         with uncached_autocast():
             batch = {**batch, "num_items": num_items, **_rounded(batch)}
-            shape = shape_of(batch)
-            if self.recording is not None and (loss := self._replayed(batch, shape)) is not None:
+            alike = self._of_most(batch)
+            shape = shape_of(alike)
+            if self.recording is not None and (loss := self._replayed(alike, shape)) is not None:
                 return loss
             shape = (shape, state_of(self.model))
-            self.recording = self._try_to_record(batch, shape) if self._settled(shape) else None
-            if self.recording is not None and (loss := self._replayed(batch, shape[0])) is not None:
+            self.recording = self._try_to_record(alike, shape) if self._settled(shape) else None
+            if self.recording is not None and (loss := self._replayed(alike, shape[0])) is not None:
                 return loss
             return self._plain(batch) if shape in self.refused else self._timed(batch)
 
@@ -145,6 +148,15 @@ class Replayer:
     def told(self) -> dict[str, Any]:
         """Return what a run's record says: how many micro-batches were replayed, and why not if none is now."""
         return {"replayed": self.replayed, **({} if self.recording or not self.why_not else {"why_not": self.why_not})}
+
+    def _of_most(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return the batch with the most `valid_rows` of those in a row that are like it in all else."""
+        if "valid_rows" not in batch:
+            return batch
+        shape = shape_of({**batch, "valid_rows": None})
+        before = self.most[1] if self.most[0] == shape else 0
+        self.most = (shape, max(before, batch["valid_rows"]))
+        return {**batch, "valid_rows": self.most[1]}
 
     def _settled(self, shape: tuple[Any, ...]) -> bool:
         last, times = self.seen
