@@ -408,9 +408,12 @@ def test_a_write_while_a_recording_is_held_lets_go_of_it(monkeypatch):
     monkeypatch.setattr(Replayer, "_timed", Replayer._plain)
     monkeypatch.setattr(Replayer, "_in_the_way", lambda *_: "")
     monkeypatch.setattr(cuda_graphs._Replay, "apply", lambda recording: recorded.append(recording) or torch.ones(()))
-    monkeypatch.setattr(
-        Replayer, "_record", lambda self, given, shape: SimpleNamespace(shape=shape, inputs={}, parameters=())
-    )
+    graph = SimpleNamespace(replay=lambda: None)
+
+    def record(self, given, shape):
+        return SimpleNamespace(shape=shape[0], state=shape[1], forward=graph, inputs={}, parameters=())
+
+    monkeypatch.setattr(Replayer, "_record", record)
 
     def replayed(count):
         before = replayer.replayed
