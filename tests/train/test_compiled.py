@@ -155,7 +155,17 @@ def test_batches_to_evaluate_and_those_of_layers_as_they_are_are_not_filled_up(
     assert [len(batch["input_ids"]) for batch in filled.get_train_dataloader()] == [4, 4]
     assert [len(batch["input_ids"]) for batch in filled.get_eval_dataloader()] == [4, 2]
     assert filled.data_collator.rows == 4
-    for given, asked in ((build_model(), {"compile": False}), (compiled, {"neftune_noise_alpha": 1.0})):
-        settled = {**changes, **{name: value for name, value in asked.items() if name != "compile"}}
-        plain = SFTTrainer(given, SFTConfig(**settled), compile=asked.get("compile", True), **more)
+
+    class OwnLoss(SFTTrainer):
+        def compute_loss(self, *args, **kwargs):
+            return super().compute_loss(*args, **kwargs)
+
+    for trainer, given, wishes, asked in (
+        (SFTTrainer, build_model(), {}, {"compile": False}),
+        (SFTTrainer, compiled, {"neftune_noise_alpha": 1.0}, {}),
+        (SFTTrainer, compiled, {"auto_find_batch_size": True}, {}),
+        (SFTTrainer, compiled, {}, {"compute_loss_func": lambda outputs, labels, **_: outputs.logits.mean()}),
+        (OwnLoss, compiled, {}, {}),
+    ):
+        plain = trainer(given, SFTConfig(**changes, **wishes), **asked, **more)
         assert [len(batch["input_ids"]) for batch in plain.get_train_dataloader()] == [4, 2]

@@ -192,8 +192,8 @@ class SFTTrainer(Trained, trl.SFTTrainer):
     def _settle_shapes(self) -> bool:
         """Have layers that are compiled see as few kinds of batches as can be; say whether their lengths vary then.
 
-        Rows are not filled up where every token counts (in the loss of a router, and in noise that is scaled by their
-        number), nor where batches may yet become smaller.
+        Rows are not filled up where every token counts (in the loss of a router, in a loss of the user's, and in noise
+        that is scaled by their number), nor where batches may yet become smaller.
         """
         collator, compiled = self.data_collator, get_state(self.model).compiled
         if type(collator) is not CountingCollator or compiled is None or not compiled.layers:
@@ -202,8 +202,13 @@ class SFTTrainer(Trained, trl.SFTTrainer):
             return False
         if collator.padding_free:
             collator.longest = longest_document(self.train_dataset)
-        elif self.args.neftune_noise_alpha is None and not self.args.auto_find_batch_size:
-            collator.rows = self.args.per_device_train_batch_size
+            return True
+        args, own_loss = (
+            self.args,
+            type(self).compute_loss is SFTTrainer.compute_loss and self.compute_loss_func is None,
+        )
+        if own_loss and args.neftune_noise_alpha is None and not args.auto_find_batch_size:
+            collator.rows = args.per_device_train_batch_size
         return lengths_vary(self.train_dataset, collator)
 
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
