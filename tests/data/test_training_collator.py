@@ -54,7 +54,7 @@ def test_batches_of_documents_say_one_longest():
     data, _ = pack(data_of([7, 5, 4, 3, 2]), 8)
     assert longest_document(data) == 7 and longest_document(data_of([4, 9, 2])) == 9
     assert longest_document(data.to_iterable_dataset()) is None
-    for longest, wanted in ((None, 5), (7, 7), (3, 5)):
+    for longest, wanted in ((None, 5), (7, 7), (3, 5), (100, 8)):
         collator = CountingCollator(pad_token_id=0, padding_free=True, longest=longest)
         batch = collator([row for row in data if max(row["seq_lengths"]) == 5])
         assert batch["max_length_q"] == batch["max_length_k"] == wanted
@@ -62,10 +62,16 @@ def test_batches_of_documents_say_one_longest():
 
 @pytest.mark.parametrize(
     "sizes, multiple, vary",
-    [((5, 5, 5), None, False), ((5, 6), None, True), ((5, 6), 8, False), ((5, 9), 8, True), ((9, 16), 8, False)],
-)
-def test_lengths_vary_where_padding_leaves_them_different(sizes, multiple, vary):
+    [
+        ((5,) * 9, None, False), ((5, 6, 7), None, True), ((5, 6, 7), 8, False), ((5, 9, 16), 8, True),
+        ((9, 16), 8, False), ((9,) * 99 + (5,), None, False), ((9,) * 4 + (5,) * 5, None, True),
+    ],
+)  # fmt: skip
+def test_lengths_vary_where_many_batches_are_of_another_length(sizes, multiple, vary):
+    """In batches of two: of rows padded to the longest of the batch, and end to end, where each row counts."""
     rows = data_of(sizes)
-    assert lengths_vary(rows, CountingCollator(pad_token_id=0, pad_to_multiple_of=multiple)) is vary
-    assert lengths_vary(rows, CountingCollator(pad_token_id=0, pad_to_multiple_of=multiple, padding_free=True))
-    assert lengths_vary(rows.to_iterable_dataset(), CountingCollator(pad_token_id=0, pad_to_multiple_of=multiple))
+    assert lengths_vary(rows, CountingCollator(pad_token_id=0, pad_to_multiple_of=multiple), 2) is vary
+    end_to_end = CountingCollator(pad_token_id=0, pad_to_multiple_of=multiple, padding_free=True)
+    assert lengths_vary(rows, end_to_end, 2) is (len(set(sizes)) > 1 and len(sizes) < 99)
+    assert lengths_vary(data_of((9,) * 99 + (5,)), end_to_end, 32)
+    assert not lengths_vary(rows.to_iterable_dataset(), end_to_end, 2)

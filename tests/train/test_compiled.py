@@ -8,6 +8,7 @@ import torch
 import trl
 
 from fastft.data.collate import collate
+from fastft.data.training_collator import training_collator
 from fastft.errors import UsageError
 from fastft.graph.compile import compile as compile_layers
 from fastft.state import get_state
@@ -75,11 +76,12 @@ def test_what_cannot_be_compiled_is_recomputed_by_transformers(build_model, toke
 @pytest.mark.parametrize("how", ["padded", "packed"])
 def test_many_lengths_compile_no_more_graphs_than_two(how, build_model, build_rows):
     """A layer is traced for the first length and once for all others, each with and without a gradient of its input."""
+    torch._dynamo.reset()  # what it has learnt of lengths that vary
     model = compile_layers(build_model(), backend="eager").train()
     for seed in range(6):
         batch = collate(build_rows(3, seed=seed, low=6 + seed, high=12 + seed), packed=how == "packed")
         step.loss(model, batch).backward()
-    assert len(get_state(model).compiled.report().graphs) <= 4
+    assert len(get_state(model).compiled.report().graphs) == 5  # two forms for the first length and for all, a norm
 
 
 def test_fp8_follows_the_exact_curve_and_is_on_record(build_model, tokenizer, dataset, settings):
@@ -142,30 +144,45 @@ def test_rows_of_many_lengths_are_compiled_for_once(kind, rows, build_model, bui
     torch.testing.assert_close(curves[0], curves[1], rtol=1e-5, atol=0)
 
 
-def test_batches_to_evaluate_and_those_of_layers_as_they_are_are_not_filled_up(
-    build_model, build_rows, tokenizer, settings
-):
+def test_batches_are_filled_up_where_nobody_would_see_it(build_model, build_rows, tokenizer, settings):
+    """Not in evaluations and predictions, in losses of a user's own, nor where fewer rows are meant to come."""
     from datasets import Dataset
 
-    rows = Dataset.from_list(build_rows(6))
+    rows, few = (Dataset.from_list(build_rows(count)) for count in (6, 3))
     changes = {**settings, "per_device_train_batch_size": 4, "per_device_eval_batch_size": 4}
     more = {"train_dataset": rows, "eval_dataset": rows, "processing_class": tokenizer}
     compiled = compile_layers(build_model(), backend="aot_eager")
-    filled = SFTTrainer(compiled, SFTConfig(**changes), **more)
-    assert [len(batch["input_ids"]) for batch in filled.get_train_dataloader()] == [4, 4]
-    assert [len(batch["input_ids"]) for batch in filled.get_eval_dataloader()] == [4, 2]
-    assert filled.data_collator.rows == 4
+
+    def sizes(loader):
+        return [len(batch["input_ids"]) for batch in loader]
+
+    given = training_collator(tokenizer)
+    filled = SFTTrainer(compiled, SFTConfig(**changes), data_collator=given, **more)
+    assert sizes(filled.get_train_dataloader()) == [4, 4] and given == training_collator(tokenizer)
+    assert sizes(filled.get_eval_dataloader()) == sizes(filled.get_test_dataloader(rows)) == [4, 2]
 
     class OwnLoss(SFTTrainer):
         def compute_loss(self, *args, **kwargs):
             return super().compute_loss(*args, **kwargs)
 
-    for trainer, given, wishes, asked in (
+    for trainer, model, wishes, asked in (
         (SFTTrainer, build_model(), {}, {"compile": False}),
-        (SFTTrainer, compiled, {"neftune_noise_alpha": 1.0}, {}),
         (SFTTrainer, compiled, {"auto_find_batch_size": True}, {}),
+        (SFTTrainer, compiled, {"accelerator_config": {"split_batches": True}}, {}),
         (SFTTrainer, compiled, {}, {"compute_loss_func": lambda outputs, labels, **_: outputs.logits.mean()}),
         (OwnLoss, compiled, {}, {}),
     ):
-        plain = trainer(given, SFTConfig(**changes, **wishes), **asked, **more)
-        assert [len(batch["input_ids"]) for batch in plain.get_train_dataloader()] == [4, 2]
+        plain = trainer(model, SFTConfig(**changes, **wishes), **asked, **more)
+        assert sizes(plain.get_train_dataloader()) == [4, 2]
+    small = SFTTrainer(compiled, SFTConfig(**changes), train_dataset=few, processing_class=tokenizer)
+    assert sizes(small.get_train_dataloader()) == [3]
+
+
+def test_a_version_for_each_length_where_that_is_asked_for(build_model, build_rows):
+    torch._dynamo.reset()
+    model = compile_layers(build_model(), backend="aot_eager", dynamic=False).train()
+    for low in (6, 12, 18):
+        batch = {**collate(build_rows(3, low=low, high=low + 1)), "lengths_vary": True}
+        step.loss(model, batch).backward()
+    # for each length the first layer's form and all others', and the norm
+    assert len(get_state(model).compiled.report().graphs) == 9

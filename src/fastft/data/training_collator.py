@@ -14,8 +14,10 @@ from fastft.data.mask import IGNORE
 from fastft.errors import DataError, Problem
 
 PROBED = 8
-# In a batch: how many of its tokens fill it up, an int64 scalar; they are the last ones, row after row.
+# In a batch: how many of its tokens fill it up, int64 [1]; they are the last ones, row after row.
 FILLER = "filler"
+# Share of a run's batches that may be of another length than most without lengths being said to vary.
+FEW = 1 / 16
 
 
 @dataclasses.dataclass
@@ -26,8 +28,8 @@ class CountingCollator(DataCollatorForLanguageModeling):
     rows' lengths, never by its id, so that the pad token may be the stop token.
 
     So that all batches of a run are compiled for once: with `rows` a padded batch has that many, the last of an epoch
-    too. It is filled up with its last row without loss, and `filler` says how many tokens these are. With `longest` a
-    batch of documents end to end says that its longest has that many tokens, if it has no longer one.
+    too. It is filled up with its last row without loss, and `filler` [1] says how many tokens these are. With `longest`
+    a batch of documents end to end has the length of its longest rounded up to a power of two, to `longest` at most.
     """
 
     rows: int | None = None
@@ -39,9 +41,11 @@ class CountingCollator(DataCollatorForLanguageModeling):
         without_loss = {**examples[-1], "labels": [IGNORE] * len(examples[-1]["input_ids"])}
         batch = super().torch_call([*examples, *[without_loss] * missing])
         if self.rows is not None:
-            batch[FILLER] = torch.tensor(missing * batch["input_ids"].shape[1])
-        if self.longest is not None and batch.get("max_length_q", self.longest) < self.longest:
-            batch["max_length_q"] = batch["max_length_k"] = self.longest
+            batch[FILLER] = torch.tensor([missing * batch["input_ids"].shape[1]])
+        if self.longest is not None and "max_length_q" in batch:
+            own = batch["max_length_q"]
+            rounded = max(own, min(self.longest, 1 << (own - 1).bit_length()))
+            batch["max_length_q"] = batch["max_length_k"] = rounded
         mask = batch.get("attention_mask")
         if mask is not None:
             batch["right_padded"] = bool((mask[:, 1:] <= mask[:, :-1]).all())
@@ -52,13 +56,18 @@ class CountingCollator(DataCollatorForLanguageModeling):
         return {**batch, "valid_rows": int(targets.ne(IGNORE).sum())}
 
 
-def lengths_vary(dataset: Any, collator: CountingCollator) -> bool:
-    """Say whether batches of a data set of token ids may have different lengths as the collator pads them."""
-    if collator.padding_free or not hasattr(dataset, "__len__") or "input_ids" not in dataset.column_names:
-        return True
-    multiple = collator.pad_to_multiple_of or 1
+def lengths_vary(dataset: Any, collator: CountingCollator, rows: int) -> bool:
+    """Say whether many batches of `rows` of a data set of token ids have other lengths than most, as they are collated.
+
+    Of a stream that is not known, and not said.
+    """
+    if not hasattr(dataset, "__len__") or "input_ids" not in dataset.column_names or not len(dataset):
+        return False
+    multiple = 1 if collator.padding_free else collator.pad_to_multiple_of or 1
     padded = -(-columns.lengths(dataset) // multiple)
-    return len(padded) > 0 and bool(padded.min() != padded.max())
+    longest = float((padded == padded.max()).mean())  # the share of rows that are
+    alike = longest**rows if collator.padding_free else 1 - (1 - longest) ** rows
+    return 1 - alike > FEW
 
 
 def longest_document(dataset: Any) -> int | None:

@@ -133,7 +133,8 @@ def compile(
     numbers, and the report, run.json and the model card say so. It takes bf16 and a GPU of compute capability 8.9, or a
     CPU, which is slow at it; linears that cannot compute so stay exact, and the report says why. "fp8+head": the loss
     head's products too, but for each row's own label (`linear_ce.quantized`).
-    dynamic: as for `torch.compile`; None compiles layers for the first length and, at a second one, for all.
+    dynamic: as for `torch.compile`; None compiles layers for the first length and, at a second one, for all, and where
+    a batch is known to be of many lengths, as fastft's trainers know it, for all at once.
 
     With "inductor" on a GPU it starts Inductor's worker processes, which take seconds until the first graph needs them.
     It registers the attention "fastft" with transformers and sets `torch._dynamo.config.specialize_float`, without
@@ -298,7 +299,7 @@ def _install(
         return versions[key]
 
     for index, layer in enumerate(layers):
-        layer._compiled_call_impl = _dispatcher(layer, index, version, compiled)
+        layer._compiled_call_impl = _dispatcher(layer, index, version, compiled, dynamic is False)
     update_state(model, compiled=compiled)
     return compiled
 
@@ -357,9 +358,16 @@ def _mark_documents(kwargs: Mapping[str, Any]) -> None:
 
 
 def _dispatcher(
-    layer: nn.Module, index: int, version: Callable[[Mode, Kind, bool], Callable[..., Any]], compiled: Compiled
+    layer: nn.Module,
+    index: int,
+    version: Callable[[Mode, Kind, bool], Callable[..., Any]],
+    compiled: Compiled,
+    fixed: bool,
 ) -> Callable[..., Any]:
-    """Return what `nn.Module.__call__` is to run: the compiled layer when training, the plain one otherwise."""
+    """Return what `nn.Module.__call__` is to run: the compiled layer when training, the plain one otherwise.
+
+    fixed: each length is to have a version of its own, whatever a batch says of lengths.
+    """
 
     def call(*args: Any, **kwargs: Any) -> Any:
         kind = kind_of(layer, kwargs) if compiled.enabled and layer.training else None
@@ -369,11 +377,11 @@ def _dispatcher(
         if kwargs.get("use_cache") or any(kwargs.get(name) is not None for name in CACHES):
             return eagerly("a key-value cache is in use (pass use_cache=False)", *args, **kwargs)
         lengths_vary, planned = kwargs.pop("lengths_vary", False), compiled.planned
-        if kind.rows == "cu_seq_lens_q":
+        if kind.rows == "cu_seq_lens_q" and not fixed:
             _mark_documents(kwargs)
 
         def run(mode: Mode, whole: bool, given: Sequence[Any], named: Mapping[str, Any]) -> Any:
-            if lengths_vary:
+            if lengths_vary and not fixed:
                 _mark_lengths(given, named)
             return version(mode, kind, whole)(layer, *given, **named)
 

@@ -98,7 +98,7 @@ def count_batch(batch: Mapping[str, Any], targets: Tensor, windows: set[int | No
     mask, positions, filler = (batch.get(name) for name in ("attention_mask", "position_ids", "filler"))
     real = ids.new_ones(ids.shape)
     if filler is not None:
-        real = (real.flatten().cumsum(dim=0) <= ids.numel() - filler.to(ids.device)).view_as(ids).to(ids.dtype)
+        real = (real.flatten().cumsum(dim=0) <= ids.numel() - filler.to(ids.device).sum()).view_as(ids).to(ids.dtype)
     if positions is not None and positions.shape == ids.shape and mask is None:
         seen = (positions + 1) * real
     elif mask is not None and mask.ndim == 2:

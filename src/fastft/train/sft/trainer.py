@@ -81,7 +81,7 @@ class SFTTrainer(Trained, trl.SFTTrainer):
         self._statistics: list[torch.Tensor] = []
         self.replayer: Replayer | None = None
         self.equip(model, "sft", compile=compile, recompute=recompute)
-        self._lengths_vary = self._settle_shapes()
+        self._training_collator, self._lengths_vary = self._of_few_shapes()
         if self.packing_statistics:
             self.recorder.extra["packing"] = self.packing_statistics
 
@@ -189,35 +189,32 @@ class SFTTrainer(Trained, trl.SFTTrainer):
 
     # ---- data
 
-    def _settle_shapes(self) -> bool:
-        """Have layers that are compiled see as few kinds of batches as can be; say whether their lengths vary then.
+    def _of_few_shapes(self) -> tuple[Any, bool]:
+        """Return a collator of training batches of as few kinds as can be for compiled layers, and if lengths vary.
 
-        Rows are not filled up where every token counts (in the loss of a router, in a loss of the user's, and in noise
-        that is scaled by their number), nor where batches may yet become smaller.
+        Rows are not filled up where every token counts (in the loss of a router, in one of the user's), nor where
+        batches of fewer rows are meant to come, or all have as few.
         """
-        collator, compiled = self.data_collator, get_state(self.model).compiled
-        if type(collator) is not CountingCollator or compiled is None or not compiled.layers:
-            return False
+        own, compiled, args = self.data_collator, get_state(self.model).compiled, self.args
+        if type(own) is not CountingCollator or compiled is None or not compiled.layers:
+            return own, False
         if not step.head_check(self.model).fused:
-            return False
-        if collator.padding_free:
-            collator.longest = longest_document(self.train_dataset)
-            return True
-        args, own_loss = (
-            self.args,
-            type(self).compute_loss is SFTTrainer.compute_loss and self.compute_loss_func is None,
-        )
-        if own_loss and args.neftune_noise_alpha is None and not args.auto_find_batch_size:
-            collator.rows = args.per_device_train_batch_size
-        return lengths_vary(self.train_dataset, collator)
+            return own, False
+        rows, data = args.per_device_train_batch_size, self.train_dataset
+        vary = lengths_vary(data, own, rows)
+        if own.padding_free:
+            return dataclasses.replace(own, longest=longest_document(data)), vary
+        theirs = type(self).compute_loss is not SFTTrainer.compute_loss or self.compute_loss_func is not None
+        fewer = args.auto_find_batch_size or args.accelerator_config.split_batches
+        fewer = fewer or getattr(args, "train_sampling_strategy", "") == "batch_rebalance"
+        fewer = fewer or (hasattr(data, "__len__") and len(data) <= rows)
+        return (own if theirs or fewer else dataclasses.replace(own, rows=rows)), vary
 
-    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the loader of batches to evaluate, which are as long as their rows: nothing is compiled for them."""
-        own = self.data_collator
-        if type(own) is CountingCollator:
-            self.data_collator = dataclasses.replace(own, rows=None)
+    def get_train_dataloader(self) -> Any:
+        """Return the loader of training batches; those of evaluations and predictions have the rows there are."""
+        own, self.data_collator = self.data_collator, self._training_collator
         try:
-            return super().get_eval_dataloader(*args, **kwargs)
+            return super().get_train_dataloader()
         finally:
             self.data_collator = own
 
