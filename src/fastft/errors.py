@@ -75,6 +75,13 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
     return f"did you mean {near[0]!r}?" if near else ""
 
 
+def unknown_argument(owner: str, name: str, known: Iterable[str], renamed: Mapping[str, str] | None = None) -> str:
+    """Return what to say to an argument that `owner` does not take; `renamed`: what others call what it takes."""
+    known = list(known)
+    hint = f"here it is {renamed[name]}" if name in (renamed or {}) else did_you_mean(name, known)
+    return f"{owner}: unknown argument {name!r}; {hint or 'it takes ' + ', '.join(known)}"
+
+
 def did_you_mean_path(path: Path) -> str:
     """Return "did you mean 'x' or 'y'?" for what in the path's folder has a name like it, or an empty string."""
     try:
