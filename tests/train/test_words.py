@@ -79,7 +79,7 @@ def test_what_would_be_ignored_beside_steps(name, told):
 
 @pytest.mark.parametrize("name", DATA)
 def test_two_precisions_and_a_tracker_that_is_not_there(name, told, monkeypatch):
-    monkeypatch.setattr(arguments, "installed", lambda package: package != "wandb")
+    monkeypatch.setattr(arguments, "installed", lambda package: package == "tensorboardX")
     found = told(name, bf16=True, fp16=True, report_to=["wandb", "tensorboard"])
     assert str(found["bf16 and fp16"]) == (
         f"{name} bf16 and fp16: expected one of the two, got (True, True). "

@@ -269,19 +269,11 @@ def _on_or_off(value: Any) -> bool:
 MEANT = {"adam": "adamw_torch", "adamw": "adamw_torch"}
 
 
-# The package that a tracker needs, where it is one; of others transformers says it.
-REPORTING = {
-    "clearml": "clearml",
-    "codecarbon": "codecarbon",
-    "comet_ml": "comet_ml",
-    "dagshub": "dagshub",
-    "dvclive": "dvclive",
-    "mlflow": "mlflow",
-    "neptune": "neptune",
-    "swanlab": "swanlab",
-    "trackio": "trackio",
-    "wandb": "wandb",
-}
+# The package that a tracker needs, where it is called like it; of others transformers says it.
+REPORTING = (
+    "clearml", "codecarbon", "comet_ml", "dagshub", "dvclive", "mlflow", "neptune", "swanlab", "tensorboard", "trackio",
+    "wandb",
+)  # fmt: skip
 
 
 def _wrong_choices(args: Any) -> list[Problem]:
@@ -307,8 +299,8 @@ def _wrong_choices(args: Any) -> list[Problem]:
         if value not in known:
             near = did_you_mean(str(value), known)
             problems.append(Problem(f"{owner} report_to", value, f"one of {', '.join(known)}", near))
-        elif value in REPORTING and not installed(REPORTING[value]):
-            remedy = f"pip install {REPORTING[value]}, or leave report_to out."
+        elif value in REPORTING and not installed(value) and not installed(f"{value}X"):  # there is a tensorboardX
+            remedy = f"pip install {value}, or leave report_to out."
             problems.append(Problem(f"{owner} report_to", value, "a tracker that is installed here", remedy))
     return problems
 
