@@ -1,7 +1,8 @@
 """Errors that name the thing, its value, what is allowed, and the remedy; several mistakes are told together."""
 
+import re
 from collections.abc import Iterable, Mapping
-from difflib import get_close_matches
+from difflib import SequenceMatcher, get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -75,14 +76,32 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
     return f"did you mean {near[0]!r}?" if near else ""
 
 
+def unknown_argument(owner: str, name: str, known: Iterable[str], renamed: Mapping[str, str] | None = None) -> str:
+    """Return what to say to an argument that `owner` does not take; `renamed`: what others call what it takes."""
+    known = list(known)
+    hint = f"here it is {renamed[name]}" if name in (renamed or {}) else did_you_mean(name, known)
+    return f"{owner}: unknown argument {name!r}; {hint or 'it takes ' + ', '.join(known)}"
+
+
 def did_you_mean_path(path: Path) -> str:
     """Return "did you mean 'x' or 'y'?" for what in the path's folder has a name like it, or an empty string."""
     try:
         there = [entry.name for entry in path.parent.iterdir()]
     except OSError:
         return ""
-    near = [repr(str(path.parent / name)) for name in get_close_matches(path.name, there, n=3, cutoff=0.6)]
+    near = [repr(str(path.parent / name)) for name in near_files(path.name, there)]
     return f"did you mean {' or '.join(near)}?" if near else ""
+
+
+def near_files(name: str, there: Iterable[str]) -> list[str]:
+    """Return the up to three names of files that are like `name`, the nearest first; endings alone are no likeness."""
+    near = get_close_matches(name, list(there), n=3, cutoff=0.6)
+    return [other for other in near if SequenceMatcher(None, _stem(other), _stem(name)).ratio() >= 0.6]
+
+
+def _stem(name: str) -> str:
+    """Return a file's name without its ending; a version number is none ("Qwen2.5-0.5B")."""
+    return re.sub(r"(?<=.)\.[A-Za-z]\w*$", "", name)
 
 
 def short(value: Any, limit: int = 80) -> Any:

@@ -92,9 +92,9 @@ def test_the_smaller_of_memorys_and_the_models_length_is_told_with_its_name(tmp_
             room = lengths[plan] = found["longest_length_in_memory"]
             assert code == 0 and found["longest_length_of_model"] == limit
             assert found["longest_length"] == min(room, limit)
-            by = f"{room}, by memory; the model goes to {limit}\n"
+            by = f"about {room}, by memory; the model goes to {limit}\n"
             if limit < room:
-                by = f"{limit}, by the model (max_position_embeddings); memory goes to {room}\n"
+                by = f"{limit}, by the model (max_position_embeddings); memory goes to about {room}\n"
             assert f"longest length: {by}" in out.out
     assert lengths["keep"] < 8192 < lengths["auto"] < 1 << 20  # so that either bounds one
 
@@ -124,7 +124,7 @@ def test_whose_limit_the_memory_is_is_told(folder, capsys):
     assert code == 0 and "10.00 GB, the budget of plan 10GB\n" in out.out and "H200 has" not in out.out
     code, out = told(capsys, folder, "--gpu", "H200", "--plan", "5GB")
     assert code == 2 and "with this plan; there are 5.00 GB, the budget of plan 5GB" in out.err
-    code, out = told(capsys, folder, "--gpu", "8GB", "--plan", "10GB", "--batch", 8)
+    code, out = told(capsys, folder, "--gpu", "8GB", "--plan", "8GB", "--batch", 8)
     assert code == 2 and "GB that 8GB has for it" in out.out and "GB that 8GB has for it" in out.err
 
 
@@ -178,10 +178,46 @@ def test_where_nothing_is_enough_by_itself_what_is_together_is_told(folder, caps
     assert told(capsys, folder, "--gpu", "12GB", "--batch", 3)[0] == 0
     code, out = told(capsys, folder, "--gpu", "5GB")
     assert code == 2 and out.out.endswith(
-        "enough by itself:   nothing\nenough together:    nothing\nsmallest known GPU: T4 (15.7 GB)\n"
+        "enough by itself:   nothing\nenough together:    nothing\nsmallest known GPU: RTX 3080 (10.3 GB)\n"
     )
     given = (folder, "--gpu", "H100", "--full", "--quant", "none", "--plan", "min", "--batch", 16, "--length", 32768)
     assert "smallest known GPU: none fits\n" in told(capsys, *given)[1].out
+
+
+def test_a_low_rank_and_a_very_short_length_are_tried_before_nothing_is_enough(folder, capsys):
+    for given, names in (
+        (("--gpu", "7.4GB"), ["an 8-bit optimizer (adamw_8bit)", "rank 4", "length 256"]),
+        (("--gpu", "7.4GB", "--length", 200), ["an 8-bit optimizer (adamw_8bit)", "rank 4"]),
+        (("--gpu", "7.35GB"), ["an 8-bit optimizer (adamw_8bit)", "rank 4", "length 128"]),
+    ):
+        found = json.loads(told(capsys, folder, *given, "--json")[1].out)
+        assert found["remedies"] == [] and found["remedies_together"]["names"] == names
+    taken = (folder, "--optimizer", "adamw_8bit", "--rank", 4, "--length")
+    assert [told(capsys, *taken, length, "--gpu", "7.4GB")[0] for length in (256, 512)] == [0, 2]
+    assert [told(capsys, *taken, length, "--gpu", "7.35GB")[0] for length in (128, 256)] == [0, 2]
+
+
+def test_beside_a_drastic_change_milder_ones_together_are_told(folder, capsys):
+    given = (folder, "--gpu", "24GB", "--plan", "min", "--batch", 16, "--length", 8192)
+    found = json.loads(told(capsys, *given, "--json")[1].out)
+    assert [remedy["name"] for remedy in found["remedies"]] == [
+        "batch size 4 with 4 times the accumulation", "length 2048"
+    ]  # fmt: skip
+    together = 'plan="auto", batch size 8 with twice the accumulation'
+    assert ", ".join(found["remedies_together"]["names"]) == together
+    _, out = told(capsys, *given)
+    assert "length 2048  " in out.out and f"enough together:    {together} (peak " in out.out
+    assert told(capsys, folder, "--gpu", "24GB", "--batch", 8, "--length", 8192)[0] == 0
+    # one that is mild is enough
+    _, out = told(capsys, folder, "--gpu", "8.5GB")
+    assert "rank 8  " in out.out and "enough together" not in out.out
+
+
+def test_a_longest_length_below_a_step_of_256_is_told_to_the_token(folder, capsys):
+    given = (folder, "--gpu", "7.35GB", "--optimizer", "adamw_8bit", "--rank", 4)
+    length = json.loads(told(capsys, *given, "--json")[1].out)["longest_length"]
+    assert length == 199
+    assert [told(capsys, *given, "--length", tried)[0] for tried in (length, length + 1)] == [0, 2]
 
 
 def test_a_larger_budget_is_told_where_the_gpu_has_it(folder, capsys):
@@ -211,6 +247,10 @@ def test_a_known_gpu_gives_a_time_and_a_named_plan_is_taken(folder, capsys):
         (["--gpu", "24GB", "--quant", "nf5", "--optimizer", "adam", "--plan", "kep"],
          ["did you mean 'nf4'", "did you mean 'adamw'", "did you mean 'keep'"]),
         (["--gpu", "24GB", "--full"], ["--quant none"]),
+        (["--gpu", "RTXX 4090"], ["did you mean 'RTX 4090'?"]),
+        (["--gpu", "24GB", "--full", "--quant", "none", "--rank", "8", "--plan", "30GB"],
+         ["--rank: expected to be left out with --full, got 8. Every weight is trained: there is no adapter.",
+          "--plan: expected no more than the GPU has: 24GB has 24.00 GB, and 22.21 GB for a step, got '30GB'"]),
     ],
 )  # fmt: skip
 def test_mistakes_are_named_together(folder, capsys, arguments, words):
@@ -229,8 +269,8 @@ def test_a_gpu_without_fp8_products_is_refused_with_its_capability(gpu, capabili
         assert code == 3 and f"{name} has compute capability {capability}; fp8 products need 8.9 or more" in out.err
         assert f"--compute: expected exact here: {name}" in out.err and f"got {compute!r}" in out.err
         assert (
-            "name a GPU that has them: B200, H200, H100 PCIe, H100 NVL, H100, L40S, L40, L4, RTX 5090, RTX 4090."
-            in out.err
+            "name a GPU that has them: B200, H200, H100 PCIe, H100 NVL, H100, L40S, L40, L4, RTX 5090, RTX 4090, "
+            "RTX 4070, RTX 4060." in out.err
         )
     assert told(capsys, folder, "--gpu", gpu, "--plan", "offload")[0] != 3
 

@@ -50,6 +50,24 @@ def test_json(tmp_path):
     assert file_told(path)[0].startswith(f"{path}, line 1, column 1: expected JSON, got ''")
 
 
+@pytest.mark.parametrize("text", ['[{"text": "a"}, {"text": "b"}]', '\n[\n {"text": "a"},\n {"text": "b"}\n]\n'])
+@pytest.mark.parametrize("stream", [False, True])
+def test_one_json_list_under_the_name_of_json_lines_is_read(text, stream, tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(text)
+    assert list(load_rows(path, stream=stream)) == [{"text": "a"}, {"text": "b"}]
+
+
+def test_a_broken_json_list_is_told_once(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text("[\n" + ' {"text": "a"},\n' * 30)
+    assert len(file_told(path)) == 1 and file_told(path)[0].startswith(f"{path}, line 32, column 1: expected JSON")
+    path.write_text('[{"text": "a"}, 3]')
+    assert [line.split(":")[0] for line in file_told(path)] == [f"{path}, row 1"]
+    path.write_text('["a"]\n["b"]\n')  # lines, each of which is no row
+    assert [line.split(":")[0] for line in file_told(path)] == [f"{path}, line 1", f"{path}, line 2"]
+
+
 def test_utf8(tmp_path):
     for name, before in [
         ("a.jsonl", b'{"text": "\xc3\xa9"}\n{"text": "'),

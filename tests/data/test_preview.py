@@ -101,3 +101,13 @@ def test_no_escape_codes_of_the_data_reach_a_terminal(build_tokenizer, chats):
     assert "\x1b" not in str(found) and "\x07" not in str(found) and "\ttab" in str(found)
     assert "␛[2Jgone␇" in str(found).replace("]][[", "")
     assert "\x1b[2J" not in preview_text.coloured(found)
+
+
+def test_a_folder_without_a_tokenizer_is_told_as_load_tells_it(chats, tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    told = []
+    for ask in (fastft.load, lambda folder: preview(chats(1), folder)):
+        with pytest.raises(LoadError) as caught:
+            ask(tmp_path)
+        told.append(str(caught.value).splitlines()[0])
+    assert told[0] == told[1] and told[0].startswith(f"{tmp_path.resolve()}: no tokenizer (tokenizer.json or ")

@@ -33,6 +33,11 @@ KNOWN = {
         "ShareGPT conversations (column 'messages', role/content), 1 row",
         {"messages": [{"role": "user", "content": "q", "weight": 0}, BOT]},
     ),
+    "roles in other letters": (
+        {"messages": [{"role": "User", "content": "q"}, {"role": "assistant", "content": "a"}]},
+        "conversations (column 'messages', role/content), 1 row; role 'User' read as 'user'",
+        {"messages": TURNS},
+    ),
     "sharegpt with system and calls": (
         {
             "system": "s",

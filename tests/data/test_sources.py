@@ -180,7 +180,9 @@ def test_folders_that_are_not_clear(folder, names, words):
         ("a text\nof two lines", ["[{'text': text}]"]),
         ("x" * 5000, ["[{'text': text}]", "(5,000 characters)"]),
         (["a text", "another one"], ["[{'text': text} for text in texts]"]),
-        ("./rows.jsnl", ["did you mean 'rows.jsonl'"]),
+        ("./rows.jsnl", ["did you mean 'rows.jsonl'?"]),
+        ("./rosw.json", ["did you mean 'rows.jsonl'?"]),
+        ("./missing.jsonl", ["got './missing.jsonl'. Looked for "]),  # syntax.jsonl has its ending alone
         ("rows.jsnl", ["did you mean 'rows.jsonl'", "the hub is switched off"]),
         ("none/*.jsonl", ["a pattern that some file fits"]),
         (["rows.jsonl", "gone.csv", "rows.xls"], ["gone.csv: expected a file", "rows.xls: expected one of", "as CSV"]),
@@ -193,6 +195,7 @@ def test_what_cannot_be_found(folder, monkeypatch, source, words):
     monkeypatch.chdir(folder)
     write(Path("rows.jsonl"))
     Path("rows.xls").write_text("x")
+    write(Path("syntax.jsonl"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(DataError) as caught:
         load_rows(source)

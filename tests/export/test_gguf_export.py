@@ -47,6 +47,16 @@ def test_values_are_the_model_s(tmp_path):
     assert torch.equal(values(path, "blk.0.attn_q_norm.weight"), state["model.layers.0.self_attn.q_norm.weight"] + 1)
 
 
+def test_unknown_arguments_are_told_with_the_right_name(tmp_path):
+    with pytest.raises(UsageError) as caught:
+        export_gguf(gguf_model("llama"), demo_tokenizer(), tmp_path, quant="q4_k_m", pre_tokeniser="x", device="gpu")
+    assert [str(problem) for problem in caught.value.problems[:2]] == [
+        "export_gguf: unknown argument 'quant'; here it is quants",
+        "export_gguf: unknown argument 'pre_tokeniser'; did you mean 'pre_tokenizer'?",
+    ]
+    assert caught.value.problems[2].where == "export_gguf device" and not list(tmp_path.iterdir())
+
+
 def test_rows_become_pairs():
     model = gguf_model("llama")
     heads = heads_of(model.config)

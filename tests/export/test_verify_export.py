@@ -354,3 +354,23 @@ def test_every_family_is_read_back(family, tmp_path, tools):
     back = dequantised_model(read_gguf(report.files[0].path), model)
     truth = logits(copy.deepcopy(model).double())
     assert relative(truth, logits(back)) < 2 * relative(truth, logits(model)) + 1e-7
+
+
+def test_a_failing_number_is_told_with_digits_that_tell_it_from_the_allowed_one():
+    from fastft.export.compare import Distance
+    from fastft.export.verify import ArtefactReport, _limited
+
+    limits = Limits(2e-3, 0.05, 0.02)
+    found = Distance(2000, 0.1, 2.0004e-3, 0.9496, 102.04, 100.0)
+    report = ArtefactReport("merged", "bf16", "transformers", True, True, found, None, limits, ())
+    assert _limited(report, limits, None).problems == (
+        "mean KL divergence 0.0020004, allowed 0.002",
+        "5.04% other first choices, allowed 5.00%",
+        "perplexity +2.04%, allowed +2.00%",
+    )
+    far = Distance(2000, 0.1, 0.3, 0.5, 150.0, 100.0)
+    assert _limited(evolve(report, distance=far), limits, None).problems == (
+        "mean KL divergence 0.3, allowed 0.002",
+        "50.0% other first choices, allowed 5.0%",
+        "perplexity +50.0%, allowed +2.0%",
+    )

@@ -114,6 +114,19 @@ def test_devices_by_memory_and_by_name():
         found = device_of(text)
         assert found.name == name and found.memory == pytest.approx(gib * 2**30, rel=1e-6)
         assert found.capability == find_device(name.split()[0]).capability
+    for text in ("rtx4090", "RTX4090", "RTX-4090", "4090", "GeForce RTX 4090 24GB", "rtx_4090"):
+        assert device_of(text) == find_device("RTX 4090"), text
+    for text, gib in (("3060", 11.6), ("RTX 3060 12GB", 11.6), ("RTX 3070", 7.6), ("rtx3080", 9.6), ("RTX 4060", 7.6)):
+        assert device_of(text).memory == int(gib * 2**30), text
+    assert device_of("RTX 3080 12GB").memory == int(0.98 * 12 * 2**30)
+    # cards of another size under a longer name
+    for text in ("NVIDIA GeForce RTX 3060 Ti", "NVIDIA GeForce RTX 4070 SUPER", "RTX 4060Ti"):
+        assert find_device(text) is None, text
+    assert find_device("NVIDIA GeForce RTX 3090 Ti").name == "RTX 3090 Ti"
+    with pytest.raises(UsageError, match=r"got 'RTXX 4090'\. did you mean 'RTX 4090'\?$"):
+        device_of("RTXX 4090")
+    with pytest.raises(UsageError, match=r"got 'RTX 4080'$"):  # no mistake in writing: another card
+        device_of("RTX 4080")
     with pytest.raises(UsageError, match=r"gpu: expected an amount of memory such as 24GB .* got 'Voodoo'"):
         device_of("Voodoo")
 

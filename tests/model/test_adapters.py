@@ -238,6 +238,7 @@ def test_all_mistakes_are_told_at_once(tiny):
         ({"init": "eva"}, "needs training data"),
         ({"init": "loftq"}, "load with quant='nf4'"),
         ({"init": "orthogonal", "r": 3}, "an even rank"),
+        ({"rank": 8}, "unknown argument 'rank'; here it is r"),
         ({"init": "pissa_niter_4", "seed": 1}, "seed: expected 3407"),
         ({"train_tokens": "all"}, "train_tokens: expected 'added'"),
     ],

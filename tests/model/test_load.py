@@ -106,6 +106,26 @@ def test_stored_nf4_is_taken_as_it_is(tiny, tmp_path, rms):
         load(tmp_path, full=True)
 
 
+@pytest.mark.parametrize(
+    ("device", "there", "told"),
+    [
+        ("cuda", 0, "device: expected 'cpu' or None, as torch finds no CUDA device here, got 'cuda'. Leave it out"),
+        ("cuda:2", 2, "device: expected one of cuda:0, cuda:1, got 'cuda:2'"),
+        ("gpu", 2, "device: expected None, 'auto', 'cpu', 'cuda', 'cuda:0' ..., got 'gpu'"),
+    ],
+)
+def test_a_device_that_is_not_there(device, there, told, monkeypatch):
+    from fastft.export.gguf.export import export_gguf
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: there)
+    with pytest.raises(UsageError) as caught:
+        load("no/where", device=device, max_length=0)
+    assert len(caught.value.problems) == 2 and told in str(caught.value)
+    with pytest.raises(UsageError, match="export_gguf device: expected"):
+        export_gguf("no/where", device=device)
+
+
 def test_all_wrong_arguments_are_told_at_once():
     with pytest.raises(UsageError) as caught:
         load("x", quant="4bit", dtype="flot32", max_length=0, full=True, load_in_4bit=True, revison="a", quux=1)

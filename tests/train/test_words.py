@@ -4,6 +4,7 @@ import pytest
 
 import fastft
 from fastft.errors import LoadError, Problem, UsageError
+from fastft.train import arguments
 from fastft.train.words import renamed
 
 PAIRS = [{"prompt": "w1", "chosen": "w2", "rejected": "w3"}]
@@ -56,6 +57,39 @@ def test_how_often_beside_what_it_goes_by_instead(name, told):
     assert without["save_every"].expected == "nothing beside save_strategy='best'"
     never = {"save_every": 5, "save_strategy": "no", "eval_every": 3, "eval_strategy": "no"}
     assert told(name, eval=DATA[name], steps=0, **never).keys() == {"steps"}
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_what_would_be_ignored_beside_steps(name, told):
+    found = told(name, steps=2, epochs=3, warmup_steps=2, learning_rate=-1)
+    assert str(found["steps and epochs"]) == (
+        f"{name} steps and epochs: expected one of the two, got (2, 3). "
+        "Steps end the run whatever the epochs say: leave one of them out."
+    )
+    assert str(found["warmup_steps"]) == (
+        f"{name} warmup_steps: expected fewer than steps=2, got 2. "
+        "The learning rate would never be reached: a number below 1, such as 0.1, is a share of all steps."
+    )
+    assert found.keys() == {"steps and epochs", "warmup_steps", "learning_rate"}
+    # what goes by epochs, and a share of the steps, is no contradiction
+    assert told(name, steps=-1, epochs=3, warmup_steps=5, learning_rate=-1).keys() == {"learning_rate"}
+    assert told(name, steps=2, warmup_steps=0.9, learning_rate=-1).keys() == {"learning_rate"}
+    assert told(name, steps=3, warmup_steps=2, learning_rate=-1).keys() == {"learning_rate"}
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_two_precisions_and_a_tracker_that_is_not_there(name, told, monkeypatch):
+    monkeypatch.setattr(arguments, "installed", lambda package: package == "tensorboardX")
+    found = told(name, bf16=True, fp16=True, report_to=["wandb", "tensorboard"])
+    assert str(found["bf16 and fp16"]) == (
+        f"{name} bf16 and fp16: expected one of the two, got (True, True). "
+        "Leave both out: the model's own dtype decides."
+    )
+    assert str(found["report_to"]) == (
+        f"{name} report_to: expected a tracker that is installed here, got 'wandb'. "
+        "pip install wandb, or leave report_to out."
+    )
+    assert found.keys() == {"bf16 and fp16", "report_to"}
 
 
 @pytest.mark.parametrize("name", DATA)

@@ -24,7 +24,7 @@ def plan(
     length: Annotated[int, typer.Option(help="Tokens in a row.", min=1)] = 4096,
     batch: Annotated[int, typer.Option(help="Rows in a micro-batch.", min=1)] = 1,
     quant: Annotated[str, typer.Option(help="nf4, int8, fp8 or none.")] = "nf4",
-    rank: Annotated[int, typer.Option(help="LoRA's rank, on all linears.", min=1)] = 16,
+    rank: Annotated[int | None, typer.Option(help="LoRA's rank, on all linears; 16 if left out.", min=1)] = None,
     full: Annotated[bool, typer.Option("--full", help="Train every weight; with --quant none.")] = False,
     optimizer: Annotated[str, typer.Option(help="adamw or adamw_8bit.")] = "adamw",
     compute: Annotated[str, typer.Option(help="exact, fp8 or fp8+head, as fastft.compile takes it.")] = "exact",
@@ -57,7 +57,7 @@ def collect(
     length: int,
     batch: int,
     quant: str,
-    rank: int,
+    rank: int | None,
     full: bool,
     optimizer: str,
     plan: str,
@@ -72,7 +72,8 @@ def collect(
     from fastft.registry.resolve import resolve
 
     with checking_arguments():
-        device = _check_arguments(gpu, quant, full, optimizer, plan, compute)
+        device = _check_arguments(gpu, quant, rank, full, optimizer, plan, compute)
+    rank = 16 if rank is None else rank
     config = read_config(model)
     spec = resolve(config)
     weights = None if quant == "none" else quant
@@ -104,18 +105,27 @@ def collect(
     }
 
 
-def _check_arguments(gpu: str, quant: str, full: bool, optimizer: str, plan: str, compute: str) -> "Device":
+def _check_arguments(
+    gpu: str, quant: str, rank: int | None, full: bool, optimizer: str, plan: str, compute: str
+) -> "Device":
     """Return the device that `gpu` means. Raises UsageError with everything that is wrong."""
     from fastft.memory.devices import device_of
     from fastft.memory.estimate import COMPUTE, OPTIMIZER_BYTES
-    from fastft.memory.plan import plan_problem
+    from fastft.memory.plan import budget_of, plan_problem, usable
 
     device = None
     problems = [problem for problem in (plan_problem(plan),) if problem]
+    unplanned = bool(problems)
     try:
         device = device_of(gpu)
     except UsageError as error:
         problems += error.problems
+    if device is not None and not unplanned and (budget_of(plan) or 0) > device.memory:
+        has = f"{device.memory / GB:.2f} GB, and {usable(device.memory) / GB:.2f} GB for a step"
+        problems.append(Problem("--plan", plan, f"no more than the GPU has: {device.name} has {has}"))
+    if full and rank is not None:
+        remedy = "Every weight is trained: there is no adapter."
+        problems.append(Problem("--rank", rank, "to be left out with --full", remedy))
     if quant not in QUANTS:
         problems.append(Problem("--quant", quant, f"one of {', '.join(QUANTS)}", did_you_mean(quant, QUANTS)))
     elif full and quant != "none":
@@ -144,7 +154,7 @@ def _what_is_enough(made: Any, setup: Any, plan: str, device: "Device") -> dict[
         return {"remedies": [], "remedies_together": None, "smallest_gpu": None}
     asked = Asked(setup, plan, device.memory, device)
     alone = enough_alone(asked)
-    together = None if alone else enough_together(asked)
+    together = enough_together(asked, drastic=not alone) if all(found.drastic for found in alone) else None
     gpus = [known for known in DEVICES if setup.compute == "exact" or not _without_fp8(known, setup.compute)]
     gpu = smallest(asked, gpus)
     return {
@@ -254,9 +264,11 @@ def _print_what_is_enough(found: dict[str, Any]) -> None:
         print_table(("what is enough by itself", "peak GB"), rows)
     gpu, together = found["smallest_gpu"], found["remedies_together"]
     fields = {"smallest known GPU": f"{gpu['name']} ({gpu['memory_bytes'] / GB:.1f} GB)" if gpu else "none fits"}
+    names = together and f"{', '.join(together['names'])} (peak {together['peak_bytes'] / GB:.2f} GB)"
     if not found["remedies"]:
-        names = together and f"{', '.join(together['names'])} (peak {together['peak_bytes'] / GB:.2f} GB)"
         fields = {"enough by itself": "nothing", "enough together": names or "nothing", **fields}
+    elif names:
+        fields = {"enough together": names, **fields}
     print_fields(fields)
 
 
@@ -274,7 +286,7 @@ def _longest(found: dict[str, Any]) -> str:
     if not room:
         return "none fits"
     if positions is None:
-        return f"{room}, by memory"
+        return f"about {room}, by memory"
     if room < positions:
-        return f"{room}, by memory; the model goes to {positions}"
-    return f"{positions}, by the model (max_position_embeddings); memory goes to {room}"
+        return f"about {room}, by memory; the model goes to {positions}"
+    return f"{positions}, by the model (max_position_embeddings); memory goes to about {room}"

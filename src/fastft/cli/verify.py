@@ -33,6 +33,8 @@ def verify(
 
     Exits with 2 if one differs more than its kind allows. For example:
     fastft verify merged gguf/first-q4_k_m.gguf --model run/first
+
+    In Python this is fastft.verify_export; fastft.verify there compares steps of training with plain transformers.
     """
     missing = [name for name in NEEDED if not installed(name)]
     if any(_has_gguf(path) for path in artefacts) and not installed("gguf"):
@@ -56,7 +58,8 @@ def verify(
         typer.echo(str(report))
     failed = [Path(artefact.path).name for artefact in report.artefacts if not artefact.ok]
     if failed:
-        raise CheckFailed(f"{', '.join(failed)} differ from the trained model, or cannot be read")
+        differ = "differs" if len(failed) == 1 else "differ"
+        raise CheckFailed(f"{', '.join(failed)} {differ} from the trained model, or cannot be read")
 
 
 def _has_gguf(path: Path) -> bool:

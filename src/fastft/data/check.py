@@ -60,7 +60,9 @@ def refuse_unlearnable(lost: int, total: int, limit: int | None, allowed: float,
     if lost <= allowed * total:
         return
     share = lost / total
-    remedy = f"Raise max_length, or leave them out with max_unlearnable={min(1.0, share + 0.005):.2f}."
+    remedy = "Raise max_length."
+    if lost < total:
+        remedy = f"Raise max_length, or leave them out with max_unlearnable={min(1.0, share + 0.005):.2f}."
     got = f"{lost} of {total} ({share:.2%})"
     where = f"{name}rows with nothing left to learn within max_length={limit}"
     raise DataError(Problem(where, got, f"at most {allowed:.2%}", remedy))

@@ -101,9 +101,7 @@ def _raise(problem: Problem) -> None:
 def _rows_of(path: Path, tell: Told) -> Iterator[Placed]:
     if path.suffix.lower() in TEXT_SUFFIXES:
         yield from _text(path, tell)
-    elif path.suffix.lower() == ".jsonl":
-        yield from _json_lines(path, tell)
-    elif path.suffix.lower() == ".json":
+    elif path.suffix.lower() in (".json", ".jsonl"):
         yield from _json(path, tell)
     else:
         yield from _csv(path, tell)
@@ -202,8 +200,8 @@ def _json_lines(path: Path, tell: Told) -> Iterator[Placed]:
 
 
 def _json(path: Path, tell: Told) -> Iterator[Placed]:
-    """Yield the rows of a JSON list, or of JSON Lines under the name of JSON, as many write them."""
-    if _starts_with_object(path):
+    """Yield the rows of JSON Lines or of one JSON list, which both stand under either name: no line is a list."""
+    if not _is_one_value(path):
         yield from _json_lines(path, tell)
         return
     text, broken = _whole(path, tell), []
@@ -223,15 +221,25 @@ def _json(path: Path, tell: Told) -> Iterator[Placed]:
             yield from _need_row(f"{path}, row {index}", row, tell)
 
 
-def _starts_with_object(path: Path) -> bool:
-    """Return whether the first line that is not blank is a JSON object by itself."""
+def _is_one_value(path: Path) -> bool:
+    """Say whether a file is one JSON value rather than lines of JSON, by its name and first line that is not blank.
+
+    Under the name of JSON it is, unless that line is an object by itself; under that of JSON Lines, where that line
+    begins a list: one that ends further down, or that stands there alone.
+    """
     with path.open("rb") as file:
-        line = next((line for line in file if line.strip(b"\xef\xbb\xbf \t\r\n")), b"").removeprefix(_BOM).strip()
-    if not line.startswith(b"{"):
-        return False
+        lines = (line.removeprefix(_BOM).strip() for line in file)
+        line = next((line for line in lines if line), b"")
+        alone = not any(lines)
+    if path.suffix.lower() == ".json":
+        return not (line.startswith(b"{") and _is_json(line))
+    return line.startswith(b"[") and (alone or not _is_json(line))
+
+
+def _is_json(line: bytes) -> bool:
     try:
         json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return True
 

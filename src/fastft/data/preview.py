@@ -15,7 +15,7 @@ from fastft.data.check import whole_number
 from fastft.data.mask import IGNORE
 from fastft.data.pieces import Pieces
 from fastft.data.truncation import LENGTHS, TruncationTable, check_lengths, truncation_table
-from fastft.errors import LoadError, UsageError
+from fastft.errors import UsageError
 
 STREAMED = 1000  # rows of a stream that are looked at
 LEAST = 1024  # tokens of a packed row where no length is given and all rows are shorter
@@ -148,15 +148,10 @@ def _tokenizer(tokenizer: Any) -> Any:
     """Return the tokenizer, or that of a model. Raises `LoadError`."""
     if not isinstance(tokenizer, str | Path):
         return getattr(tokenizer, "tokenizer", tokenizer)
-    from transformers import AutoTokenizer
-
     from fastft.model.files import locate
+    from fastft.model.tokenizer import load_tokenizer
 
-    folder = locate(str(tokenizer), part="tokenizer")  # says where it looked, where nothing is
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise LoadError(f"the tokenizer of {str(tokenizer)!r} cannot be loaded: {error}") from error
+    return load_tokenizer(locate(str(tokenizer), part="tokenizer"))  # says where it looked, where nothing is
 
 
 def _rows(

@@ -54,9 +54,12 @@ def recognise(rows_or_columns: Any, *, stream: bool = False) -> Recognised:
     kind, fields = found[0]
     _refuse_unpaired(kind, columns, sample)
     keys = _keys(kind, fields, sample)
+    statement = _statement(kind, fields, keys, size)
     if kind == "messages" and _roles_renamed(fields["messages"], keys or CHAT_KEYS, sample):
-        kind = "sharegpt"
-    return Recognised(kind, fields, _statement(kind, fields, keys, size), None if size < 0 else size, keys)
+        kind, odd = "sharegpt", _odd_roles(fields["messages"], keys or CHAT_KEYS, sample)
+        statement = _statement("messages" if odd else kind, fields, keys, size)
+        statement += f"; {', '.join(f'role {name!r} read as {meant!r}' for name, meant in odd.items())}" if odd else ""
+    return Recognised(kind, fields, statement, None if size < 0 else size, keys)
 
 
 def canonical(rows: Any, recognised: Recognised, *, alternate: bool = True, num_proc: int | None = None) -> Any:
@@ -230,6 +233,14 @@ def _roles_renamed(column: str, keys: tuple[str, str], sample: Sequence[Mapping[
     names = {turn["role"] for turn in _turns_of(column, sample) if isinstance(turn.get("role"), str)}
     others = {ROLE_OF.get(name.lower(), "") for name in names - set(ROLES)}
     return bool(others & {"user", "assistant", "system"}) and "" not in others
+
+
+def _odd_roles(column: str, keys: tuple[str, str], sample: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Return the usual roles in other letters ("User") with what they are read as; empty where others are renamed."""
+    names = {turn["role"] for turn in _turns_of(column, sample) if isinstance(turn.get("role"), str)}
+    if keys != CHAT_KEYS or not all(name.lower() in ROLES for name in names):
+        return {}
+    return {name: name.lower() for name in sorted(names - set(ROLES))}
 
 
 def _refuse_turns(columns: Sequence[str], found: Sequence[tuple[Kind, Fields]]) -> None:

@@ -241,9 +241,11 @@ def _without_response(
 ) -> Iterable[Problem | str]:
     remedy = (
         "Cut rows end before their answer: raise max_length. Markers that do not fit the data: give instruction_part "
-        "and response_part as the rows have them, or force_match=False. Rows that cannot be helped: "
-        f"max_unlearnable={min(1.0, len(lost) / total + 0.005):.2f} leaves them out."
+        "and response_part as the rows have them, or force_match=False."
     )
+    if len(lost) < total:
+        share = min(1.0, len(lost) / total + 0.005)
+        remedy += f" Rows that cannot be helped: max_unlearnable={share:.2f} leaves them out."
     shown = ", ".join(map(str, lost[:SHOWN])) + (", ..." if len(lost) > SHOWN else "")
     parts = f"instruction_part={responses.instruction_part!r}, response_part={responses.response_part!r}"
     where = f"{name}, rows without a response to learn ({parts})"

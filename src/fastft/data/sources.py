@@ -10,7 +10,7 @@ from attrs import frozen
 
 from fastft.data.check import Mistakes
 from fastft.data.files import PARQUET, SUFFIXES, TEXT_SUFFIXES, read_files, stream_files, told_of
-from fastft.errors import DataError, Problem, UsageError, did_you_mean, short
+from fastft.errors import DataError, Problem, UsageError, did_you_mean, near_files, short
 
 # Words in the names of files and folders that say which split they are.
 SPLITS = {
@@ -196,7 +196,8 @@ def _from_text(text: str, split: str | None, config: str | None, stream: bool) -
     local = path.is_absolute() or text.startswith((".", "~")) or text.count("/") > 1 or "\\" in text
     if local or path.suffix.lower() in SUFFIXES:
         there = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-        remedy = did_you_mean(path.name, there) or f"Looked for {path.absolute()}."
+        near = near_files(path.name, there)
+        remedy = f"did you mean {near[0]!r}?" if near else f"Looked for {path.absolute()}."
         raise DataError(Problem("rows", text, "a file or folder that exists", remedy))
     from fastft.data.hub import load_from_hub
 

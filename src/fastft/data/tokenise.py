@@ -230,12 +230,8 @@ class Encoder:
 
 def _nothing_left(row: "Row", size: int, limit: int) -> Problem:
     """Return the problem of a row of `size` tokens that has nothing to learn among the first `limit`."""
-    remedy = (
-        f"Cutting its {size} tokens left none that bears loss: raise max_length, or leave a share of such rows out "
-    )
-    return Problem(
-        f"{row.where}, labels", "nothing to learn", f"some within max_length={limit}", f"{remedy}with max_unlearnable."
-    )
+    remedy = f"Cutting its {size} tokens left none that bears loss: raise max_length."
+    return Problem(f"{row.where}, labels", "nothing to learn", f"some within max_length={limit}", remedy)
 
 
 @frozen

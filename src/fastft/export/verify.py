@@ -332,11 +332,13 @@ def _limited(report: ArtefactReport, limits: Limits | None, adapter_kl: float | 
         notes.append(f"there is no limit for {report.kind}: its logits were measured and not judged")
     else:
         if not found.kl <= limits.kl:
-            problems.append(f"mean KL divergence {found.kl:.3g}, allowed {limits.kl:.3g}")
+            problems.append("mean KL divergence {}, allowed {}".format(*_apart(found.kl, limits.kl, ".{}g", 3)))
         if not 1 - found.same_choice <= limits.other_choice:
-            problems.append(f"{1 - found.same_choice:.1%} other first choices, allowed {limits.other_choice:.1%}")
+            other = _apart(1 - found.same_choice, limits.other_choice, ".{}%", 1)
+            problems.append("{} other first choices, allowed {}".format(*other))
         if not found.perplexity_rise <= limits.perplexity:
-            problems.append(f"perplexity {found.perplexity_rise:+.1%}, allowed {limits.perplexity:+.1%}")
+            rise = _apart(found.perplexity_rise, limits.perplexity, "+.{}%", 1)
+            problems.append("perplexity {}, allowed {}".format(*rise))
         # an artefact without the adapters would be nearer to the base by about the adapters' own effect
         gap = 0.0 if report.base_kl is None else found.kl - report.base_kl
         if adapter_kl is not None and adapter_kl > limits.kl / 100 and gap > adapter_kl / 2:
@@ -350,6 +352,12 @@ def _limited(report: ArtefactReport, limits: Limits | None, adapter_kl: float | 
                 f"changed ({adapter_kl:.3g}): little of what was learnt may be left; take a finer quant"
             )
     return evolve(report, limits=limits, problems=tuple(problems), notes=tuple(notes))
+
+
+def _apart(found: float, allowed: float, form: str, digits: int) -> tuple[str, str]:
+    """Return both numbers in a `form` of so many digits, or of as many more as tell them apart."""
+    pairs = ((format(found, form.format(d)), format(allowed, form.format(d))) for d in range(digits, 18))
+    return next(pair for pair in pairs if pair[0] != pair[1] or found == allowed)
 
 
 def _same(value: bool | None) -> str:

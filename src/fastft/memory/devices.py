@@ -4,7 +4,7 @@ import re
 
 from attrs import evolve, frozen
 
-from fastft.errors import Problem, UsageError
+from fastft.errors import Problem, UsageError, did_you_mean
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -50,7 +50,13 @@ DEVICES = (
     _device("A6000", 47.4, 155, 768, 24, (8, 6)),
     _device("RTX 5090", 31.4, 210, 1792, 50, (12, 0)),
     _device("RTX 4090", 23.5, 165, 1008, 24, (8, 9)),
+    _device("RTX 4070", 11.6, 58, 504, 24, (8, 9)),
+    _device("RTX 4060", 7.6, 30, 272, 12, (8, 9)),
+    _device("RTX 3090 Ti", 23.5, 80, 1008, 24, (8, 6)),
     _device("RTX 3090", 23.5, 71, 936, 24, (8, 6)),
+    _device("RTX 3080", 9.6, 59, 760, 24, (8, 6)),
+    _device("RTX 3070", 7.6, 40, 448, 24, (8, 6)),
+    _device("RTX 3060", 11.6, 25, 360, 24, (8, 6)),
     _device("V100", 15.7, 125, 900, 12, (7, 0)),
     _device("T4", 14.6, 65, 320, 12, (7, 5)),
 )
@@ -65,10 +71,10 @@ def parse_bytes(text: str) -> int | None:
 
 
 def find_device(name: str) -> Device | None:
-    """Return the known device whose name stands in `name`, case ignored; None for one that is not known.
+    """Return the known device whose name stands in `name`, case and spaces ignored; None for one that is not known.
 
     Where `name` says another size ("A100-PCIE-40GB"), the device has that: the driver tells some 2 % less than it. A
-    laptop's card is another than the one that it is named after.
+    laptop's card is another than the one that it is named after, and so is a "Ti" or "SUPER".
     """
     words = name.lower()
     found = next((device for device in DEVICES if _stands_in(device.name.lower(), words)), None)
@@ -82,14 +88,30 @@ def find_device(name: str) -> Device | None:
 
 
 def _stands_in(name: str, words: str) -> bool:
-    return re.search(rf"(?<![a-z0-9]){re.escape(name)}(?![a-z0-9])", words) is not None
+    """Say whether a name stands in lower-case words, as words of its own and as the name of no variant of the card."""
+    spaced = r"[\s_-]*".join(map(re.escape, name.split()))
+    return re.search(rf"(?<![a-z0-9]){spaced}(?![a-z0-9])(?![\s_-]*(?:ti|super)\b)", words) is not None
+
+
+def _by_number(text: str) -> Device | None:
+    """Return the device that has this number in its name alone ("4090"), None if none has."""
+    found = [device for device in DEVICES if device.name.split()[-1] == text.strip()]
+    return found[0] if len(found) == 1 else None
+
+
+def _near(text: str) -> str:
+    """Return "did you mean 'x'?" for a device with the same numbers in its name: of another number is another card."""
+    numbers = re.findall(r"\d+", text)
+    return did_you_mean(text.upper(), [device.name for device in DEVICES if re.findall(r"\d+", device.name) == numbers])
 
 
 def device_of(text: str) -> Device:
-    """Return the device that "H100" or "24GB" means; one given by its memory has speeds of 0, which are not known.
+    """Return the device that "H100", "4090" or "24GB" means; one given by its memory has unknown speeds, 0.
 
     Raises UsageError for anything else.
     """
+    if known := _by_number(text):
+        return known
     size = parse_bytes(text)
     if size is not None and size < LEAST_AMOUNT:
         raise UsageError(Problem("gpu", text, "an amount of memory with its unit, such as 24GB or 24GiB"))
@@ -98,5 +120,6 @@ def device_of(text: str) -> Device:
     found = find_device(text)
     if found is None:
         names = ", ".join(device.name for device in DEVICES)
-        raise UsageError(Problem("gpu", text, f"an amount of memory such as 24GB or 24GiB, or one of {names}"))
+        expected = f"an amount of memory such as 24GB or 24GiB, or one of {names}"
+        raise UsageError(Problem("gpu", text, expected, _near(text)))
     return found

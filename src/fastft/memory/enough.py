@@ -8,10 +8,11 @@ from attrs import evolve, frozen
 from fastft.memory.devices import Device
 from fastft.memory.estimate import Setup, longer
 from fastft.memory.plan import EIGHT_BITS, Plan, budget_of, named_part, planned, usable
-from fastft.memory.remedies import batch_name, changes, fewer_rows
+from fastft.memory.remedies import batch_name, changes, fewer_rows, lower_ranks, of_rank
 
-# Lengths and budgets are tried in steps of so many tokens and bytes.
+# Lengths and budgets are tried in steps of so many tokens and bytes; below the first step in these lengths.
 TOKENS, BYTES = 256, 10**7
+SHORTEST = (128, 64, 32)
 
 
 @frozen
@@ -36,19 +37,31 @@ class Asked:
 
 @frozen
 class Enough:
-    """Changes after which a step fits, by name, the cheapest first, and the peak of the step then."""
+    """Changes after which a step fits, by name, the cheapest first, and the peak of the step then.
+
+    drastic: they leave less than half of the batch or the length that was asked for.
+    """
 
     names: tuple[str, ...]
     peak: int
+    drastic: bool = False
 
 
 @frozen
 class _Lever:
-    """One thing to change: the values it can have, the mildest first, what a value makes of a step, and its name."""
+    """One thing to change: the values it can have, the mildest first, what a value makes of a step, and its name.
+
+    least: below this, a value is drastic; None: none is.
+    """
 
     values: Sequence[Any]
     change: Callable[[Asked, Any], Asked]
     name: Callable[[Any], str]
+    least: float | None = None
+
+    def drastic(self, value: Any) -> bool:
+        """Say whether a value leaves less than half of what was asked for."""
+        return self.least is not None and value < self.least
 
 
 def enough_alone(asked: Asked) -> tuple[Enough, ...]:
@@ -57,17 +70,21 @@ def enough_alone(asked: Asked) -> tuple[Enough, ...]:
     for lever in _levers(asked):
         value = _mildest(lever.values, lambda value, lever=lever: lever.change(asked, value))
         if value is not None:
-            found.append(Enough((lever.name(value),), lever.change(asked, value).planned().estimate.peak))
+            peak = lever.change(asked, value).planned().estimate.peak
+            found.append(Enough((lever.name(value),), peak, lever.drastic(value)))
     return tuple(found)
 
 
-def enough_together(asked: Asked) -> Enough | None:
+def enough_together(asked: Asked, drastic: bool = True) -> Enough | None:
     """Return changes after which the step fits, None if all are not enough.
 
     The cheapest are taken until it fits. Then each, the costliest first, is made as mild as is enough beside the
-    others, or left out.
+    others, or left out. Without `drastic` at least half of the batch and of the length is left.
     """
     levers = list(_levers(asked))
+    if not drastic:
+        mild = ([value for value in lever.values if not lever.drastic(value)] for lever in levers)
+        levers = [evolve(lever, values=values) for lever, values in zip(levers, mild) if values]
     taken: list[Any] = []
     while len(taken) < len(levers) and not _with(asked, levers, taken).planned().fits:
         taken.append(levers[len(taken)].values[-1])
@@ -79,8 +96,10 @@ def enough_together(asked: Asked) -> Enough | None:
             return _with(asked, levers, [*taken[:index], value, *taken[index + 1 :]])
 
         taken[index] = _mildest([None, *levers[index].values], made)
-    names = (lever.name(value) for lever, value in zip(levers, taken) if value is not None)
-    return Enough(tuple(names), _with(asked, levers, taken).planned().estimate.peak)
+    used = [(lever, value) for lever, value in zip(levers, taken) if value is not None]
+    names = tuple(lever.name(value) for lever, value in used)
+    peak = _with(asked, levers, taken).planned().estimate.peak
+    return Enough(names, peak, any(lever.drastic(value) for lever, value in used))
 
 
 def _with(asked: Asked, levers: Sequence[_Lever], values: Sequence[Any]) -> Asked:
@@ -126,12 +145,14 @@ def _levers(asked: Asked) -> Iterator[_Lever]:
         yield _Lever(plans, lambda now, plan: evolve(now, plan=plan), 'plan="{}"'.format)
     if setup.rows > 1:
         fewer = [rows for rows in range(setup.rows - 1, 0, -1) if setup.rows % rows == 0]
-        yield _Lever(fewer, _on_setup(fewer_rows), lambda rows: batch_name(setup, rows))
+        yield _Lever(fewer, _on_setup(fewer_rows), lambda rows: batch_name(setup, rows), setup.rows / 2)
     for name, change in changes(setup):
         yield _Lever([change], _on_setup(lambda now, change: change(now)), lambda _, name=name: name)
-    shorter = range((setup.length - 1) // TOKENS * TOKENS, 0, -TOKENS)
-    if shorter:
-        yield _Lever(shorter, _on_setup(longer), "length {}".format)
+    if ranks := lower_ranks(setup):
+        yield _Lever(ranks, _on_setup(of_rank), "rank {}".format)
+    shorter = [*range((setup.length - 1) // TOKENS * TOKENS, 0, -TOKENS), *SHORTEST]
+    if shorter := [length for length in shorter if length < setup.length]:
+        yield _Lever(shorter, _on_setup(longer), "length {}".format, setup.length / 2)
 
 
 def _on_setup(change: Callable[[Setup, Any], Setup]) -> Callable[[Asked, Any], Asked]:

@@ -233,7 +233,8 @@ def _above(first: tuple, middle: tuple, last: tuple) -> bool:
 def longest(setup: Setup, plan: str | int, budget: int, device: Device | None = None, multiple: int = 256) -> int:
     """Return the longest length, a multiple of `multiple`, of which a step with this plan fits `budget`; 0 if none.
 
-    A plan that is solved is solved for each length, and ends with the smallest.
+    Where it is shorter than `multiple`, it is told to the token. A plan that is solved is solved for each length, and
+    ends with the smallest.
     """
     low, high = 0, 1
     while high < 1 << 16 and planned(longer(setup, high * multiple), plan, budget, device).fits:
@@ -244,6 +245,8 @@ def longest(setup: Setup, plan: str | int, budget: int, device: Device | None = 
             low = middle
         else:
             high = middle
+    if not low and multiple > 1:
+        return min(longest(setup, plan, budget, device, 1), multiple - 1)
     return low * multiple
 
 

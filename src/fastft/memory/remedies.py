@@ -10,6 +10,8 @@ from fastft.memory.plan import EIGHT_BITS, named_modes
 
 # What is halved at the least.
 LEAST_LENGTH = 256
+# LoRA's ranks that are offered instead of a higher one.
+RANKS = (8, 4)
 
 
 @frozen
@@ -39,6 +41,8 @@ def remedies(setup: Setup, modes: Sequence[Mode], budget: int | None = None) -> 
     for name, change in changes(setup):
         if change is not _in_eight_bits or any(keeps_wide(mode.level) for mode in modes):
             tried.append((name, change(setup), modes))
+    for rank in lower_ranks(setup)[:1]:
+        tried.append((f"rank {rank}", of_rank(setup, rank), modes))
     if setup.length > LEAST_LENGTH:
         tried.append((f"length {setup.length // 2}", longer(setup, setup.length // 2), modes))
     found = []
@@ -55,10 +59,14 @@ def changes(setup: Setup) -> Iterator[tuple[str, Callable[[Setup], Setup]]]:
         (f"gate and up in 8 bits (not exact; a plan with {EIGHT_BITS!r} behind it)", _in_eight_bits),
         ("an 8-bit optimizer (adamw_8bit)", _optimizer_in_eight_bits),
         ('LoRA with quant="nf4"' if setup.full else 'quant="nf4"', _in_nf4),
-        ("rank 8", _of_rank_8),
     ):
         if change(setup) is not setup:
             yield name, change
+
+
+def lower_ranks(setup: Setup) -> list[int]:
+    """Return the ranks below LoRA's that a step may have, the highest first; below 16 where LoRA is a change itself."""
+    return [rank for rank in RANKS if rank < (setup.rank or 16)]
 
 
 def fewer_rows(setup: Setup, rows: int) -> Setup:
@@ -102,9 +110,10 @@ def _in_nf4(setup: Setup) -> Setup:
     return evolve(made, head=setup.head, answers=setup.answers, norm=setup.norm, eight_bits=setup.eight_bits)
 
 
-def _of_rank_8(setup: Setup) -> Setup:
-    if setup.rank <= 8:
+def of_rank(setup: Setup, rank: int) -> Setup:
+    """Return the setup with LoRA of a lower rank; as it is without LoRA."""
+    if setup.rank <= rank:
         return setup
-    part = 8 / setup.rank
+    part = rank / setup.rank
     sizes = {name: int(getattr(setup, name) * part) for name in ("adapter", "gradients", "optimizer")}
-    return evolve(setup, rank=8, **sizes)
+    return evolve(setup, rank=rank, **sizes)

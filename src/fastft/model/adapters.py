@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastft.errors import Problem, UsageError, did_you_mean
+from fastft.errors import Problem, UsageError, did_you_mean, unknown_argument
 from fastft.model.loftq import start_from_residual
 from fastft.noise import between_libraries, quiet
 from fastft.state import ModelState, base_model, get_state, update_state
@@ -25,6 +25,9 @@ _WRITES_BASE = ("pissa",)
 # Fields of LoraConfig that add_lora passes on under PEFT's own names.
 PASSED_ON = ("alpha_pattern", "exclude_modules", "lora_bias", "rank_pattern", "target_parameters")
 _RENAMED = {
+    "rank": "r",
+    "lora_rank": "r",
+    "lora_r": "r",
     "lora_alpha": "alpha",
     "lora_dropout": "dropout",
     "target_modules": "targets",
@@ -308,10 +311,11 @@ def _option_problems(options: Mapping[str, Any]) -> list[str]:
     for name in options:
         if name in PASSED_ON:
             continue
-        hint = f"here it is {_RENAMED[name]}" if name in _RENAMED else did_you_mean(name, known)
         if name in theirs and name not in _RENAMED:
             hint = "PEFT knows it but add_lora does not pass it on; build the adapter with peft.get_peft_model"
-        problems.append(f"add_lora: unknown argument {name!r}; {hint or 'it takes ' + ', '.join(known)}")
+            problems.append(f"add_lora: unknown argument {name!r}; {hint}")
+        else:
+            problems.append(unknown_argument("add_lora", name, known, _RENAMED))
     return problems
 
 

@@ -28,6 +28,26 @@ def dtype_problem(dtype: object) -> Problem | None:
     )
 
 
+def device_problem(device: Any, others: str = "'auto', ") -> Problem | None:
+    """Return what is wrong with a `device` argument, None if nothing is. `others`: what it may be beside a device."""
+    expected = f"None, {others}'cpu', 'cuda', 'cuda:0' ..."
+    if device is None or (device == "auto" and others):
+        return None
+    try:
+        place = torch.device(device)
+    except (RuntimeError, TypeError):
+        return Problem("device", device, expected)
+    if place.type != "cuda":
+        return None
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not there:
+        remedy = "Leave it out, or see `fastft env` for what is missing: a driver, or a torch built for CUDA."
+        return Problem("device", str(device), "'cpu' or None, as torch finds no CUDA device here", remedy)
+    if (place.index or 0) >= there:
+        return Problem("device", str(device), f"one of {', '.join(f'cuda:{index}' for index in range(there))}")
+    return None
+
+
 def choose_dtype(dtype: object, device: torch.device) -> torch.dtype:
     """Return the torch dtype asked for; for None bfloat16 where the device computes in it, else fp16 (GPU) or fp32."""
     if dtype is not None:

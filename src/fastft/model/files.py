@@ -13,6 +13,7 @@ INDEX = "model.safetensors.index.json"
 PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 TOKENIZER = "tokenizer.json"
 TOKENIZER_FILES = (TOKENIZER, "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "spiece.model")
+NO_TOKENIZER = f"no tokenizer ({' or '.join(TOKENIZER_FILES[:3])} ...); copy the tokenizer's files from the base model"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -147,9 +148,7 @@ def problems_of(folder: Path) -> list[str]:
     if not (folder / "config.json").is_file():
         problems.append("config.json is missing; a model folder needs it, copy it from where the weights came from")
     if not has_tokenizer(folder):
-        problems.append(
-            f"no tokenizer ({' or '.join(TOKENIZER_FILES[:3])} ...); copy the tokenizer's files from the base model"
-        )
+        problems.append(NO_TOKENIZER)
     return problems + weight_problems(folder)
 
 

@@ -9,10 +9,10 @@ import torch
 from attrs import frozen
 
 from fastft.environment import local_rank
-from fastft.errors import LoadError, Problem, UsageError, did_you_mean
+from fastft.errors import LoadError, Problem, UsageError, unknown_argument
 from fastft.model import files
 from fastft.model.adapters import DEFAULT_SEED, cuda_devices
-from fastft.model.config import choose_dtype, dtype_problem, widen_positions
+from fastft.model.config import choose_dtype, device_problem, dtype_problem, widen_positions
 from fastft.model.fp8_linear import quantize_linears
 from fastft.model.quantize import (
     config_for,
@@ -101,7 +101,7 @@ def load(
 
     Raises `UsageError` for arguments that cannot work (all at once) and `LoadError` for files that cannot be loaded.
     """
-    _check_arguments(quant, dtype, max_length, full, options)
+    _check_arguments(quant, dtype, max_length, full, device, options)
     request = _Request(
         str(path_or_id),
         quant,
@@ -122,19 +122,16 @@ def load(
 
 
 def _check_arguments(
-    quant: object, dtype: object, max_length: object, full: object, options: Mapping[str, Any]
+    quant: object, dtype: object, max_length: object, full: object, device: object, options: Mapping[str, Any]
 ) -> None:
-    problems: list[Problem | str | None] = [quant_problem(quant), dtype_problem(dtype)]
+    problems: list[Problem | str | None] = [quant_problem(quant), dtype_problem(dtype), device_problem(device)]
     if max_length is not None and (not isinstance(max_length, int) or isinstance(max_length, bool) or max_length < 1):
         problems.append(Problem("max_length", max_length, "a positive number of tokens, or None"))
     if full and quant is not None:
         remedy = "Quantised weights cannot be trained: leave quant out, or leave full out and train an adapter."
         problems.append(Problem("full", full, f"False together with quant={quant!r}", remedy))
     names = [name for name in signature(load).parameters if name != "options"] + list(PASSED_ON)
-    for name in options:
-        if name not in PASSED_ON:
-            hint = f"here it is {_RENAMED[name]}" if name in _RENAMED else did_you_mean(name, names)
-            problems.append(f"load: unknown argument {name!r}; {hint or 'it takes ' + ', '.join(names)}")
+    problems += [unknown_argument("load", name, names, _RENAMED) for name in options if name not in PASSED_ON]
     found = [problem for problem in problems if problem is not None]
     if found:
         raise UsageError(*found)
@@ -220,10 +217,7 @@ def _set_trainable(model: Any, full: bool) -> None:
 def _device(device: str | int | torch.device | None) -> torch.device:
     if device is None or device == "auto":
         return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
-    try:
-        return torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise UsageError(Problem("device", device, "None, 'auto', 'cpu', 'cuda', 'cuda:0' ...")) from error
+    return torch.device(device)
 
 
 def _read_config(request: _Request, folder: Path) -> Any:

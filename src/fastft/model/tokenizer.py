@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from fastft.errors import LoadError
-from fastft.model.files import TOKENIZER_FILES, has_tokenizer
+from fastft.model.files import NO_TOKENIZER, has_tokenizer
 
 # Tokens that checkpoints carry for padding or leave unused, best first.
 PAD_CANDIDATES = (
@@ -31,7 +31,7 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
     from transformers import AutoTokenizer
 
     if not has_tokenizer(folder):
-        raise LoadError(f"{folder}: no tokenizer ({' or '.join(TOKENIZER_FILES[:3])} ...); copy it from the base model")
+        raise LoadError(f"{folder}: {NO_TOKENIZER}")
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
     except Exception as error:  # the Rust tokenizers library raises bare Exception for a damaged tokenizer.json

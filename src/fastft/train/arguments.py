@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any, Optional
 
+from fastft.environment import installed
 from fastft.errors import Problem, UsageError, did_you_mean
 from fastft.memory.estimate import COMPUTE
 
@@ -153,7 +154,14 @@ def _plain(choice: Any) -> str:
 
 def value_problems(args: Any) -> list[Problem]:
     """Return the numbers and switches of a config that cannot be meant, and the choices that there are not."""
-    return [*_wrong_numbers(args), *wrong_switches(args), *_wrong_choices(args)]
+    return [*_wrong_numbers(args), *wrong_switches(args), *_wrong_choices(args), *_two_precisions(args)]
+
+
+def _two_precisions(args: Any) -> list[Problem]:
+    if args.bf16 is not True or args.fp16 is not True:
+        return []
+    remedy = "Leave both out: the model's own dtype decides."
+    return [Problem(f"{type(args).__name__} bf16 and fp16", (True, True), "one of the two", remedy)]
 
 
 # The least that a field may be: of those that count, which are whole numbers, and of the others.
@@ -261,6 +269,13 @@ def _on_or_off(value: Any) -> bool:
 MEANT = {"adam": "adamw_torch", "adamw": "adamw_torch"}
 
 
+# The package that a tracker needs, where it is called like it; of others transformers says it.
+REPORTING = (
+    "clearml", "codecarbon", "comet_ml", "dagshub", "dvclive", "mlflow", "neptune", "swanlab", "tensorboard", "trackio",
+    "wandb",
+)  # fmt: skip
+
+
 def _wrong_choices(args: Any) -> list[Problem]:
     from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
     from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
@@ -284,6 +299,9 @@ def _wrong_choices(args: Any) -> list[Problem]:
         if value not in known:
             near = did_you_mean(str(value), known)
             problems.append(Problem(f"{owner} report_to", value, f"one of {', '.join(known)}", near))
+        elif value in REPORTING and not installed(value) and not installed(f"{value}X"):  # there is a tensorboardX
+            remedy = f"pip install {value}, or leave report_to out."
+            problems.append(Problem(f"{owner} report_to", value, "a tracker that is installed here", remedy))
     return problems
 
 
@@ -324,12 +342,22 @@ def evaluation_defaults(fields: Mapping[str, Any]) -> dict[str, Any]:
 def contradictions(
     owner: str, fields: Mapping[str, Any], defaults: Mapping[str, Any], evaluated: bool
 ) -> list[Problem]:
-    """Return the `fields` that say after how many steps, where it goes by something else: that would be ignored.
+    """Return the `fields` of which one makes another mean nothing: steps with epochs, or with as long a warm-up.
+
+    Also those that say after how many steps, where it goes by something else: that would be ignored.
 
     Only of what a function's user has said that is known: a config holds a number always. Who says that there is none
     may say how often there would be.
     """
-    problems = []
+    problems, steps, warmup = [], fields.get("max_steps"), fields.get("warmup_steps")
+    counted = isinstance(steps, int) and steps > 0
+    if counted and "num_train_epochs" in fields:
+        both = (steps, fields["num_train_epochs"])
+        remedy = "Steps end the run whatever the epochs say: leave one of them out."
+        problems.append(Problem(f"{owner} max_steps and num_train_epochs", both, "one of the two", remedy))
+    if counted and isinstance(warmup, int) and warmup >= steps:
+        remedy = "The learning rate would never be reached: a number below 1, such as 0.1, is a share of all steps."
+        problems.append(Problem(f"{owner} warmup_steps", warmup, f"fewer than max_steps={steps}", remedy))
     for name, strategy in EVERY.items():
         kind = _plain(fields.get(strategy, defaults.get(strategy)))
         if name not in fields or kind not in ("epoch", "best") or (name == "eval_steps" and not evaluated):

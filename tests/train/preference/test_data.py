@@ -92,3 +92,13 @@ def test_pairs_become_verdicts_in_a_random_order(tokenizer):
 def test_rows_that_cannot_be_used(rows, said, tokenizer):
     with pytest.raises(DataError, match=said):
         preference_dataset(rows, tokenizer, [PAIRS], "train")
+
+
+def test_a_misspelt_column_is_told_with_the_right_name(tokenizer):
+    rows = [{"prompt": "w1", "choosen": "w2", "rejected": "w3"}]
+    with pytest.raises(DataError) as caught:
+        preference_dataset(rows, tokenizer, [PAIRS], "train")
+    assert str(caught.value).endswith("did you mean 'chosen' by 'choosen'?")
+    with pytest.raises(DataError) as caught:
+        preference_dataset([{"prompt": "w1", "completion": "w2", "lable": True}], tokenizer, [VERDICTS, PAIRS], "train")
+    assert str(caught.value).endswith("did you mean 'label' by 'lable'?")

@@ -1,8 +1,10 @@
 """DPO, KTO, ORPO, CPO and SimPO: losses, metrics and gradients are TRL's own, without its logits."""
 
 import copy
+import dataclasses
 import json
 import math
+import re
 import warnings
 from pathlib import Path
 
@@ -373,6 +375,38 @@ def test_wrong_use(build_model, tokenizer, settings):
         build("orpo", True, model, tokenizer, settings, {}, train_dataset=stream)
     with pytest.raises(UsageError, match=r"eval_dataset: expected one, got 'several data sets \(a, b\)'"):
         build("cpo", True, model, tokenizer, settings, {}, eval_dataset={"a": pairs(), "b": pairs()})
+
+
+@pytest.mark.parametrize(
+    ("loss", "options", "told"),
+    [
+        ("kto", {"loss_type": "ipo"},
+         "preference loss_type: expected one of kto, apo_zero_unpaired, got 'ipo'. "
+         "preference(loss='dpo') and preference(loss='cpo') have it."),
+        ("dpo", {"loss_type": "sigmiod"}, "did you mean 'sigmoid'?"),
+        ("dpo", {"loss_type": ["sigmoid", "kto"]}, "got 'kto'. preference(loss='kto') has it."),
+        ("cpo", {"loss_type": "kto_pair"}, "expected one of sigmoid, hinge, ipo, simpo, alphapo, got 'kto_pair'"),
+        ("dpo", {"beta": -1}, "preference beta: expected a finite number above 0, got -1"),
+        ("kto", {"beta": 0.0}, "preference beta: expected a finite number above 0, got 0.0"),
+        ("simpo", {"beta": "2"}, "preference beta: expected a finite number above 0, got '2'"),
+        ("orpo", {"beta": -0.1}, "preference beta: expected a finite number of at least 0, got -0.1"),
+    ],
+)  # fmt: skip
+def test_losses_that_there_are_not(loss, options, told, build_model, tokenizer, settings):
+    with pytest.raises(UsageError) as caught:
+        fastft.preference(build_model(), tokenizer, pairs(), settings["output_dir"], loss=loss, **options)
+    assert len(caught.value.problems) == 1 and told in str(caught.value)
+
+
+def test_the_losses_are_those_of_trl(tmp_path):
+    from fastft.train.preference.config import LOSS_TYPES
+
+    help = next(one for one in dataclasses.fields(trl.DPOConfig) if one.name == "loss_type").metadata["help"]
+    assert set(LOSS_TYPES["dpo"]) == set(re.findall(r"`'(\w+)'`", help))
+    for config, names in ((fastft.DPOConfig, "dpo"), (fastft.KTOConfig, "kto"), (fastft.CPOConfig, "cpo")):
+        for name in LOSS_TYPES[names]:
+            config(output_dir=str(tmp_path), loss_type=name)
+    assert fastft.ORPOConfig(output_dir=str(tmp_path), beta=0).beta == 0
 
 
 @pytest.mark.parametrize("loss", ["dpo", "kto", "orpo", "simpo"])

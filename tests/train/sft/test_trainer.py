@@ -407,6 +407,12 @@ def test_what_is_cut_is_said(build_model, tokenizer, dataset, settings, capsys):
     args = SFTConfig(**{**settings, "max_length": 6})
     with pytest.raises(DataError, match=r"with nothing left to learn within max_length=6.*at most 0.00%.*max_unlearn"):
         SFTTrainer(build_model(), args, train_dataset=dataset, processing_class=tokenizer, compile=False)
+    none = SFTConfig(**{**settings, "max_length": 2, "max_unlearnable": 0.5})
+    with pytest.raises(DataError) as caught:  # none would be left: that they may be left out is no remedy
+        lost = dataset.filter(lambda row: row["labels"][1] == -100)
+        SFTTrainer(build_model(), none, train_dataset=lost, processing_class=tokenizer, compile=False)
+    assert len(lost) == 15
+    assert str(caught.value).endswith("at most 50.00%, got '15 of 15 (100.00%)'. Raise max_length.")
     args = SFTConfig(**{**settings, "max_length": 6, "max_unlearnable": 1.0})
     made = SFTTrainer(build_model(), args, train_dataset=dataset, processing_class=tokenizer, compile=False)
     said = capsys.readouterr().out

@@ -2,14 +2,15 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
-from attrs import frozen
+from attrs import evolve, frozen
 from torch import nn
 
-from fastft.errors import Problem, UsageError, did_you_mean
+from fastft.errors import Problem, UsageError, did_you_mean, unknown_argument
 from fastft.export.folder import base_folder, find_weights
 from fastft.export.gguf import mixture as mixtures
 from fastft.export.gguf.architecture import Architecture, architecture_of, check_supported, heads_of
@@ -29,6 +30,7 @@ from fastft.export.gguf.stream import Phases, check_folder, make_folder, stream
 from fastft.export.gguf.tensors import FileTensor, plan_tensors
 from fastft.export.gguf.vocabulary import vocabulary_of
 from fastft.export.weights import WeightSource, weight_source
+from fastft.model.config import device_problem
 from fastft.model.tokenizer import end_tokens
 from fastft.registry.resolve import resolve
 from fastft.registry.spec import ModelSpec
@@ -77,6 +79,7 @@ def export_gguf(
     pre_tokenizer: str | None = None,
     device: str | torch.device | None = None,
     progress: bool = True,
+    **unknown: Any,
 ) -> GgufReport:
     """Write `<folder>/<name>-<quant>.gguf` for each of `quants`; all are made in one pass over the weights.
 
@@ -90,11 +93,13 @@ def export_gguf(
       file, what `fastft.export.gguf.imatrix.collect` returns, or fp32 [columns] by GGUF's names.
     * `pre_tokenizer`: llama.cpp's name of the way text is split, for a tokenizer that fastft does not recognise.
     * `device`: where weights are read to and quantisers run; by default a GPU if there is one.
+    * `unknown`: other names are refused, with the nearest that there is.
 
     A file gets its name once it is whole; an error leaves nothing of it, and what a killed process left is removed by
     the next run. Raises UsageError for what cannot be exported (before any work, all reasons at once) and SaveError
     for a disk that is too small or fails.
     """
+    _check_arguments(unknown, device)
     chosen = chosen_quants(quants)
     target = Path(folder).expanduser()
     _check_names(tokenizer, name)
@@ -236,6 +241,28 @@ def _prepare(target: Path, writers: Sequence[FileWriter]) -> None:
     for writer in writers:
         clear_leftovers(writer.path)
     check_space(target, sum(writer.size for writer in writers), f"the export of {len(writers)} files")
+
+
+# What the same thing is called here, for names that people know from elsewhere.
+_RENAMED = {
+    "quant": "quants",
+    "quantization": "quants",
+    "quantization_method": "quants",
+    "imatrix": "importance",
+    "imatrix_file": "importance",
+    "model": "the first argument",
+    "output_dir": "folder",
+    "out": "folder",
+}
+
+
+def _check_arguments(unknown: Mapping[str, Any], device: Any) -> None:
+    known = [name for name in signature(export_gguf).parameters if name != "unknown"]
+    problems: list[Any] = [unknown_argument("export_gguf", name, known, _RENAMED) for name in unknown]
+    if wrong := device_problem(device, ""):
+        problems.append(evolve(wrong, where="export_gguf device"))
+    if problems:
+        raise UsageError(*problems)
 
 
 def _device(device: str | torch.device | None) -> torch.device:

@@ -1,10 +1,11 @@
 """What the configurations of preference training share, and the older names of their fields."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
-from fastft.errors import Problem, UsageError
+from fastft.errors import Problem, UsageError, did_you_mean
 from fastft.train import arguments, settings
 
 # What older scripts pass to the trainers themselves -> the field of the config it has become.
@@ -26,11 +27,54 @@ class PreferenceSettings(settings.Settings):
     training steps, as TRL does; that costs the head's forward pass once more. Evaluation always logs them.
     """
 
+    # the method in the words of `preference`
+    LOSS: ClassVar[str] = ""
+
     max_length: int | None = dataclasses.field(
         default=arguments.DEFAULT_LENGTH, metadata={"help": "Longest row in tokens; what is longer is cut off."}
     )
     max_prompt_length: int | None = dataclasses.field(default=None, metadata={"help": "Longer prompts are left out."})
     token_metrics: bool = dataclasses.field(default=True, metadata={"help": "Entropy, logits, accuracy of tokens."})
+
+    def mistakes(self) -> list[Problem]:
+        """Return all fields that cannot be meant."""
+        return [*super().mistakes(), *_wrong_beta(self), *_wrong_loss_types(self)]
+
+
+# What TRL computes for each method -> its losses. ORPO has one.
+LOSS_TYPES = {
+    "dpo": (
+        "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
+        "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
+    ),
+    "kto": ("kto", "apo_zero_unpaired"),
+    "cpo": ("sigmoid", "hinge", "ipo", "simpo", "alphapo"),
+}  # fmt: skip
+
+
+def _wrong_beta(args: PreferenceSettings) -> list[Problem]:
+    """Return what is wrong with beta: below 0 the worse answers are learnt, at 0 only ORPO learns anything."""
+    beta, weight = args.beta, args.LOSS == "orpo"
+    number = isinstance(beta, int | float) and not isinstance(beta, bool) and math.isfinite(beta)
+    if number and (beta > 0 or (beta == 0 and weight)):
+        return []
+    return [Problem(f"{type(args).__name__} beta", beta, f"a finite number {'of at least 0' if weight else 'above 0'}")]
+
+
+def _wrong_loss_types(args: PreferenceSettings) -> list[Problem]:
+    known = LOSS_TYPES.get(args.LOSS)
+    if known is None:
+        return []
+    given = [args.loss_type] if isinstance(args.loss_type, str) else list(args.loss_type)
+    problems = []
+    for name in given:
+        if name in known:
+            continue
+        others = [f"preference(loss={loss!r})" for loss, names in LOSS_TYPES.items() if name in names]
+        near = f"{' and '.join(others)} {'has' if len(others) == 1 else 'have'} it." if others else ""
+        near = near or did_you_mean(str(name), known)
+        problems.append(Problem(f"{type(args).__name__} loss_type", name, f"one of {', '.join(known)}", near))
+    return problems
 
 
 def has_no_effect(config: Any, name: str, default: Any, why: str) -> None:

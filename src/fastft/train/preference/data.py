@@ -79,7 +79,9 @@ def as_dataset(rows: Any, kinds: Sequence[Sequence[str]], name: str) -> Any:
     columns = rows.column_names
     if columns is not None and not any(set(kind) <= set(columns) for kind in kinds):
         missing = sorted({column for kind in kinds for column in kind} - set(columns))
-        near = next((hint for column in missing for hint in [did_you_mean(column, columns)] if hint), "")
+        given = [column for column in columns if not any(column in kind for kind in kinds)]
+        hints = ((column, did_you_mean(column, missing)) for column in given)
+        near = next((f"{hint.rstrip('?')} by {column!r}?" for column, hint in hints if hint), "")
         expected = " or ".join(f"columns {', '.join(map(repr, kind))}" for kind in kinds)
         raise DataError(Problem(f"{name} columns", sorted(columns), expected, near))
     if hasattr(rows, "__len__"):

@@ -4,7 +4,7 @@ Nothing of TRL is replaced: its losses and metrics are computed by it, on log-pr
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -31,6 +31,8 @@ class ORPOConfig(PreferenceSettings, orpo.ORPOConfig):
     `max_completion_length` has no effect, and a line says so.
     """
 
+    LOSS: ClassVar[str] = "orpo"
+
     def __post_init__(self) -> None:
         has_no_effect(self, "max_completion_length", None, "max_length cuts prompt and answer together")
         super().__post_init__()
@@ -42,6 +44,8 @@ class CPOConfig(PreferenceSettings, cpo.CPOConfig):
 
     SimPO is `loss_type="simpo"` with `cpo_alpha=0.0`. `max_completion_length` has no effect, and a line says so.
     """
+
+    LOSS: ClassVar[str] = "cpo"
 
     def __post_init__(self) -> None:
         has_no_effect(self, "max_completion_length", None, "max_length cuts prompt and answer together")

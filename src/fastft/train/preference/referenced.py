@@ -27,6 +27,8 @@ class DPOConfig(PreferenceSettings, trl.DPOConfig):
     `max_completion_length` and `padding_free` have no effect, and a line says so.
     """
 
+    LOSS: ClassVar[str] = "dpo"
+
     max_completion_length: int | None = dataclasses.field(default=None, metadata={"help": "No effect."})
 
     def __post_init__(self) -> None:
@@ -41,6 +43,8 @@ class KTOConfig(PreferenceSettings, trl.KTOConfig):
 
     `max_completion_length` has no effect, and a line says so.
     """
+
+    LOSS: ClassVar[str] = "kto"
 
     max_completion_length: int | None = dataclasses.field(default=None, metadata={"help": "No effect."})
 
