@@ -32,7 +32,8 @@ from fastft.train import resume as resuming
 from fastft.train.compiling import CompileCallback
 from fastft.train.finite import FiniteLosses
 from fastft.train.interrupt import Interruption, Stopped
-from fastft.train.record import RecordCallback, Tally
+from fastft.train.record import RecordCallback
+from fastft.train.spent import Tally
 
 
 @contextlib.contextmanager
@@ -230,7 +231,7 @@ class Trained:
             self.end_training()
             release_weights(self.model)
         if self.is_world_process_zero():
-            for note in self.recorder.extra["notes"]:
+            for note in self.recorder.noted():
                 print(f"fastft: {note}; {self.recorder.folder / lineage.RECORD} says so, too.")
         return output
 
@@ -260,6 +261,7 @@ class Trained:
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate as TRL's trainer does."""
+        self.recorder.spent.count()
         self.begin_evaluation()
         with between_libraries():
             return super().evaluate(*args, **kwargs)
@@ -270,10 +272,16 @@ class Trained:
             why = f"{type(error).__name__}: {error}"
             with contextlib.suppress(SaveError):
                 try:
-                    self.recorder.finish("failed", self.state, self.model, why)
+                    self._finish("failed", why)
                 except Exception as other:
                     more = f"what it came to could not be measured ({type(other).__name__}: {other})"
                     self.recorder.write_record("failed", f"{why}; {more}")
+
+    def _finish(self, status: str, error: str | None) -> None:
+        """Write the end of the record of a run that was broken off, with the steps behind its last line."""
+        if self.args.world_size == 1:  # else the others would be waited for, which may be somewhere else
+            self.recorder.spent.count()
+        self.recorder.finish(status, self.state, self.model, error)
 
     def _rescue(self) -> str:
         """Save what was trained up to the last whole step, unless it is saved already, and say where it is."""
@@ -329,7 +337,7 @@ class Trained:
         )
         if self.recorder.record.get("status") == "running" and self.is_world_process_zero():
             with contextlib.suppress(SaveError):
-                self.recorder.finish("interrupted", self.state, self.model, asked.failed or None)
+                self._finish("interrupted", asked.failed or None)
         if asked.waits and asked.begun:
             self._end_callbacks()
         return stopped
@@ -361,13 +369,14 @@ class Trained:
         last = [path for path in self._own if path != target]
         untouched = f"The last whole checkpoint is {last[-1]}." if last else "There is no earlier checkpoint."
         main, self._staging = self.is_world_process_zero(), checkpoint.staging_folder(target)
+        record = self.recorder.at_checkpoint(self.state)
         try:
             with checkpoint.staged(target, untouched) if main else contextlib.nullcontext():
                 self.accelerator.wait_for_everyone()
                 super()._save_checkpoint(model, None)
                 self.save_extra(self._staging / target.name)
                 if main:
-                    checkpoint.write_json(self._staging / target.name / lineage.RECORD, self.recorder.record)
+                    checkpoint.write_json(self._staging / target.name / lineage.RECORD, record)
                 self.accelerator.wait_for_everyone()
                 if main:
                     self._publish(target)
