@@ -32,6 +32,7 @@ from fastft.train import resume as resuming
 from fastft.train.compiling import CompileCallback
 from fastft.train.finite import FiniteLosses
 from fastft.train.interrupt import Interruption, Stopped
+from fastft.train.last_step import LastStep
 from fastft.train.record import RecordCallback
 from fastft.train.spent import Tally
 
@@ -117,6 +118,7 @@ class Trained:
         self.finite = FiniteLosses(self.args)
         self.add_callback(self.finite)
         self.interruption = Interruption()
+        self.add_callback(LastStep(lambda: self.interruption.asked))
         self.add_callback(self.interruption)  # behind the recorder: it ends the run when a step is saved
         if self.args.early_stopping_patience is not None:
             patience, threshold = self.args.early_stopping_patience, self.args.early_stopping_threshold
