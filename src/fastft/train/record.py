@@ -82,6 +82,7 @@ class RecordCallback(TrainerCallback):
             self.record = {"method": self.method, **describe_run(args, model, self.dataset, work)}
             self.record["runs"] = lineage.runs_from(before.get("runs") or [], state.global_step)
             if self.begun is not None:
+                self.record["held"] = lineage.held(before, self.record)
                 for line in lineage.lines(self.begun, self.record, state.max_steps, self.told):
                     print(f"fastft: {line}")
             self.write_record("running")
