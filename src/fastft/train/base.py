@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
+from tqdm.auto import tqdm
 from transformers import EarlyStoppingCallback
 
 from fastft.data.bars import bars_if_large
@@ -83,6 +84,7 @@ class Trained:
     _own: tuple[Path, ...] = ()  # checkpoints of this run, the newest last: the folder may hold another's
     _staging: Path | None = None
     _to_push: str | None = None
+    _told_of_plan = ""  # what was said of a memory plan that cannot be met
 
     def equip(
         self,
@@ -157,7 +159,8 @@ class Trained:
         if planned is not None:
             where = next(state.compiled.layers[0].parameters()).device
             self.settle_batches(planned, where)
-            planned.expect(*self.head_use(), self.largest_batch() if ours else None, where)
+            with planned.told_to(self._tell_plan):
+                planned.expect(*self.head_use(), self.largest_batch() if ours else None, where)
         have = state.compiled.base_report.compute
         if self.args.compute not in (None, have) and state.compiled.layers:
             remedy = f"It was compiled before with compute={have!r}; say it there, fastft.compile(model, compute=...)."
@@ -176,6 +179,16 @@ class Trained:
             plan = state.compiled.settings.plan
             how = f"no effect, since the model was compiled before with the plan {plan!r}; fastft.compile(model, 'min')"
         print(f"fastft: gradient_checkpointing=True: {how}.")
+
+    def _tell_plan(self, text: str) -> None:
+        """Say once, beside the bar, that a memory plan cannot be met; of larger batches the record tells at the end."""
+        if not self._told_of_plan and self.is_world_process_zero():
+            tqdm.write(f"fastft: {text}")
+        self._told_of_plan = self._told_of_plan or text
+
+    def _telling_of_plan(self) -> contextlib.AbstractContextManager[None]:
+        planned = getattr(get_state(self.model).compiled, "planned", None)
+        return contextlib.nullcontext() if planned is None else planned.told_to(self._tell_plan)
 
     # ---- training
 
@@ -208,6 +221,7 @@ class Trained:
                 quiet(),
                 between_libraries(),
                 hygiene.unpatched(self.model),
+                self._telling_of_plan(),
                 self.interruption.watched(self.args.world_size == 1, lambda error: memory.let_go(error, self.model)),
             ):
                 output = super().train(**kwargs)
@@ -233,7 +247,7 @@ class Trained:
             self.end_training()
             release_weights(self.model)
         if self.is_world_process_zero():
-            for note in self.recorder.noted():
+            for note in (note for note in self.recorder.noted() if note != self._told_of_plan):
                 print(f"fastft: {note}; {self.recorder.folder / lineage.RECORD} says so, too.")
         return output
 

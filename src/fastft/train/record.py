@@ -142,6 +142,7 @@ class RecordCallback(TrainerCallback):
         """Write the end of the record with its measurements."""
         self.record["rewrites"] = rewrites(model)
         self.predicted = memory.predicted(model)
+        self.notes["plan"] = memory.notes(model)
         self.record |= self.measurements(state)
         name, plot = self.picture
         self.record["picture"] = name
