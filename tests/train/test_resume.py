@@ -296,9 +296,9 @@ def test_other_settings_are_told(run, build_model, tokenizer, dataset, settings,
         f"other settings than in {there}: lr_scheduler_type is 'constant' (there 'linear'), max_grad_norm is 0.5 "
         "(there 1.0).",
         f"the run of {there} was to take 2 steps, this one takes 4.",
-        f"weight_decay=0.1 is not used: {there} brings 0.0 with its optimizer, which goes on.",
-        f"learning_rate=0.005 is not used: {there} brings 0.01 with its optimizer, which goes on, by schedule "
-        f"'constant'; but for step 3, which has the rate that {there} had come to, 0, and learns nothing.",
+        f"weight_decay=0.1 is not used: the 0.0 of {there} goes on, with its optimizer.",
+        f"learning_rate=0.005 is not used: the 0.01 of {there} goes on, by schedule 'constant'. Step 3 still has the "
+        f"rate that {there} had come to, 0, and learns nothing.",
     ]
     assert rates(made)[2:] == [0.0, 1e-2]
     assert [group["weight_decay"] for group in made.optimizer.param_groups] == [0.0, 0.0]
@@ -316,7 +316,7 @@ def test_another_number_of_steps_is_told(schedule, build_model, tokenizer, datas
         made.train(resume_from_checkpoint=str(run / "checkpoint-2"))
         said[steps] = told(capsys)
     longer = f"the run of {there} was to take 4 steps, this one takes 8."
-    rate = "learning_rate=0.01 goes on, by schedule 'linear' over 8 steps; but for step 3, which has the rate that "
+    rate = "learning_rate=0.01 goes on, by schedule 'linear' over 8 steps. Step 3 still has the rate that "
     rate += f"{there} had come to, 0.005."
     assert said == {4: [], 8: [longer, *([rate] if schedule == "linear" else [])]}
     before, after = [1e-2, 7.5e-3, 5e-3], [6.25e-3, 5e-3, 3.75e-3, 2.5e-3, 1.25e-3]
@@ -333,8 +333,7 @@ def test_a_learning_rate_that_is_not_used_is_told_as_often_as_it_is_not(
         made = trainer(build_model(), tokenizer, dataset, settings, max_steps=last, learning_rate=rate)
         made.train(resume_from_checkpoint=str(run / f"checkpoint-{step}"))
         there, record = run / f"checkpoint-{step}", json.loads((run / "run.json").read_text())
-        line = f"learning_rate=0.02 is not used: {there} brings 0.01 with its optimizer, which goes on, by schedule "
-        line += "'linear' over 4 steps."
+        line = f"learning_rate=0.02 is not used: the 0.01 of {there} goes on, by schedule 'linear' over 4 steps."
         assert told(capsys) == ([line] if rate == 2e-2 else [])
         assert record["held"] == ({"learning_rate": 1e-2} if rate == 2e-2 else {})
         assert "| learning rate | 0.01 |" in (run / "README.md").read_text()

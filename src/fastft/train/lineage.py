@@ -126,7 +126,7 @@ def lines(begun: Path, now: Mapping[str, Any], steps: int, told: Collection[str]
         said.append(f"the run of {begun} was to take {before} steps, this one takes {steps}.")
     rate = stay.pop("learning_rate", None)
     said += [
-        f"{name}={here!r} is not used: {begun} brings {there!r} with its optimizer, which goes on."
+        f"{name}={here!r} is not used: the {there!r} of {begun} goes on, with its optimizer."
         for name, (there, here) in stay.items()
     ]
     config = {**(now.get("config") or {}), **(now.get("held") or {})}
@@ -136,9 +136,9 @@ def lines(begun: Path, now: Mapping[str, Any], steps: int, told: Collection[str]
     if rate is None:
         line = f"learning_rate={config.get('learning_rate')!r} goes on"
     else:
-        line = f"learning_rate={rate[1]!r} is not used: {begun} brings {rate[0]!r} with its optimizer, which goes on"
+        line = f"learning_rate={rate[1]!r} is not used: the {rate[0]!r} of {begun} goes on"
     line += f", by schedule {config.get('lr_scheduler_type')!r}{f' over {steps} steps' if _has_length(config) else ''}"
-    return [*said, f"{line}{_first_step(begun) if moved else ''}."]
+    return [*said, f"{line}.{_first_step(begun) if moved else ''}"]
 
 
 def _has_length(config: Mapping[str, Any]) -> bool:
@@ -151,9 +151,9 @@ def _first_step(begun: Path) -> str:
     """Return what to say of the first new step's rate: the optimizer's state brings it, before a schedule is asked."""
     step, rate = step_of(begun) + 1, _rate_of(begun)
     if rate == 0:
-        return f"; but for step {step}, which has the rate that {begun} had come to, 0, and learns nothing"
+        return f" Step {step} still has the rate that {begun} had come to, 0, and learns nothing."
     told = "" if rate is None else f", {rate:.4g}"
-    return f"; but for step {step}, which has the rate that {begun} had come to{told}"
+    return f" Step {step} still has the rate that {begun} had come to{told}."
 
 
 def _rate_of(folder: Path) -> float | None:
