@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 
 from fastft.errors import OutOfMemoryError
 from fastft.graph.compile import compile as compile_layers
+from fastft.graph.compile import report
 from fastft.state import get_state
 from fastft.train import memory
 from fastft.train.sft.config import SFTConfig
@@ -124,3 +125,30 @@ def test_largest_batch():
     assert memory.largest_batch(args, rows) == (4, 16)
     args.packing = False
     assert memory.largest_batch(args, iter(())) is None
+
+
+def test_a_plan_that_cannot_be_met_is_a_line_of_ours_and_a_note(
+    build_model, tokenizer, dataset, settings, capsys, recwarn
+):
+    model = compile_layers(build_model(), plan="20MB", backend="eager")
+    args = SFTConfig(**{**settings, "max_steps": 2})
+    made = SFTTrainer(model, args, train_dataset=dataset, processing_class=tokenizer)
+    made.train()
+    out, planned = capsys.readouterr().out, get_state(model).compiled.planned
+    assert not [one for one in recwarn if "memory plan" in str(one.message)]
+    said = [line for line in out.splitlines() if "memory plan '20MB': a step of" in line]
+    record = json.loads((Path(settings["output_dir"]) / "run.json").read_text())
+    rows, length = planned.largest
+    assert record["notes"] == [planned.unmet]
+    assert planned.unmet.startswith(f"memory plan '20MB': a step of {rows} x {length} tokens is predicted to take at ")
+    assert said[0].startswith("fastft: memory plan '20MB': a step of 2 x ") and len(said) <= 2
+    assert any(planned.unmet in line for line in said)  # the largest batch is told of, at the end if it came later
+    assert planned.unmet in str(report(model)).splitlines() and planned.unmet in record["rewrites"]["notes"]
+    with pytest.warns(UserWarning, match="memory plan '20MB': a step of 9 x 99 tokens"):  # in a loop of the user's own
+        planned.see(9, 99, torch.device("cpu"))
+
+
+def test_a_plan_that_is_met_is_not_told_of(build_model, tokenizer, dataset, settings, capsys):
+    trainer(build_model, tokenizer, dataset, settings, max_steps=1).train()
+    record = json.loads((Path(settings["output_dir"]) / "run.json").read_text())
+    assert record["notes"] == record["rewrites"]["notes"] == [] and "memory plan" not in capsys.readouterr().out

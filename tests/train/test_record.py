@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 
 from fastft.data.collate import collate
-from fastft.train import card, checkpoint, flops, plots, record, step
+from fastft.train import card, checkpoint, flops, plots, record, spent, step
 from fastft.train.grpo.run import GrpoResult
 from fastft.train.preference.run import PreferenceResult
 from fastft.train.sft.config import SFTConfig
@@ -34,7 +34,7 @@ def test_record_of_a_run(build_model, build_rows, tokenizer, settings):
             row["grad_norm"],
             row["learning_rate"],
         )
-        for name in record.TOKENS:
+        for name in spent.TOKENS:
             assert line["tokens_per_second"][name] > 0
     real = 2 * sum(len(row["input_ids"]) for row in rows)
     targets = 2 * sum(label != -100 for row in rows for label in row["labels"][1:])
@@ -197,8 +197,8 @@ def test_ticks_are_whole_steps(draw, steps, tmp_path, monkeypatch):
 
 def test_pauses_are_no_training(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(record.time, "perf_counter", lambda: now[0])
-    clock = record.Clock()
+    monkeypatch.setattr(spent.time, "perf_counter", lambda: now[0])
+    clock = spent.Clock()
     clock.start()
     now[0] = 2.0
     clock.step_ended()

@@ -276,37 +276,68 @@ def test_a_way_that_was_left_is_not_gone_on_with(run, build_model, tokenizer, da
     assert [step for step, _ in losses(run)] == [1, 2, 3]
 
 
+def told(capsys):
+    """Return what is told of a run that goes on."""
+    words = ("other settings than in", "was to take", "is not used", "goes on, by schedule")
+    lines = [line.removeprefix("fastft: ") for line in capsys.readouterr().out.splitlines()]
+    return [line for line in lines if any(word in line for word in words)]
+
+
+def rates(made):
+    return [row["learning_rate"] for row in made.state.log_history if "learning_rate" in row]
+
+
 def test_other_settings_are_told(run, build_model, tokenizer, dataset, settings, capsys):
-    changed = {"learning_rate": 5e-3, "lr_scheduler_type": "constant", "max_grad_norm": 0.5, "logging_steps": 2}
+    changed = {"learning_rate": 5e-3, "lr_scheduler_type": "constant", "max_grad_norm": 0.5, "weight_decay": 0.1}
     made = trainer(build_model(), tokenizer, dataset, settings, max_steps=4, **changed)
     made.train(resume_from_checkpoint=True)
-    said = [line for line in capsys.readouterr().out.splitlines() if "other settings than in" in line]
-    told = f"fastft: other settings than in {run / 'checkpoint-2'}: learning_rate is 0.005 (there 0.01), "
-    told += "lr_scheduler_type is 'constant' (there 'linear'), "
-    told += "max_grad_norm is 0.5 (there 1.0); its optimizer brings learning_rate with it."
-    assert said == [told]
-    rates = [row["learning_rate"] for row in made.state.log_history if "learning_rate" in row]
-    assert rates[-1] == 1e-2  # that of the checkpoint
+    there = run / "checkpoint-2"
+    assert told(capsys) == [
+        f"other settings than in {there}: lr_scheduler_type is 'constant' (there 'linear'), max_grad_norm is 0.5 "
+        "(there 1.0).",
+        f"the run of {there} was to take 2 steps, this one takes 4.",
+        f"weight_decay=0.1 is not used: the 0.0 of {there} goes on, with its optimizer.",
+        f"learning_rate=0.005 is not used: the 0.01 of {there} goes on, by schedule 'constant'. Step 3 still has the "
+        f"rate that {there} had come to, 0, and learns nothing.",
+    ]
+    assert rates(made)[2:] == [0.0, 1e-2]
+    assert [group["weight_decay"] for group in made.optimizer.param_groups] == [0.0, 0.0]
 
 
 @pytest.mark.parametrize("schedule", ["linear", "constant", "constant_with_warmup"])
 def test_another_number_of_steps_is_told(schedule, build_model, tokenizer, dataset, settings, capsys):
     every = {"lr_scheduler_type": schedule, "save_steps": 2}
     run, said = Path(settings["output_dir"]), {}
+    there = run / "checkpoint-2"
     trainer(build_model(), tokenizer, dataset, settings, max_steps=4, **every).train()
     for steps in (4, 8):
         capsys.readouterr()
         made = trainer(build_model(), tokenizer, dataset, settings, max_steps=steps, **every)
         made.train(resume_from_checkpoint=str(run / "checkpoint-2"))
-        said[steps] = [line for line in capsys.readouterr().out.splitlines() if "was to take" in line]
-    told = f"fastft: the run of {run / 'checkpoint-2'} was to take 4 steps, this one takes 8"
-    if schedule == "linear":
-        told += "; the learning rate is that of schedule 'linear' over 8 steps from the second step on, in the first "
-        told += "that of the checkpoint"
-    assert said == {4: [], 8: [f"{told}."]}
-    rates = [row["learning_rate"] for row in made.state.log_history if "learning_rate" in row]
-    there, here = [1e-2, 7.5e-3, 5e-3], [6.25e-3, 5e-3, 3.75e-3, 2.5e-3, 1.25e-3]
-    assert rates == pytest.approx([*there, *here] if schedule == "linear" else [1e-2] * 8)
+        said[steps] = told(capsys)
+    longer = f"the run of {there} was to take 4 steps, this one takes 8."
+    rate = "learning_rate=0.01 goes on, by schedule 'linear' over 8 steps. Step 3 still has the rate that "
+    rate += f"{there} had come to, 0.005."
+    assert said == {4: [], 8: [longer, *([rate] if schedule == "linear" else [])]}
+    before, after = [1e-2, 7.5e-3, 5e-3], [6.25e-3, 5e-3, 3.75e-3, 2.5e-3, 1.25e-3]
+    assert rates(made) == pytest.approx([*before, *after] if schedule == "linear" else [1e-2] * 8)
+
+
+def test_a_learning_rate_that_is_not_used_is_told_as_often_as_it_is_not(
+    run, build_model, tokenizer, dataset, settings, capsys
+):
+    """The second run's config says 0.02 and its checkpoint has 0.01, which is what the third is told of."""
+    trainer(build_model(), tokenizer, dataset, settings, max_steps=4).train()
+    for step, rate, last in ((2, 2e-2, 4), (3, 1e-2, 4), (3, 2e-2, 4)):
+        capsys.readouterr()
+        made = trainer(build_model(), tokenizer, dataset, settings, max_steps=last, learning_rate=rate)
+        made.train(resume_from_checkpoint=str(run / f"checkpoint-{step}"))
+        there, record = run / f"checkpoint-{step}", json.loads((run / "run.json").read_text())
+        line = f"learning_rate=0.02 is not used: the 0.01 of {there} goes on, by schedule 'linear' over 4 steps."
+        assert told(capsys) == ([line] if rate == 2e-2 else [])
+        assert record["held"] == ({"learning_rate": 1e-2} if rate == 2e-2 else {})
+        assert "| learning rate | 0.01 |" in (run / "README.md").read_text()
+        assert rates(made) == pytest.approx([1e-2, 7.5e-3, 5e-3, 2.5e-3])
 
 
 def test_epochs_are_told_as_steps(build_model, tokenizer, dataset, settings, capsys):
@@ -314,7 +345,7 @@ def test_epochs_are_told_as_steps(build_model, tokenizer, dataset, settings, cap
     for epochs in (2, 3):
         made = trainer(build_model(), tokenizer, rows, settings, max_steps=-1, num_train_epochs=epochs)
         made.train(resume_from_checkpoint=None if epochs == 2 else str(run / "checkpoint-3"))
-    assert f"the run of {run / 'checkpoint-3'} was to take 4 steps, this one takes 6;" in capsys.readouterr().out
+    assert f"the run of {run / 'checkpoint-3'} was to take 4 steps, this one takes 6." in capsys.readouterr().out
 
 
 def test_a_checkpoint_of_another_method(run, build_model, tokenizer, dataset, settings):

@@ -31,9 +31,16 @@ def test_a_line_has_numbers():
         "x": "a" * 200,
     }
     line = telling.log_line(3, logs)
-    assert line.startswith("{'loss': 7.105, 'learning_rate': 2e-05, 'n': 158, 'epoch': 1.0, 'x': 'aaa")
+    assert line.startswith("step    3  {'loss': 7.105, 'learning_rate': 2e-05, 'n': 158, 'epoch': 1.0, 'x': 'aaa")
     assert line.endswith("... (200 characters)'}")
-    assert telling.log_line(1, {"loss": float("nan")}) == "{'loss': nan}"
+    assert telling.log_line(12345, {"loss": float("nan")}) == "step 12345  {'loss': nan}"
+    assert telling.log_line(3, {"train_runtime": 2.5, "train_loss": 1.0}) == "{'train_runtime': 2.5, 'train_loss': 1.0}"
+
+
+def logged(out):
+    """Return step, "" for what is of the whole run, and metrics of every line of a log in what was printed."""
+    found = [re.fullmatch(r"(?:step +(\d+)  )?(\{.*\})", line) for line in out.splitlines()]
+    return [(one[1] or "", ast.literal_eval(one[2])) for one in found if one]
 
 
 def begun():
@@ -73,15 +80,15 @@ def test_nobody_elses_warnings_and_no_bars_of_few_rows(name, tmp_path, capsys):
     shown = capsys.readouterr()
     bars = ("Map", "Filter", "Tokenizing", "Extracting", "Dropping", "Adding", "Truncating")
     assert not [bar for bar in bars if bar in shown.err]
-    lines = [line for line in shown.out.splitlines() if line.startswith("{'")]
-    assert lines and all(type(value) in (float, int) for line in lines for value in ast.literal_eval(line).values())
+    lines = logged(shown.out)
+    assert lines and all(step == ("" if "train_runtime" in line else "1") for step, line in lines)
+    assert all(type(value) in (float, int) for _, line in lines for value in line.values())
 
 
 def test_printed_lines_have_numbers_too(tmp_path, capsys):
     run_sft(tmp_path / "run", disable_tqdm=True)
-    first, *_ = [line for line in capsys.readouterr().out.splitlines() if line.startswith("{'")]
-    logged = ast.literal_eval(first)
-    assert type(logged["loss"]) is float and logged["epoch"] == 0.5
+    step, first = logged(capsys.readouterr().out)[0]
+    assert step == "1" and type(first["loss"]) is float and first["epoch"] == 0.5
 
 
 def test_importing_the_trainers_without_a_reference_warns_nobody():

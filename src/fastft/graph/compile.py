@@ -85,6 +85,7 @@ class Compiled:
         head = self.base_report.head + (", with fp8 factors" if self.fp8_head and not exact_head else "")
         fewer = self.planned.fewer if self.planned else 0
         kept = [FEWER_KEPT.format(fewer)] if fewer else []
+        kept += [self.planned.unmet] if self.planned and self.planned.unmet else []
         return evolve(
             self.base_report,
             head=head,

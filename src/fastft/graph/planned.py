@@ -1,7 +1,7 @@
 """What each layer of one compiled model keeps: named by the plan, or solved for the largest batch seen."""
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -36,6 +36,11 @@ from fastft.state import base_model
 GB = 10**9
 
 
+def _warn(text: str) -> None:
+    """Tell a loop of the user's own what it is to know."""
+    warnings.warn(text, stacklevel=3)
+
+
 @define(eq=False)
 class PlannedLayers:
     """The modes chosen for a model's layers, first to last, and the largest batch they were chosen for.
@@ -46,7 +51,8 @@ class PlannedLayers:
     smallest plan is predicted to need more than the budget. `weights` are the copies of layers whose mode says
     `dequantised`; `keepable` are the linears of each layer whose weights can be kept so, `why_not` what is in the way
     if there are none. `wants_eight_bits`: layers that keep gate and up are to keep them in 8 bits, which the `graphs`
-    captured up to now may not do; None: they cannot. `sizes` do not say it, `setup` does.
+    captured up to now may not do; None: they cannot. `sizes` do not say it, `setup` does. `unmet` says that the plan
+    does not fit, "" where it does; `tell` is told that as often as it changes.
     """
 
     plan: str | int
@@ -63,6 +69,8 @@ class PlannedLayers:
     wants_eight_bits: bool | None = False
     graphs: list[GraphReport] = field(factory=list)
     fp8: bool = False
+    unmet: str = ""
+    tell: Callable[[str], None] = _warn
 
     @classmethod
     def of(
@@ -176,13 +184,26 @@ class PlannedLayers:
             self.chosen, self.fits = made.modes, made.fits
             if [mode.dequantised for mode in self.modes] != before:
                 self.weights.clear()
-            if not made.fits:
-                needed = f"{made.estimate.peak / GB:.2f} GB where the plan allows {budget / GB:.2f} GB"
-                warnings.warn(
-                    f"memory plan {self.plan!r}: a step of {rows} x {length} tokens is predicted to take at least "
-                    f"{needed}; `fastft plan` lists what is enough",
-                    stacklevel=2,
-                )
+            self.unmet = "" if made.fits else self._unmet(made, budget)
+            if self.unmet:
+                self.tell(self.unmet)
+
+    def _unmet(self, made: Plan, budget: int) -> str:
+        rows, length = self.largest
+        needed = f"{made.estimate.peak / GB:.2f} GB where the plan allows {budget / GB:.2f} GB"
+        return (
+            f"memory plan {self.plan!r}: a step of {rows} x {length} tokens is predicted to take at least {needed}; "
+            "`fastft plan` lists what is enough"
+        )
+
+    @contextmanager
+    def told_to(self, tell: Callable[[str], None]) -> Iterator[None]:
+        """Tell `tell` what is to be known while the block runs."""
+        before, self.tell = self.tell, tell
+        try:
+            yield
+        finally:
+            self.tell = before
 
     def _solved(self, setup: Setup, budget: int) -> Plan:
         host = int(host_memory() * HOST_SHARE)

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
+from tqdm.auto import tqdm
 from transformers import EarlyStoppingCallback
 
 from fastft.data.bars import bars_if_large
@@ -32,7 +33,9 @@ from fastft.train import resume as resuming
 from fastft.train.compiling import CompileCallback
 from fastft.train.finite import FiniteLosses
 from fastft.train.interrupt import Interruption, Stopped
-from fastft.train.record import RecordCallback, Tally
+from fastft.train.last_step import LastStep
+from fastft.train.record import RecordCallback
+from fastft.train.spent import Tally
 
 
 @contextlib.contextmanager
@@ -81,6 +84,7 @@ class Trained:
     _own: tuple[Path, ...] = ()  # checkpoints of this run, the newest last: the folder may hold another's
     _staging: Path | None = None
     _to_push: str | None = None
+    _told_of_plan = ""  # what was said of a memory plan that cannot be met
 
     def equip(
         self,
@@ -116,6 +120,7 @@ class Trained:
         self.finite = FiniteLosses(self.args)
         self.add_callback(self.finite)
         self.interruption = Interruption()
+        self.add_callback(LastStep(lambda: self.interruption.asked))
         self.add_callback(self.interruption)  # behind the recorder: it ends the run when a step is saved
         if self.args.early_stopping_patience is not None:
             patience, threshold = self.args.early_stopping_patience, self.args.early_stopping_threshold
@@ -154,7 +159,8 @@ class Trained:
         if planned is not None:
             where = next(state.compiled.layers[0].parameters()).device
             self.settle_batches(planned, where)
-            planned.expect(*self.head_use(), self.largest_batch() if ours else None, where)
+            with planned.told_to(self._tell_plan):
+                planned.expect(*self.head_use(), self.largest_batch() if ours else None, where)
         have = state.compiled.base_report.compute
         if self.args.compute not in (None, have) and state.compiled.layers:
             remedy = f"It was compiled before with compute={have!r}; say it there, fastft.compile(model, compute=...)."
@@ -173,6 +179,16 @@ class Trained:
             plan = state.compiled.settings.plan
             how = f"no effect, since the model was compiled before with the plan {plan!r}; fastft.compile(model, 'min')"
         print(f"fastft: gradient_checkpointing=True: {how}.")
+
+    def _tell_plan(self, text: str) -> None:
+        """Say once, beside the bar, that a memory plan cannot be met; of larger batches the record tells at the end."""
+        if not self._told_of_plan and self.is_world_process_zero():
+            tqdm.write(f"fastft: {text}")
+        self._told_of_plan = self._told_of_plan or text
+
+    def _telling_of_plan(self) -> contextlib.AbstractContextManager[None]:
+        planned = getattr(get_state(self.model).compiled, "planned", None)
+        return contextlib.nullcontext() if planned is None else planned.told_to(self._tell_plan)
 
     # ---- training
 
@@ -205,6 +221,7 @@ class Trained:
                 quiet(),
                 between_libraries(),
                 hygiene.unpatched(self.model),
+                self._telling_of_plan(),
                 self.interruption.watched(self.args.world_size == 1, lambda error: memory.let_go(error, self.model)),
             ):
                 output = super().train(**kwargs)
@@ -230,7 +247,7 @@ class Trained:
             self.end_training()
             release_weights(self.model)
         if self.is_world_process_zero():
-            for note in self.recorder.extra["notes"]:
+            for note in (note for note in self.recorder.noted() if note != self._told_of_plan):
                 print(f"fastft: {note}; {self.recorder.folder / lineage.RECORD} says so, too.")
         return output
 
@@ -260,6 +277,7 @@ class Trained:
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate as TRL's trainer does."""
+        self.recorder.spent.count()
         self.begin_evaluation()
         with between_libraries():
             return super().evaluate(*args, **kwargs)
@@ -270,10 +288,16 @@ class Trained:
             why = f"{type(error).__name__}: {error}"
             with contextlib.suppress(SaveError):
                 try:
-                    self.recorder.finish("failed", self.state, self.model, why)
+                    self._finish("failed", why)
                 except Exception as other:
                     more = f"what it came to could not be measured ({type(other).__name__}: {other})"
                     self.recorder.write_record("failed", f"{why}; {more}")
+
+    def _finish(self, status: str, error: str | None) -> None:
+        """Write the end of the record of a run that was broken off, with the steps behind its last line."""
+        if self.args.world_size == 1:  # else the others would be waited for, which may be somewhere else
+            self.recorder.spent.count()
+        self.recorder.finish(status, self.state, self.model, error)
 
     def _rescue(self) -> str:
         """Save what was trained up to the last whole step, unless it is saved already, and say where it is."""
@@ -329,7 +353,7 @@ class Trained:
         )
         if self.recorder.record.get("status") == "running" and self.is_world_process_zero():
             with contextlib.suppress(SaveError):
-                self.recorder.finish("interrupted", self.state, self.model, asked.failed or None)
+                self._finish("interrupted", asked.failed or None)
         if asked.waits and asked.begun:
             self._end_callbacks()
         return stopped
@@ -361,13 +385,14 @@ class Trained:
         last = [path for path in self._own if path != target]
         untouched = f"The last whole checkpoint is {last[-1]}." if last else "There is no earlier checkpoint."
         main, self._staging = self.is_world_process_zero(), checkpoint.staging_folder(target)
+        record = self.recorder.at_checkpoint(self.state)
         try:
             with checkpoint.staged(target, untouched) if main else contextlib.nullcontext():
                 self.accelerator.wait_for_everyone()
                 super()._save_checkpoint(model, None)
                 self.save_extra(self._staging / target.name)
                 if main:
-                    checkpoint.write_json(self._staging / target.name / lineage.RECORD, self.recorder.record)
+                    checkpoint.write_json(self._staging / target.name / lineage.RECORD, record)
                 self.accelerator.wait_for_everyone()
                 if main:
                     self._publish(target)

@@ -54,7 +54,7 @@ def facts(record: Mapping[str, Any]) -> list[tuple[str, Any]]:
         ("tokens seen (loss-bearing)", _tokens(record.get("tokens"))),
         ("steps", record.get("steps")),
         ("batch", batch),
-        ("learning rate", config.get("learning_rate")),
+        ("learning rate", {**config, **record.get("held", {})}.get("learning_rate")),
         ("seed", record.get("seed")),
         ("rewards", ", ".join(record.get("rewards", ()))),
         ("engine", record.get("engine")),

@@ -127,10 +127,8 @@ class Interruption(TrainerCallback):
         self.begun = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Have the step logged and saved."""
-        if self.asked:
-            control.should_save = True
-            control.should_log |= args.logging_strategy != "no"
+        """Have the step saved."""
+        control.should_save |= self.asked
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Have the step saved behind which an evaluation was interrupted."""

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import torch
+
 from fastft.train import checkpoint
 
 RECORD = "run.json"
@@ -19,8 +21,10 @@ ASIDE = (
     "resume", "restore", "disable_tqdm", "do_", "dataloader", "include", "load_best", "metric_for", "greater",
     "early_stopping", "keep_completions", "max_steps", "num_train_epochs",
 )  # fmt: skip
-# Fields that the optimizer of a checkpoint brings with it.
+# Fields that the optimizer of a checkpoint brings with it, and that are not used when a run goes on from it.
 HELD = ("learning_rate", "weight_decay", "adam_", "embedding_learning_rate", "loraplus_ratio")
+# Fields that say how the learning rate changes from step to step.
+SCHEDULE = ("lr_scheduler", "warmup")
 # Schedules that are the same whatever number of steps a run takes.
 WITHOUT_LENGTH = ("constant", "constant_with_warmup", "inverse_sqrt", "reduce_lr_on_plateau")
 
@@ -89,12 +93,18 @@ def changes(earlier: Mapping[str, Any], now: Mapping[str, Any], told: Collection
     """
     found = {}
     for part, names in (("model", ("name", "quant", "dtype", "lora")), ("config", None)):
-        there, here = earlier.get(part) or {}, json.loads(checkpoint.to_json(now.get(part) or {}))
+        there = {**(earlier.get(part) or {}), **((earlier.get("held") or {}) if part == "config" else {})}
+        here = json.loads(checkpoint.to_json(now.get(part) or {}))
         for name in there.keys() & here.keys() if names is None else names:
             aside = names is None and (name.startswith(ASIDE) or name in told)
             if not aside and there.get(name) != here.get(name):
                 found[name if names is None else f"model {name}"] = (there.get(name), here.get(name))
     return dict(sorted(found.items()))
+
+
+def held(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a checkpoint with the record `earlier` that go on instead of those of the run `now`."""
+    return {name: there for name, (there, _) in changes(earlier, now).items() if name.startswith(HELD)}
 
 
 def lines(begun: Path, now: Mapping[str, Any], steps: int, told: Collection[str] = ()) -> list[str]:
@@ -106,24 +116,49 @@ def lines(begun: Path, now: Mapping[str, Any], steps: int, told: Collection[str]
     if earlier and (earlier.get("data") or {}).get("sha256") != now["data"]["sha256"]:
         said.append(f"the data are not those that {begun} was made with; the curve goes on with them.")
     other = changes(earlier, now, told)
+    stay = {name: other.pop(name) for name in list(other) if name.startswith(HELD)}
     if other:
         listed = ", ".join(f"{name} is {here!r} (there {there!r})" for name, (there, here) in other.items())
-        held = [name for name in other if name.startswith(HELD)]
-        stay = f"; its optimizer brings {', '.join(held)} with it" if held else ""
-        said.append(f"other settings than in {begun}: {listed}{stay}.")
-    return [*said, *_other_length(begun, now, steps)]
+        said.append(f"other settings than in {begun}: {listed}.")
+    before = _state_number(begun, "max_steps")
+    longer = before is not None and before != steps
+    if longer:
+        said.append(f"the run of {begun} was to take {before} steps, this one takes {steps}.")
+    rate = stay.pop("learning_rate", None)
+    said += [
+        f"{name}={here!r} is not used: the {there!r} of {begun} goes on, with its optimizer."
+        for name, (there, here) in stay.items()
+    ]
+    config = {**(now.get("config") or {}), **(now.get("held") or {})}
+    moved = any(name.startswith(SCHEDULE) for name in other) or (longer and _has_length(config))
+    if rate is None and not moved:
+        return said
+    if rate is None:
+        line = f"learning_rate={config.get('learning_rate')!r} goes on"
+    else:
+        line = f"learning_rate={rate[1]!r} is not used: the {rate[0]!r} of {begun} goes on"
+    line += f", by schedule {config.get('lr_scheduler_type')!r}{f' over {steps} steps' if _has_length(config) else ''}"
+    return [*said, f"{line}.{_first_step(begun) if moved else ''}"]
 
 
-def _other_length(begun: Path, now: Mapping[str, Any], steps: int) -> list[str]:
-    """Return what to say where the checkpoint's run was to take another number of steps than this one."""
-    there = _state_number(begun, "max_steps")
-    if there is None or there == steps:
-        return []
-    config = now.get("config") or {}
-    kind, warmup = config.get("lr_scheduler_type"), config.get("warmup_steps") or 0
-    line = f"the run of {begun} was to take {there} steps, this one takes {steps}"
-    if kind in WITHOUT_LENGTH and not 0 < warmup < 1:  # a share of all steps
-        return [f"{line}."]
-    # transformers makes the schedule anew; the optimizer's state brings the rate of the step that comes next
-    rate = f"the learning rate is that of schedule {kind!r} over {steps} steps from the second step on"
-    return [f"{line}; {rate}, in the first that of the checkpoint."]
+def _has_length(config: Mapping[str, Any]) -> bool:
+    """Say whether the schedule of a config depends on how many steps a run takes."""
+    share = 0 < (config.get("warmup_steps") or 0) < 1  # of all steps
+    return share or config.get("lr_scheduler_type") not in WITHOUT_LENGTH
+
+
+def _first_step(begun: Path) -> str:
+    """Return what to say of the first new step's rate: the optimizer's state brings it, before a schedule is asked."""
+    step, rate = step_of(begun) + 1, _rate_of(begun)
+    if rate == 0:
+        return f" Step {step} still has the rate that {begun} had come to, 0, and learns nothing."
+    told = "" if rate is None else f", {rate:.4g}"
+    return f" Step {step} still has the rate that {begun} had come to{told}."
+
+
+def _rate_of(folder: Path) -> float | None:
+    """Return the learning rate of the step that comes next after a checkpoint, None where it does not say it."""
+    try:
+        return float(torch.load(folder / "scheduler.pt", map_location="cpu", weights_only=True)["_last_lr"][0])
+    except Exception:  # torch's reader fails in many ways; whether the file is whole was asked before
+        return None

@@ -42,6 +42,12 @@ def predicted(model: Any) -> dict[str, Any]:
     }
 
 
+def notes(model: Any) -> list[str]:
+    """Return a note where the memory plan of a compiled model cannot be met."""
+    planned = getattr(get_state(model).compiled, "planned", None)
+    return [planned.unmet] if planned is not None and planned.unmet else []
+
+
 def let_go(error: BaseException, model: Any) -> None:
     """Free what a step that failed held: tensors in the frames of `error`, gradients, and copies of weights."""
     traceback.clear_frames(error.__traceback__)

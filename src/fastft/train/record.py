@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from attrs import define, field
 from transformers import TrainerCallback
 
 from fastft.environment import version_of
@@ -18,9 +17,9 @@ from fastft.graph.head import find_spec
 from fastft.memory.measure import host_peak
 from fastft.state import get_state
 from fastft.train import card, checkpoint, flops, lineage, memory, plots, step
+from fastft.train.spent import Spent, Tally, tells
 
 VERSIONS = ("fastft", "torch", "transformers", "peft", "trl", "accelerate", "datasets", "bitsandbytes", "triton")
-TOKENS = ("all", "non_padding", "loss_bearing")
 
 
 def curve(history: Sequence[Mapping[str, Any]], name: str) -> tuple[tuple[int, float], ...]:
@@ -32,58 +31,6 @@ def ends(curve: Sequence[tuple[int, float]]) -> str:
     """Return the first and the last (step, value) of a curve, which is what the repr of a result shows of it."""
     shown = dict.fromkeys(f"{value:.4f} (step {step})" for step, value in (*curve[:1], *curve[-1:]))
     return " to ".join(shown) or "none"
-
-
-@define
-class Tally:
-    """Running counts of tokens, kept on the device and read only when a line is logged."""
-
-    windows: set = field(factory=set)
-    pending: dict[str, torch.Tensor] = field(factory=dict)
-
-    def add(self, batch: Mapping[str, Any]) -> None:
-        """Count one micro-batch."""
-        for name, count in flops.count_batch(batch, step.shifted_labels(batch), self.windows).items():
-            self.pending[name] = self.pending[name] + count if name in self.pending else count
-
-    def take(self, reduce: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, int]:
-        """Return the counts since the last call, summed over processes by `reduce`, and start again at zero."""
-        names = sorted(self.pending)
-        if not names:
-            return {}
-        totals = reduce(torch.stack([self.pending[name] for name in names])).tolist()
-        self.pending.clear()
-        return dict(zip(names, map(int, totals), strict=True))
-
-
-@define
-class Clock:
-    """Seconds spent on training between two log lines, without what evaluating and saving took."""
-
-    mark: float = 0.0
-    ended: float = 0.0
-    paused: float = 0.0
-
-    def start(self) -> None:
-        """Begin an interval now."""
-        self.mark = self.ended = time.perf_counter()
-        self.paused = 0.0
-
-    def step_ended(self) -> None:
-        """Note the end of an optimizer step."""
-        self.ended = time.perf_counter()
-
-    def leave_out(self) -> None:
-        """Leave out the time since the last step or log: it was no training."""
-        now = time.perf_counter()
-        self.paused += now - self.ended
-        self.ended = now
-
-    def take(self) -> float:
-        """Return the interval's seconds and begin the next."""
-        seconds = time.perf_counter() - self.mark - self.paused
-        self.start()
-        return seconds
 
 
 class RecordCallback(TrainerCallback):
@@ -108,37 +55,38 @@ class RecordCallback(TrainerCallback):
         measure: Callable[[float], Mapping[str, Any]] | None = None,
         told: Collection[str] = (),
     ) -> None:
-        self.folder, self.tally, self.method, self.dataset = Path(folder), tally, method, dataset
-        self.reduce, self.picture = reduce or (lambda tensor: tensor), picture
+        self.folder, self.method, self.dataset, self.picture = Path(folder), method, dataset, picture
+        self.spent = Spent(tally, reduce or (lambda tensor: tensor))
         self.measure = measure or (lambda seconds: {})
         self.told, self.begun, self.kept_steps = told, None, 0
-        self.clock, self.rows, self.record = Clock(), [], {}
-        self.intervals: list[tuple[float, dict[str, int]]] = []
-        self.totals: dict[str, int] = {}
-        self.began = 0.0
+        self.rows, self.record, self.began = [], {}, 0.0
         self.predicted: dict[str, Any] = {"predicted_bytes": None}
-        self.extra: dict[str, Any] = {"notes": []}
+        self.extra: dict[str, Any] = {}
+        self.notes: dict[str, list[str]] = {}  # what is to be said at the end, by what it is of
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Describe the run, keep what a resumed one has already logged, and start the clock."""
-        self.work = flops.work_of(model)
-        self.intervals, self.totals, self.began = [], {}, time.time()
+        work, self.began = flops.work_of(model), time.time()
+        before = {} if self.begun is None else lineage.record_of(self.begun)
+        self.spent.begin(work, before)
+        untold = f"tokens, train_seconds and flops are counted from step {state.global_step} on, which is what "
+        untold += f"{self.begun} has: it does not tell what came before"
+        self.notes["spent"] = [] if self.begun is None or tells(before) else [untold]
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         if state.is_world_process_zero:
             self.kept_steps = self._kept_steps(state.global_step)
             self.rows = kept_lines(self.folder / "metrics.jsonl", self.kept_steps)
-            self.totals = dict(self.rows[-1].get("tokens", {})) if self.rows else {}
             lines = "".join(json.dumps(row) + "\n" for row in self.rows)
             checkpoint.write_text(self.folder / "metrics.jsonl", lines)
-            self.record = {"method": self.method, **describe_run(args, model, self.dataset, self.work)}
-            earlier = [] if self.begun is None else lineage.runs_of(self.begun)
-            self.record["runs"] = lineage.runs_from(earlier, state.global_step)
+            self.record = {"method": self.method, **describe_run(args, model, self.dataset, work)}
+            self.record["runs"] = lineage.runs_from(before.get("runs") or [], state.global_step)
             if self.begun is not None:
+                self.record["held"] = lineage.held(before, self.record)
                 for line in lineage.lines(self.begun, self.record, state.max_steps, self.told):
                     print(f"fastft: {line}")
             self.write_record("running")
-        self.clock.start()
+        self.spent.clock.start()
 
     def _kept_steps(self, global_step: int) -> int:
         """Return up to which step the lines in the folder are those of the checkpoint gone on from."""
@@ -153,24 +101,29 @@ class RecordCallback(TrainerCallback):
         )
         return 0
 
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Note that time goes by for a step that may not come to its end."""
+        self.spent.clock.step_began()
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Note when training stopped before what may follow a step."""
-        self.clock.step_ended()
+        """Note that the step is whole, and when training stopped before what may follow it."""
+        self.spent.tally.step_ended()
+        self.spent.clock.step_ended()
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Leave the evaluation out of the speed."""
-        self.clock.leave_out()
+        self.spent.clock.leave_out()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Leave the saving out of the speed."""
-        self.clock.leave_out()
+        self.spent.clock.leave_out()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
         """Append a line for a training step or an evaluation."""
         logs = dict(logs or {})
         row = {"step": state.global_step, "epoch": state.epoch, **{key: logs[key] for key in logs if key != "epoch"}}
         if "loss" in logs:
-            row |= self._speed()
+            row |= self.spent.line()
             row |= self.measure(row["train_seconds"])
         elif not any(key.startswith("eval_") for key in logs):
             return
@@ -181,8 +134,7 @@ class RecordCallback(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Count the steps behind the last line; write picture, manifest and card, unless an interruption has."""
-        if self.tally.pending:  # alike in all processes, which are summed here
-            self._speed()
+        self.spent.count()
         if state.is_world_process_zero and self.record["status"] == "running":
             self.finish("stopped early" if state.global_step < state.max_steps else "finished", state, model)
 
@@ -190,15 +142,20 @@ class RecordCallback(TrainerCallback):
         """Write the end of the record with its measurements."""
         self.record["rewrites"] = rewrites(model)
         self.predicted = memory.predicted(model)
+        self.notes["plan"] = memory.notes(model)
         self.record |= self.measurements(state)
         name, plot = self.picture
         self.record["picture"] = name
         plot(self.rows, self.folder / name, card.short_name(self.record.get("model", {}).get("name", "")))
         self.write_record(status, error)
 
+    def noted(self) -> list[str]:
+        """Return all notes."""
+        return [note for found in self.notes.values() for note in found]
+
     def write_record(self, status: str, error: str | None = None) -> None:
         """Write run.json and the card as they are now."""
-        self.record |= {"status": status, **({"error": error} if error else {}), **self.extra}
+        self.record |= {"status": status, **({"error": error} if error else {}), **self.extra, "notes": self.noted()}
         checkpoint.write_json(self.folder / "run.json", self.record)
         checkpoint.write_text(self.folder / "README.md", card.model_card(checkpoint.plain(self.record)))
 
@@ -207,8 +164,6 @@ class RecordCallback(TrainerCallback):
         losses = [row["loss"] for row in self.rows if "loss" in row]
         rewards = [row["reward"] for row in self.rows if row.get("reward") is not None]
         evaluations = [row for row in self.rows if "eval_loss" in row]
-        seconds, counts = total(self.intervals)
-        steady = total(self.intervals[1:]) if len(self.intervals) > 1 else (seconds, counts)
         return {
             "steps": state.global_step,
             "epochs": state.epoch,
@@ -217,41 +172,15 @@ class RecordCallback(TrainerCallback):
             "evaluation": {key: value for key, value in evaluations[-1].items() if key.startswith("eval_")}
             if evaluations
             else None,
-            "tokens": {name: self.totals.get(name, 0) for name in TOKENS},
-            "tokens_per_second": rates(seconds, counts),
-            "tokens_per_second_after_first_log": rates(*steady),
-            "flops": flops.flops(self.work, counts) if counts else 0.0,
-            "mfu": self._mfu(*steady),
-            "train_seconds": seconds,
+            **self.spent.so_far(),
+            **self.spent.speeds(self.record.get("device", {})),
             "memory": {**self.predicted, "measured_peak_bytes": peak_memory(), "kind": memory_kind()},
         }
 
-    def _speed(self) -> dict[str, Any]:
-        counts, seconds = self.tally.take(self.reduce), self.clock.take()
-        self.intervals.append((seconds, counts))
-        for name in TOKENS:
-            self.totals[name] = self.totals.get(name, 0) + counts.get(name, 0)
-        return {"tokens_per_second": rates(seconds, counts), "tokens": dict(self.totals), "train_seconds": seconds}
-
-    def _mfu(self, seconds: float, counts: Mapping[str, int]) -> float | None:
-        peak = self.record.get("device", {}).get("peak_flops")
-        if peak is None or self.work.experts or not counts or seconds <= 0:
-            return None
-        return flops.flops(self.work, counts) / seconds / (peak * self.record["device"]["count"])
-
-
-def total(intervals: Sequence[tuple[float, Mapping[str, int]]]) -> tuple[float, dict[str, int]]:
-    """Sum seconds and counts of several intervals."""
-    counts: dict[str, int] = {}
-    for _, part in intervals:
-        for name, count in part.items():
-            counts[name] = counts.get(name, 0) + count
-    return sum(seconds for seconds, _ in intervals), counts
-
-
-def rates(seconds: float, counts: Mapping[str, int]) -> dict[str, float]:
-    """Return tokens a second of every kind."""
-    return {name: counts.get(name, 0) / seconds if seconds > 0 else 0.0 for name in TOKENS}
+    def at_checkpoint(self, state: Any) -> dict[str, Any]:
+        """Return the record that goes into a checkpoint, with what was spent up to it. In all processes alike."""
+        self.spent.count()
+        return {**self.record, "steps": state.global_step, "epochs": state.epoch, **self.spent.so_far()}
 
 
 def kept_lines(path: Path, global_step: int) -> list[dict[str, Any]]:

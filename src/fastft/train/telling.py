@@ -12,8 +12,9 @@ Line = Callable[[int, Mapping[str, Any]], str]  # what is said of a step and the
 
 
 def log_line(step: int, logs: Mapping[str, Any]) -> str:
-    """Return one line of all metrics of a log, each number with four digits."""
-    return str({name: _rounded(value) for name, value in logs.items() if name != "total_flos"})
+    """Return one line of the step and all its metrics, each number with four digits; what is of the run has no step."""
+    metrics = str({name: _rounded(value) for name, value in logs.items() if name != "total_flos"})
+    return metrics if "train_runtime" in logs else f"step {step:4d}  {metrics}"
 
 
 def _rounded(value: Any) -> Any:

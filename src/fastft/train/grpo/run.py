@@ -100,4 +100,4 @@ def grpo(
     names = ("reward", "loss", "kl", "completions/mean_length")
     curves = [curve(trainer.state.log_history, name) for name in names]
     recorder = trainer.recorder  # only the main process has a record
-    return GrpoResult(*curves, dict(output.metrics), args.output_dir, recorder.record, tuple(recorder.extra["notes"]))
+    return GrpoResult(*curves, dict(output.metrics), args.output_dir, recorder.record, tuple(recorder.noted()))

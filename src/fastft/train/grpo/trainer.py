@@ -267,7 +267,7 @@ class GRPOTrainer(Trained, trl.GRPOTrainer):
         self._count_failures()
         if self.model.training:
             self._scored.add(made)
-            self.recorder.extra["notes"] = self._scored.notes()
+            self.recorder.notes["rewards"] = self._scored.notes()
         return made
 
     def _count_failures(self) -> None:
@@ -392,7 +392,8 @@ class GRPOTrainer(Trained, trl.GRPOTrainer):
         """Begin what a run records beside metrics.jsonl: names of engine and rewards, and the sample completions."""
         self._scored = scored.Scored(begun=self.state.global_step)
         told = {"engine": self.engine.name, "rewards": list(self.reward_func_names), "merged": self._merged}
-        self.recorder.extra |= {**told, "notes": []}
+        self.recorder.extra |= told
+        self.recorder.notes["rewards"] = []
         if self.is_world_process_zero():
             self._samples.begin(self.recorder.kept_steps)
 

@@ -1,0 +1,127 @@
+"""Tokens, seconds and operations go on where a checkpoint was made, wherever it lies between the lines of the log."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastft.errors import OutOfMemoryError
+from fastft.train import spent
+from fastft.train.record import kept_lines
+from fastft.train.sft.config import SFTConfig
+from fastft.train.sft.trainer import SFTTrainer
+
+RUN = {"lr_scheduler_type": "constant", "save_strategy": "steps", "save_steps": 2}
+# the last line before checkpoint-4 is an evaluation; the checkpoint lies between two lines; before all; there is none
+EVERY = {
+    "evaluated": {"logging_steps": 2, "eval_strategy": "steps", "eval_steps": 4},
+    "between": {"logging_steps": 3},
+    "none": {"logging_steps": 50},
+    "no": {"logging_strategy": "no"},
+}
+
+
+@pytest.fixture
+def trainer(build_model, tokenizer, dataset, settings):
+    def make(folder, **changes):
+        place = str(Path(settings["output_dir"]).with_name(folder))
+        args = SFTConfig(**{**settings, **RUN, **changes, "output_dir": place})
+        held = dataset.select(range(2)) if "eval_strategy" in changes else None
+        options = {"train_dataset": dataset, "eval_dataset": held, "processing_class": tokenizer, "compile": False}
+        return SFTTrainer(build_model(), args, **options), Path(place)
+
+    return make
+
+
+def record(folder):
+    return json.loads((folder / "run.json").read_text())
+
+
+@pytest.mark.parametrize("every", EVERY)
+def test_a_resumed_run_counts_on(every, trainer):
+    made, whole = trainer("whole", max_steps=7, **EVERY[every])
+    made.train()
+    made, parts = trainer("parts", max_steps=7, **EVERY[every])
+    made.train()
+    there = record(parts / "checkpoint-4")
+    assert there["tokens"] == record(whole / "checkpoint-4")["tokens"] and there["steps"] == 4
+    made, _ = trainer("parts", max_steps=7, **EVERY[every])
+    made.train(resume_from_checkpoint=str(parts / "checkpoint-4"))  # as if the run had been killed behind it
+    once, told = record(whole), record(parts)
+    assert told["tokens"] == once["tokens"] and told["flops"] == pytest.approx(once["flops"])
+    assert there["tokens"]["non_padding"] < told["tokens"]["non_padding"]
+    assert told["train_seconds"] > there["train_seconds"] > 0
+    for name, count in told["tokens"].items():
+        assert told["tokens_per_second"][name] == pytest.approx(count / told["train_seconds"])
+    before, lines = (
+        {row["step"]: row["tokens"] for row in kept_lines(folder / "metrics.jsonl", 99) if "tokens" in row}
+        for folder in (whole, parts)
+    )
+    assert before == lines
+
+
+def test_a_checkpoint_that_tells_nothing_is_counted_from(trainer, capsys):
+    made, whole = trainer("whole", max_steps=4)
+    made.train()
+    made, folder = trainer("run", max_steps=2)
+    made.train()
+    path = folder / "checkpoint-2" / "run.json"
+    there = record(path.parent)
+    path.write_text(json.dumps({name: value for name, value in there.items() if name != "flops"}))
+    made, _ = trainer("run", max_steps=4)
+    made.train(resume_from_checkpoint=True)
+    note = f"tokens, train_seconds and flops are counted from step 2 on, which is what {path.parent} has: it does not "
+    note += "tell what came before"
+    assert record(folder)["notes"] == [note] and f"fastft: {note}; " in capsys.readouterr().out
+    expected = {name: count - there["tokens"][name] for name, count in record(whole)["tokens"].items()}
+    assert record(folder)["tokens"] == expected
+
+
+def test_counts_are_those_of_all_processes(trainer):
+    found = []
+    for times in (1, 3):
+        made, folder = trainer(f"run-{times}", max_steps=2, save_steps=1, logging_steps=2)
+        made.recorder.spent.reduce = lambda counts, times=times: times * counts
+        made.train()
+        found.append([record(place)["tokens"] for place in (folder / "checkpoint-1", folder)])
+    assert [{name: 3 * count for name, count in one.items()} for one in found[0]] == found[1]
+
+
+def test_the_tokens_of_a_step_that_broke_off_are_not_counted(trainer):
+    made, folder = trainer("run", max_steps=4, save_strategy="no", logging_steps=3)
+    step, done = made.training_step, []
+
+    def broken(*args, **kwargs):
+        done.append(args[1]["input_ids"].numel())
+        if len(done) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return step(*args, **kwargs)
+
+    made.training_step = broken
+    with pytest.raises(OutOfMemoryError, match="Step 2, the last whole one, is saved"):
+        made.train()
+    assert record(folder)["status"] == "failed" and record(folder)["tokens"]["all"] == sum(done[:2])
+    assert record(folder / "checkpoint-2")["tokens"] == record(folder)["tokens"]
+
+
+def test_waiting_for_the_device_is_training(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(spent.time, "perf_counter", lambda: now[0])
+    tally = spent.Tally()
+    counts = spent.Spent(tally, lambda tensor: now.__setitem__(0, now[0] + 5.0) or tensor)
+    counts.clock.start()
+    batch = {"input_ids": torch.ones(2, 3, dtype=torch.long), "labels": torch.ones(2, 3, dtype=torch.long)}
+    tally.add(batch)
+    assert counts.so_far()["tokens"]["all"] == 0
+    tally.step_ended()
+    counts.clock.step_ended()
+    counts.count()  # before a checkpoint: the device is five seconds behind
+    now[0] = 9.0
+    counts.clock.leave_out()  # four seconds of saving
+    assert counts.clock.so_far() == 5.0 and counts.behind["all"] == 6
+    counts.clock.step_began()
+    tally.add(batch)
+    tally.step_ended()
+    counts.count()  # of a step that is not done: its time is not known to be training
+    assert counts.clock.so_far() == 5.0
