@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 from fastft.errors import LoadError, SaveError, UsageError
 from fastft.export.folder import find_weights
 from fastft.state import update_state
-from fastft.train import base, checkpoint
+from fastft.train import base, checkpoint, lineage
 from fastft.train.record import kept_lines
 from fastft.train.sft.config import SFTConfig
 from fastft.train.sft.run import sft
@@ -361,3 +361,12 @@ def test_half_a_line_of_metrics_is_left_out(tmp_path, capsys):
     path.write_text(json.dumps({"step": 1}) + '\n{"step": 2, "lo')
     assert kept_lines(path, 2) == [{"step": 1}]
     assert "line 2 is damaged" in capsys.readouterr().out
+
+
+def test_how_batches_are_copied_is_no_other_setting():
+    def record(**parts):
+        return {"config": {"accelerator_config": {"even_batches": True, "non_blocking": False, **parts}}}
+
+    assert lineage.changes(record(), record(non_blocking=True)) == {}
+    (name,) = lineage.changes(record(), record(non_blocking=True, even_batches=False))
+    assert name == "accelerator_config"

@@ -21,6 +21,8 @@ ASIDE = (
     "resume", "restore", "disable_tqdm", "do_", "dataloader", "include", "load_best", "metric_for", "greater",
     "early_stopping", "keep_completions", "max_steps", "num_train_epochs",
 )  # fmt: skip
+# The same of what fields hold that are tables (`accelerator_config`).
+PARTS_ASIDE = ("non_blocking",)
 # Fields that the optimizer of a checkpoint brings with it, and that are not used when a run goes on from it.
 HELD = ("learning_rate", "weight_decay", "adam_", "embedding_learning_rate", "loraplus_ratio")
 # Fields that say how the learning rate changes from step to step.
@@ -97,9 +99,14 @@ def changes(earlier: Mapping[str, Any], now: Mapping[str, Any], told: Collection
         here = json.loads(checkpoint.to_json(now.get(part) or {}))
         for name in there.keys() & here.keys() if names is None else names:
             aside = names is None and (name.startswith(ASIDE) or name in told)
-            if not aside and there.get(name) != here.get(name):
+            if not aside and _of_the_curve(there.get(name)) != _of_the_curve(here.get(name)):
                 found[name if names is None else f"model {name}"] = (there.get(name), here.get(name))
     return dict(sorted(found.items()))
+
+
+def _of_the_curve(value: Any) -> Any:
+    """Return a setting without what in it leaves the curve as it is."""
+    return {name: part for name, part in value.items() if name not in PARTS_ASIDE} if isinstance(value, dict) else value
 
 
 def held(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
