@@ -10,16 +10,16 @@ SFTTrainer of TRL (parts of which Unsloth replaces), on the same rows of random 
 import argparse
 import importlib
 import json
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.arms import ARMS, FOLDER, find_arm
+from attrs import evolve
+
+from benchmarks.arms import ARMS, find_arm
 from benchmarks.cells import Cell, Task
-from benchmarks.command import CHOICES
+from benchmarks.command import CHOICES, Run, model_folder
 from benchmarks.machine import device, versions
 from fastft.errors import Problem, did_you_mean
 
@@ -129,15 +129,12 @@ def tokenizer() -> Any:
 
 def with_folder(task: Task, work: Path) -> Task:
     """Return the task with the model's folder, written by a process of its own, where the arm loads from one."""
-    from attrs import evolve
-
     if not find_arm(task.arm).loads:
         return task
-    ready = evolve(task, folder=str(work / "model"))
-    (work / "task.json").write_text(json.dumps(evolve(ready, arm=FOLDER).to_dict()), encoding="utf-8")
-    files = [str(work / name) for name in ("task.json", "result.json")]
-    subprocess.run([sys.executable, "-m", "benchmarks.measure", *files], check=True)
-    return ready
+    folder = model_folder(task, Run(task.steps, 0, 600.0, task.backend, work))
+    if isinstance(folder, dict):
+        raise SystemExit(f"benchmarks.runs: {folder['reason']}")
+    return evolve(task, folder=str(folder))
 
 
 def main() -> None:

@@ -47,6 +47,11 @@ def get_state(model: Any) -> ModelState:
     return base_model(model).__dict__.get(ATTRIBUTE) or ModelState()
 
 
+def planned_of(model: Any) -> Any:
+    """Return the memory plan of a compiled model's layers (`fastft.graph.planned.PlannedLayers`), None without one."""
+    return getattr(get_state(model).compiled, "planned", None)
+
+
 def update_state(model: Any, **changes: Any) -> ModelState:
     """Replace fields of the state kept on `model` and return the new record."""
     state = evolve(get_state(model), **changes)

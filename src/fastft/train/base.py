@@ -27,7 +27,7 @@ from fastft.errors import EngineError, Problem, RewardError, SaveError, UsageErr
 from fastft.graph.compile import release_weights
 from fastft.graph.planned import PlannedLayers
 from fastft.noise import between_libraries, quiet
-from fastft.state import base_model, get_state
+from fastft.state import base_model, get_state, planned_of
 from fastft.train import card, checkpoint, earlier, flops, hygiene, lineage, memory, optimizers, recomputing, telling
 from fastft.train import resume as resuming
 from fastft.train.compiling import CompileCallback
@@ -187,7 +187,7 @@ class Trained:
         self._told_of_plan = self._told_of_plan or text
 
     def _telling_of_plan(self) -> contextlib.AbstractContextManager[None]:
-        planned = getattr(get_state(self.model).compiled, "planned", None)
+        planned = planned_of(self.model)
         return contextlib.nullcontext() if planned is None else planned.told_to(self._tell_plan)
 
     # ---- training

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from fastft.graph.capture import quant_state_tensors
 from fastft.graph.head import unwrapped
-from fastft.state import get_state
+from fastft.state import get_state, planned_of
 
 SETTLED = 3
 # Steps of a shape whose times are compared: a single one may have met a GPU that others used or that had idled.
@@ -307,8 +307,7 @@ def obstacle(model: Any) -> str:
 
 def read_by(model: nn.Module) -> tuple[Tensor, ...]:
     """Return all tensors of a model that a step may read: parameters, buffers, quantisation states, and copies."""
-    compiled = get_state(model).compiled
-    planned = compiled.planned if compiled is not None else None
+    planned = planned_of(model)
     states = [part for module in model.modules() for part in quant_state_tensors(module).values()]
     copies = [] if planned is None else planned.weights.of(list(planned.weights.copies.keys()))
     return (*(one.detach() for one in model.parameters()), *model.buffers(), *states, *copies)
@@ -316,14 +315,13 @@ def read_by(model: nn.Module) -> tuple[Tensor, ...]:
 
 def moves_activations(model: Any) -> bool:
     """Say whether the memory plan of a compiled model moves activations to the CPU."""
-    compiled = get_state(model).compiled
-    planned = compiled.planned if compiled is not None else None
+    planned = planned_of(model)
     return planned is not None and any(mode.offload for mode in planned.modes)
 
 
 def _offloader(model: Any) -> Any:
     """Return what moves the activations of a compiled model, None before it has moved any."""
-    planned = get_state(model).compiled.planned
+    planned = planned_of(model)
     return None if planned is None else planned.offloader
 
 
@@ -361,8 +359,7 @@ def state_of(model: Any) -> tuple[Any, ...]:
     And which weights are dequantised, and of what: a recording reads the copies where they are and as they were made.
     """
     parameters = _parameters(model)
-    compiled = get_state(model).compiled
-    planned = compiled.planned if compiled is not None else None
+    planned = planned_of(model)
     return (
         None if planned is None else planned.weights.state(),
         model.training,

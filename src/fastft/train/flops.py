@@ -107,7 +107,7 @@ def count_batch(batch: Mapping[str, Any], targets: Tensor, windows: set[int | No
     else:
         seen = real.cumsum(dim=-1) * real
     counts = {
-        "all": ids.new_tensor(ids.numel()),
+        "all": ids.new_full((), ids.numel()),  # made on the device: the host would wait for a copy
         "non_padding": real.sum(),
         "loss_bearing": targets.ne(-100).sum(),
     }

@@ -9,7 +9,7 @@ from fastft.errors import OutOfMemoryError, UsageError
 from fastft.graph.compile import release_weights
 from fastft.memory import oom
 from fastft.memory.plan import named_modes, usable
-from fastft.state import get_state
+from fastft.state import planned_of
 
 
 def largest_batch(args: Any, dataset: Any) -> tuple[int, int] | None:
@@ -27,8 +27,7 @@ def largest_batch(args: Any, dataset: Any) -> tuple[int, int] | None:
 
 def predicted(model: Any) -> dict[str, Any]:
     """Return the predicted peak of a compiled model's largest step, as the run's record holds it."""
-    compiled = get_state(model).compiled
-    planned = compiled.planned if compiled is not None else None
+    planned = planned_of(model)
     made = planned.predicted() if planned is not None else None
     if made is None:
         return {"predicted_bytes": None}
@@ -44,7 +43,7 @@ def predicted(model: Any) -> dict[str, Any]:
 
 def notes(model: Any) -> list[str]:
     """Return a note where the memory plan of a compiled model cannot be met."""
-    planned = getattr(get_state(model).compiled, "planned", None)
+    planned = planned_of(model)
     return [planned.unmet] if planned is not None and planned.unmet else []
 
 
@@ -74,8 +73,7 @@ def _setup(model: Any) -> tuple[Any, Any]:
     from fastft.memory.measure import setup_of_model
     from fastft.state import base_model
 
-    compiled = get_state(model).compiled
-    planned = compiled.planned if compiled is not None else None
+    planned = planned_of(model)
     if planned is not None and planned.setup is not None:
         return planned.setup, planned.modes
     spec = find_spec(base_model(model))

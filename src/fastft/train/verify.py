@@ -113,10 +113,8 @@ def verify(model: Any, batches: Iterable[Mapping[str, Any]], steps: int | None =
 
 def _refuse_rows(batch: Any, number: int) -> None:
     """Raise `UsageError` for what is no batch: a row of data, or one that is not collated."""
-    where, remedy = (
-        f"verify batches[{number}]",
-        ("Of rows that chat_dataset returns, fastft.data.collate.collate([rows[0], rows[1]]) makes one batch."),
-    )
+    where = f"verify batches[{number}]"
+    remedy = "Of rows that chat_dataset returns, fastft.data.collate.collate([rows[0], rows[1]]) makes one batch."
     if not isinstance(batch, Mapping):
         got = type(batch).__name__
         raise UsageError(Problem(where, got, "a mapping with the tensors input_ids and labels", remedy))

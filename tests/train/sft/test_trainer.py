@@ -31,6 +31,11 @@ def train(model, tokenizer, dataset, settings, trainer=SFTTrainer, resume=None, 
     return made
 
 
+def train_stock(model, tokenizer, dataset, settings, extra=None, **changes):
+    changes |= {"gradient_checkpointing": False, "report_to": "none"}
+    return train(model, tokenizer, dataset, settings, trl.SFTTrainer, extra=extra, **changes)
+
+
 def curve(trainer, name="loss"):
     return [row[name] for row in trainer.state.log_history if "loss" in row]
 
@@ -44,16 +49,7 @@ def test_stock_trl_and_fastft_agree(build_model, tokenizer, dataset, settings):
     for packing in (False, True):
         changes = {"packing": packing, "max_length": 48, "gradient_accumulation_steps": 2}
         ours = train(build_model(), tokenizer, dataset, settings, **changes)
-        stock = train(
-            build_model(),
-            tokenizer,
-            dataset,
-            settings,
-            trl.SFTTrainer,
-            gradient_checkpointing=False,
-            report_to="none",
-            **changes,
-        )
+        stock = train_stock(build_model(), tokenizer, dataset, settings, **changes)
         torch.testing.assert_close(curve(ours), curve(stock), rtol=1e-5, atol=0)
         torch.testing.assert_close(curve(ours, "grad_norm"), curve(stock, "grad_norm"), rtol=1e-4, atol=0)
         assert max(curve(ours)) - min(curve(ours)) > 1e-3  # it did learn: the comparison is not of constants
@@ -74,17 +70,7 @@ def test_losses_that_are_no_numbers_are_logged_as_stock_trl_does(build_model, to
     changes = {"gradient_accumulation_steps": 2, "logging_steps": 2}
     ours = train(build_model(), tokenizer, dataset, settings, extra=unlucky(), **changes)
     told = capsys.readouterr().out
-    stock = train(
-        build_model(),
-        tokenizer,
-        dataset,
-        settings,
-        trl.SFTTrainer,
-        extra=unlucky(),
-        gradient_checkpointing=False,
-        report_to="none",
-        **changes,
-    )
+    stock = train_stock(build_model(), tokenizer, dataset, settings, extra=unlucky(), **changes)
     assert len(curve(stock)) == 2
     torch.testing.assert_close(curve(ours), curve(stock), rtol=1e-5, atol=0)
     assert told.count("the loss of 2 micro-batches up to step 2 was not a number") == 1
