@@ -1,6 +1,7 @@
 """The Dynamo backend: rewrite a captured graph, then lower it."""
 
 from collections.abc import Callable, Mapping, Sequence
+from threading import Thread
 from typing import Any
 
 import torch
@@ -48,7 +49,7 @@ class RewritingBackend:
     """A backend for `torch.compile`: one object per compiled model, which remembers what it proved and did.
 
     `units`: the modules that are compiled with it. `weights`: the copies of NF4 weights that are kept. `first`: the
-    input of a call that needs no gradient.
+    input of a call that needs no gradient. `kernels`: threads that compile kernels which the proofs need.
     """
 
     root: nn.Module
@@ -59,6 +60,7 @@ class RewritingBackend:
     graphs: list[GraphReport] = field(factory=list)
     weights: KeptWeights = field(factory=KeptWeights)
     first: FirstInput = field(factory=FirstInput)
+    kernels: tuple[Thread, ...] = ()
 
     def for_mode(self, mode: Mode) -> "RewritingBackend":
         """Return a backend for layers of a mode, which shares what was proved and reported."""
@@ -72,6 +74,8 @@ class RewritingBackend:
 
     def __call__(self, graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         """Rewrite `graph_module` and return the function that runs it."""
+        for thread in self.kernels:
+            thread.join()
         binding = bind(graph_module, example_inputs, self.root)
         settings = self.settings
         kept: list[KeptInput] | None = [] if settings.dequantised else None

@@ -15,6 +15,7 @@ from fastft.graph.ahead import prepare_inductor
 from fastft.graph.backend import BACKENDS, RewritingBackend, Settings
 from fastft.graph.calls import Kind, kind_of
 from fastft.graph.capture import is_instance_of
+from fastft.graph.first_calls import begin, first_calls
 from fastft.graph.first_input import FirstInput
 from fastft.graph.head import NOT_FP8_HEAD, head_check
 from fastft.graph.keepable import eight_bits_obstacle
@@ -138,6 +139,8 @@ def compile(
     a batch is known to be of many lengths, as fastft's trainers know it, for all at once.
 
     With "inductor" on a GPU it starts Inductor's worker processes, which take seconds until the first graph needs them.
+    On a GPU it also starts threads that call the fused operations once, on `model`'s weights, so that Triton compiles
+    their kernels meanwhile.
     It registers the attention "fastft" with transformers and sets `torch._dynamo.config.specialize_float`, without
     which constants such as epsilon become inputs of a graph with dynamic lengths. Raises UsageError.
     """
@@ -150,6 +153,8 @@ def compile(
         prepare_inductor(settings.backend, next(base.parameters()).device)
         compiled = _install(model, base, spec, settings, layers, dynamic, batch, compute)
         _install_norms(compiled, base, dynamic)
+        calls = first_calls(model, base, spec, layers[0], compiled.norms, compiled.backend.settings)
+        compiled.backend.kernels = begin(calls, next(base.parameters()).device)
     else:
         _leave(model, base, spec, settings, compute)
     return model

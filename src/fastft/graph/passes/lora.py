@@ -87,7 +87,7 @@ def lora_projection(region: Region) -> Projection | str:
     reason = obstacle(module)
     if reason:
         return reason
-    adapter = _active(module)[0]
+    adapter = active_adapters(module)[0]
     have = dict(region.parameters)
     base = module.base_layer
     weight, bias = have.pop("base_layer.weight", None), have.pop("base_layer.bias", None)
@@ -137,7 +137,7 @@ def is_nf4_linear(base: nn.Module) -> bool:
 
 def obstacle(module: nn.Module) -> str:
     """Return why a LoRA linear (`is_lora_linear`) cannot be fused, as far as the module tells; "" if it can be."""
-    active = _active(module)
+    active = active_adapters(module)
     if module.merged or module.disable_adapters:
         return "the adapter is merged or switched off"
     if len(active) != 1:
@@ -153,7 +153,8 @@ def obstacle(module: nn.Module) -> str:
     return f"base layer {type(base).__name__} has no fused form" if _quant_parts(base) is None else ""
 
 
-def _active(module: nn.Module) -> list[str]:
+def active_adapters(module: nn.Module) -> list[str]:
+    """Return the names of the adapters that a LoRA linear computes with."""
     return [name for name in module.active_adapters if name in module.lora_A]
 
 

@@ -1,0 +1,132 @@
+"""The first call of each fused operation of a model, made while nothing waits for it: it compiles Triton kernels.
+
+Triton compiles a kernel at its first launch and builds a launcher for it with a C compiler, most of it outside the
+interpreter. The proofs of the first graph make the same calls, one after the other.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from threading import Thread
+
+import torch
+from torch import Tensor, nn
+
+from fastft.graph.backend import Settings
+from fastft.graph.capture import is_instance_of, quant_state_tensors
+from fastft.graph.head import find_head, head_check, plain_linear
+from fastft.graph.passes.feed_forward import RULE as FEED_FORWARD
+from fastft.graph.passes.feed_forward import fusable_linears
+from fastft.graph.passes.lora import FP8_SCALE, active_adapters, is_fp8_linear, is_nf4_linear
+from fastft.kernels import fp8, layer_norm, lora_glu, rms_norm
+from fastft.kernels.linear_ce import linear_cross_entropy
+from fastft.registry.spec import GluPoint, ModelSpec, NormPoint
+
+ROWS = 64
+"""Rows of a first call: few, and as many as let a kernel be the one of any larger number."""
+
+IN_16_BITS = (torch.bfloat16, torch.float16)
+
+
+def begin(calls: Sequence[Callable[[], None]], device: torch.device) -> tuple[Thread, ...]:
+    """Make each of `calls` in a thread of its own and return those; none where `device` is not a GPU.
+
+    One that fails is made again by whoever needs it, who then tells.
+    """
+    if device.type != "cuda":
+        return ()
+
+    def run(call: Callable[[], None]) -> None:
+        try:
+            with torch.cuda.device(device):
+                call()
+        except Exception:
+            return
+
+    threads = tuple(Thread(target=run, args=(call,), name="fastft-first-call", daemon=True) for call in calls)
+    for thread in threads:
+        thread.start()
+    return threads
+
+
+def first_calls(
+    model: nn.Module,
+    base: nn.Module,
+    spec: ModelSpec,
+    layer: nn.Module,
+    norms: Sequence[nn.Module],
+    settings: Settings,
+) -> list[Callable[[], None]]:
+    """Return functions that call, forward and backward, the fused operations that a training step of `model` will.
+
+    Those of the gated feed-forwards of `layer`, of `norms`, and of the loss head; on the model's own weights, which
+    stay as they are and get no gradient. Of a model whose embedding is not in 16 bits there are none: what it computes
+    in is not known here.
+    """
+    dtype = base.get_input_embeddings().weight.dtype
+    if dtype not in IN_16_BITS:
+        return []
+    found: list[Callable[[], None]] = []
+    fused = FEED_FORWARD not in settings.disable and settings.implementations[FEED_FORWARD] == "op"
+    gated = list(layer.modules()) if fused else []
+    for points, modules, call in ((spec.glus, gated, _feed_forward), (spec.norms, norms[:1], _norm)):
+        for point in points:
+            found += [partial(call, m, point, dtype, settings) for m in modules if is_instance_of(m, point.classes)]
+    if head_check(model).fused and plain_linear(find_head(model).module) is not None:
+        found.append(partial(_head, model, dtype))
+    return found
+
+
+def _feed_forward(module: nn.Module, point: GluPoint, dtype: torch.dtype, settings: Settings) -> None:
+    linears = fusable_linears(module, point)
+    if not linears:
+        return
+    adapters = [active_adapters(linear)[0] for linear in linears]
+    a = [_trained(linear.lora_A[name].weight) for linear, name in zip(linears, adapters)]
+    b = [_trained(linear.lora_B[name].weight) for linear, name in zip(linears, adapters)]
+    scales = [float(linear.scaling[name]) for linear, name in zip(linears, adapters)]
+    bases = [linear.base_layer for linear in linears]
+    in_fp8 = settings.compute == "fp8" and not any(_not_fp8(base, dtype) for base in bases)
+    x = _trained(a[0].new_zeros(1, ROWS, a[0].shape[1], dtype=dtype))
+    weights = [base.weight.detach() for base in bases]
+    states = [list(_states(base)) for base in bases]
+    y = lora_glu.feed_forward(x, weights, a, b, scales, states, point.activation, in_fp8, settings.eight_bits)
+    torch.autograd.grad(y, (x, *a, *b), torch.zeros_like(y))
+
+
+def _not_fp8(base: nn.Module, dtype: torch.dtype) -> str:
+    return fp8.obstacle(base.weight.device, dtype, base.out_features, base.in_features, is_nf4_linear(base))
+
+
+def _states(base: nn.Module) -> Iterator[Tensor]:
+    """Yield the tensors that say how a linear's weight is quantised, none for one that is not."""
+    yield from quant_state_tensors(base).values()
+    if is_fp8_linear(base):
+        yield base._buffers[FP8_SCALE]
+
+
+def _norm(norm: nn.Module, point: NormPoint, dtype: torch.dtype, settings: Settings) -> None:
+    if settings.norm_alone != "op":
+        return
+    weight = norm._parameters["weight"]
+    x = _trained(weight.new_zeros(1, ROWS, weight.shape[0], dtype=dtype))
+    weight = weight.detach().requires_grad_(weight.requires_grad)
+    epsilon = float(getattr(norm, point.eps))
+    if point.kind == "layer":
+        y = layer_norm.layer_norm(x, weight, norm._parameters.get("bias"), epsilon)
+    else:
+        y = rms_norm.rms_norm(x, weight, epsilon, point.offset, point.cast)
+    torch.autograd.grad(y, [x, weight][: 1 + weight.requires_grad], torch.zeros_like(y))
+
+
+def _head(model: nn.Module, dtype: torch.dtype) -> None:
+    head = find_head(model)
+    weight, bias = head.module.weight.detach(), head.module.bias
+    bias = None if bias is None else bias.detach()
+    hidden = _trained(weight.new_zeros(ROWS, weight.shape[1], dtype=dtype))
+    labels = torch.zeros(ROWS, dtype=torch.int64, device=weight.device)
+    loss = linear_cross_entropy(hidden, weight, labels, bias, scale=head.scale, softcap=head.softcap, num_items=ROWS)
+    torch.autograd.grad(loss, (hidden,))
+
+
+def _trained(tensor: Tensor) -> Tensor:
+    return tensor.detach().requires_grad_()
