@@ -82,19 +82,20 @@ def test_after_them_a_step_compiles_none_of_their_kernels(eight_bits):
         gated.lora_glu_fwd_kernel, gated.lora_glu_bwd_kernel, loss.cross_entropy_kernel, loss.scale_kernel,
         norm.rms_norm_fwd_kernel, norm.rms_norm_bwd_kernel,
     ]  # fmt: skip
+    own = 2  # of these the first two have a form of their own for each case, which no other test in the process made
 
     def compiled():
         caches = (kernel.device_caches[torch.cuda.current_device()][0] for kernel in kernels)
         return [len(cache) for cache in caches]
 
-    sizes = {"hidden_size": 256, "intermediate_size": 512}
+    sizes = {"hidden_size": 256, "intermediate_size": 576}
     model = with_lora(tiny_model("llama", dtype=torch.bfloat16, **sizes), torch.bfloat16, r=16).cuda().train()
     before = compiled()
     fastft.compile(model, plan="keep" + eight_bits, backend="aot_eager")
     for thread in get_state(model).compiled.backend.kernels:
         thread.join()
     ahead = compiled()
-    assert all(now > then for then, now in zip(before, ahead))
+    assert all(now > then for then, now in zip(before[:own], ahead)) and all(ahead)
     step.loss(model, {name: value.cuda() for name, value in batch(0, rows=4, length=256).items()}).backward()
     assert compiled() == ahead
 
