@@ -209,8 +209,16 @@ RATIOS = {
         ("fastft", "unsloth-none", "1.14", "0.83", "llama-3b bf16, 4 x 2048"),
         ("fastft", "unsloth-none", "1.02", "0.86", "llama-3b full, 4 x 2048"),
     ],
+    "2026-11-28-llama-1b-nf4": [
+        ("fastft-replay:keep+8bit", "unsloth-none", "1.38", "0.65"),
+        ("fastft-fp8:keep+8bit", "unsloth-none", "1.69", "0.65"),
+        ("fastft-fp8:2.5GB", "unsloth", "1.79", "1.01"),
+    ],
     "2026-11-28-gemma3-4b-qwen3-8b-nf4": [("fastft", "unsloth-none", "1.24", "0.67", "gemma3-4b nf4, 4 x 2048")],
 }
+
+
+IN_PROSE = ("2026-11-27-llama-1b-nf4-2", "2026-11-27-llama-1b-nf4-3", "2026-11-28-llama-1b-nf4")
 
 
 @pytest.mark.parametrize("stem", RATIOS)
@@ -224,10 +232,13 @@ def test_readme_results_are_those_of_the_benchmark(stem):
         ours, theirs = rows[arm], rows[other]
         assert f"{ours['tokens_per_second'] / theirs['tokens_per_second']:.2f}" == speed, arm
         assert f"{ours['peak_gb'] / theirs['peak_gb']:.2f}" == memory, arm
-        assert ours["parity"]["loss_difference"] < 6e-5 and ours["parity"]["grad_norm_difference"] < 9e-4
+        of_loss, of_norm = (3e-4, 4e-3) if arm.startswith("fastft-fp8") else (6e-5, 9e-4)
+        assert ours["parity"]["loss_difference"] < of_loss and ours["parity"]["grad_norm_difference"] < of_norm
         first, second = (f"| {row['tokens_per_second']:,} | {row['peak_gb']} |" for row in (ours, theirs))
-        if stem in ("2026-11-27-llama-1b-nf4-2", "2026-11-27-llama-1b-nf4-3"):
-            assert re.search(rf"\b{speed} times\s+in\s+{memory}\b", text), arm
+        if stem in IN_PROSE:
+            than = r"as\s+(Unsloth\s+without\s+checkpointing|its\s+default)\s+"
+            told = rf"\b{speed} times\s+(as\s+fast\s+({than})?)?in\s+{memory}\b"
+            assert re.search(told, text), arm
         else:
             assert f"{first} {speed} | {memory} |" in text and f"{second} | |" in text, arm
 
