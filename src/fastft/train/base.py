@@ -8,8 +8,8 @@ One contract. A trainer is `class XTrainer(Trained, trl.XTrainer)` in a file of 
 
 and its loss adds every micro-batch to `self.tally`. `args` are a `fastft.train.settings.Settings`. What a trainer may
 override besides is `settle_batches`, `largest_batch` and `head_use` (what the memory plan is made for), `end_training`
-and `begin_evaluation` (to let go of what training alone needs), `save_extra` (files of its own in a checkpoint) and
-`resume_problems` (what of them it cannot go on with).
+and `begin_evaluation` (to let go of what training alone needs), `save_extra` (files of its own in a checkpoint),
+`resume_problems` (what of them it cannot go on with) and `logs_late` (a step's line can wait for the next to begin).
 """
 
 import contextlib
@@ -28,7 +28,19 @@ from fastft.graph.compile import release_weights
 from fastft.graph.planned import PlannedLayers
 from fastft.noise import between_libraries, quiet
 from fastft.state import base_model, get_state, planned_of
-from fastft.train import card, checkpoint, earlier, flops, hygiene, lineage, memory, optimizers, recomputing, telling
+from fastft.train import (
+    card,
+    checkpoint,
+    earlier,
+    flops,
+    hygiene,
+    late_log,
+    lineage,
+    memory,
+    optimizers,
+    recomputing,
+    telling,
+)
 from fastft.train import resume as resuming
 from fastft.train.compiling import CompileCallback
 from fastft.train.finite import FiniteLosses
@@ -85,6 +97,7 @@ class Trained:
     _staging: Path | None = None
     _to_push: str | None = None
     _told_of_plan = ""  # what was said of a memory plan that cannot be met
+    _line: late_log.Line | None = None  # that of the step before, still to be logged
 
     def equip(
         self,
@@ -206,7 +219,31 @@ class Trained:
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Go forward and backward through a micro-batch; return its loss for the log, without waiting for it."""
         loss = super().training_step(*args, **kwargs)
+        self._log_line()
         return self.finite.filtered(loss, self.state.global_step, self._globalstep_last_logged)
+
+    @property
+    def logs_late(self) -> bool:
+        """Say whether the line of a step may be logged while the next one runs."""
+        return False
+
+    def _maybe_log_save_evaluate(self, tr_loss: torch.Tensor, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
+        self._log_line()
+        if not (self.logs_late and late_log.may_be_late(self)):
+            super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
+            return
+        self._line = late_log.Line.sent(tr_loss, grad_norm, self._globalstep_last_logged, args, kwargs)
+        self.tally.send(self._sum_processes)
+        self.finite.send()
+        self._globalstep_last_logged, self.control.should_log = self.state.global_step, False
+
+    def _log_line(self) -> None:
+        """Log the line of the step before, if it is still to be logged."""
+        line, self._line = self._line, None
+        if line is None:
+            return
+        self._globalstep_last_logged, self.control.should_log = line.last_logged, True
+        super()._maybe_log_save_evaluate(line.loss(), line.norm(), *line.rest, **line.named)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train; the record says how the run ended, and the model has its own forward back."""
@@ -224,7 +261,11 @@ class Trained:
                 self._telling_of_plan(),
                 self.interruption.watched(self.args.world_size == 1, lambda error: memory.let_go(error, self.model)),
             ):
-                output = super().train(**kwargs)
+                try:
+                    output = super().train(**kwargs)
+                finally:
+                    with contextlib.suppress(Exception):  # a device that failed gives no numbers any more
+                        self._log_line()
         except KeyboardInterrupt:
             raise KeyboardInterrupt(self._stop()) from None
         except torch.OutOfMemoryError as error:

@@ -4,12 +4,15 @@ transformers asks each micro-batch's loss whether it is one (`logging_nan_inf_fi
 device has gone through the whole step. Here the device decides, and how many there were is told with the next line.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
+
+from fastft.train.late_log import on_its_way
 
 
 class FiniteLosses(TrainerCallback):
@@ -24,6 +27,7 @@ class FiniteLosses(TrainerCallback):
         self.told, self.since = False, -1
         self.total: Tensor | None = None
         self.left_out: Tensor | None = None
+        self.sent: Callable[[], Tensor] | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Forget an earlier run of the trainer."""
@@ -47,6 +51,10 @@ class FiniteLosses(TrainerCallback):
         self.left_out = self.left_out + ~finite
         return loss
 
+    def send(self) -> None:
+        """Begin to read how many there were, for the next line."""
+        self.sent = None if self.told or self.left_out is None else on_its_way(self.left_out)
+
     def restore(self) -> None:
         """Give `args` back what they said."""
         if self.ours:
@@ -65,7 +73,8 @@ class FiniteLosses(TrainerCallback):
         of_training = not {"loss", "train_loss"}.isdisjoint(logs or {})
         if self.told or self.left_out is None or not of_training or not state.is_world_process_zero:
             return
-        if count := int(self.left_out):
+        sent, self.sent = self.sent, None
+        if count := int(self.left_out if sent is None else sent()):
             self.told = True
             which = f"{count} micro-batch{'es' if count > 1 else ''} up to step {state.global_step}"
             tqdm.write(

@@ -11,6 +11,7 @@ import torch
 from attrs import define, field
 
 from fastft.train import flops, step
+from fastft.train.late_log import on_its_way
 
 TOKENS = ("all", "non_padding", "loss_bearing")
 
@@ -19,12 +20,14 @@ TOKENS = ("all", "non_padding", "loss_bearing")
 class Tally:
     """Running counts of tokens, kept on the device and read only when they are asked for.
 
-    `running` are those of a step that is not done yet, `pending` those of whole steps.
+    `running` are those of a step that is not done yet, `pending` those of whole steps, `sent` those of earlier ones, on
+    their way: names, and what gives the counts.
     """
 
     windows: set = field(factory=set)
     running: dict[str, torch.Tensor] = field(factory=dict)
     pending: dict[str, torch.Tensor] = field(factory=dict)
+    sent: list[tuple[list[str], Callable[[], torch.Tensor]]] = field(factory=list)
 
     def add(self, batch: Mapping[str, Any]) -> None:
         """Count one micro-batch."""
@@ -39,15 +42,23 @@ class Tally:
         """Forget what has not been taken: it is of a run that was broken off."""
         self.running.clear()
         self.pending.clear()
+        self.sent.clear()
+
+    def send(self, reduce: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Begin to read the counts of whole steps, summed over processes by `reduce`, for the next `take`."""
+        names = sorted(self.pending)
+        if names:
+            self.sent.append((names, on_its_way(reduce(torch.stack([self.pending[name] for name in names])))))
+            self.pending.clear()
 
     def take(self, reduce: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, int]:
         """Return the counts of whole steps since the last call, summed over processes by `reduce`."""
-        names = sorted(self.pending)
-        if not names:
-            return {}
-        totals = reduce(torch.stack([self.pending[name] for name in names])).tolist()
-        self.pending.clear()
-        return dict(zip(names, map(int, totals), strict=True))
+        counts: dict[str, int] = {}
+        self.send(reduce)
+        for names, arriving in self.sent:
+            _add(counts, dict(zip(names, map(int, arriving().tolist()), strict=True)))
+        self.sent.clear()
+        return counts
 
 
 @define

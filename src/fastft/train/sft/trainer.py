@@ -85,6 +85,13 @@ class SFTTrainer(Trained, trl.SFTTrainer):
         if self.packing_statistics:
             self.recorder.extra["packing"] = self.packing_statistics
 
+    @property
+    def logs_late(self) -> bool:
+        """Say whether the line of a step may be logged while the next one runs: on a GPU, if no subclass adds to it."""
+        own = type(self)
+        whole = own.log is trl.SFTTrainer.log and own.compute_loss is SFTTrainer.compute_loss
+        return whole and self.args.device.type == "cuda"
+
     def largest_batch(self) -> tuple[int, int] | None:
         """Return (rows, length) of the largest micro-batch, None where that is not known before the run."""
         return memory.largest_batch(self.args, self.train_dataset)
