@@ -123,11 +123,11 @@ class Replayer:
             shape = shape_of(alike)
             if self.recording is not None and (loss := self._replayed(alike, shape)) is not None:
                 return loss
-            shape = (shape, state_of(self.model))
-            self.recording = self._try_to_record(alike, shape) if self._settled(shape) else None
-            if self.recording is not None and (loss := self._replayed(alike, shape[0])) is not None:
+            kind = (shape, state_of(self.model))
+            self.recording = self._try_to_record(alike, kind) if self._settled(kind) else None
+            if self.recording is not None and (loss := self._replayed(alike, shape)) is not None:
                 return loss
-            return self._plain(batch) if shape in self.refused else self._timed(batch)
+            return self._plain(batch) if kind in self.refused else self._timed(batch)
 
     def _replayed(self, batch: Mapping[str, Any], shape: tuple[Any, ...]) -> Tensor | None:
         """Return the loss from the recording; None, and let go of it, where it is one of another shape or state.

@@ -212,10 +212,13 @@ class SFTTrainer(Trained, trl.SFTTrainer):
         if own.padding_free:
             return dataclasses.replace(own, longest=longest_document(data)), vary
         theirs = type(self).compute_loss is not SFTTrainer.compute_loss or self.compute_loss_func is not None
-        fewer = args.auto_find_batch_size or args.accelerator_config.split_batches
-        fewer = fewer or getattr(args, "train_sampling_strategy", "") == "batch_rebalance"
-        fewer = fewer or (hasattr(data, "__len__") and len(data) <= rows)
-        return (own if theirs or fewer else dataclasses.replace(own, rows=rows)), vary
+        fewer = (
+            args.auto_find_batch_size,
+            args.accelerator_config.split_batches,
+            getattr(args, "train_sampling_strategy", "") == "batch_rebalance",
+            hasattr(data, "__len__") and len(data) <= rows,
+        )
+        return (own if theirs or any(fewer) else dataclasses.replace(own, rows=rows)), vary
 
     def get_train_dataloader(self) -> Any:
         """Return the loader of training batches; those of evaluations and predictions have the rows there are."""
