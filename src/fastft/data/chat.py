@@ -68,10 +68,11 @@ def chat_dataset(
     `max_unlearnable` may be left without anything to learn; they are then left out, which is said.
 
     Two assistant turns in a row are refused; `alternate=False` takes them where the template does. Lists of texts are
-    joined for templates that know text alone; tool calls, reasoning and images that a template would leave out are
-    errors, and so are images in an answer; others become the template's markers, which is said. An answer with
-    `weight: 0` bears no loss; nor does an earlier answer where the template leaves out the reasoning before it, which
-    is said.
+    joined for templates that know text alone; tool calls, turns, reasoning and images that a template would leave out
+    are errors, and so are images in an answer; others become the template's markers, which is said. So is, in one line
+    a kind, what is mostly not meant: special tokens in texts, a last turn without an answer, an answer or a tool's
+    result behind nothing (docs/how-to/chat-data.md). An answer with `weight: 0` bears no loss; nor does an earlier
+    answer where the template leaves out the reasoning before it, which is said.
 
     Large sets are tokenised over `num_proc` processes (default: all that this one may use) with a `progress` bar and
     kept on disk by content, so that the same set is not tokenised twice. A `datasets.IterableDataset` becomes another
