@@ -176,3 +176,24 @@ def test_images_are_said_and_never_learnt(text_only, capsys):
     assert "fastft: 1 images or the like become" in capsys.readouterr().out
     line = told([USER, {**BOT, "content": [*texts("a"), IMAGE]}], tokenizer)
     assert line.startswith("row 1, messages[1].content[1]: expected text in an assistant's turn, got {'type': 'image'")
+
+
+def test_turns_that_a_template_passes_over(build_tokenizer):
+    """Of the system's it knows the first message alone, of a tool's none."""
+    knowing = (
+        "{%- if messages[0]['role'] == 'system' %}{{- messages[0]['content'] + '<|im_end|>' }}{%- endif %}"
+        "{%- for message in messages %}{%- if message['role'] == 'user' %}{{- message['content'] | trim }}"
+        "{%- elif message['role'] == 'assistant' %}{%- generation %}{{- message['content'] + '<|im_end|>' }}"
+        "{%- endgeneration %}{%- endif %}{%- endfor %}"
+    )
+    tokenizer = build_tokenizer("bytes", knowing)
+    system, late = {"role": "system", "content": "be"}, {"role": "system", "content": "brief"}
+    assert learnt([system, {**USER, "content": " q "}, BOT], tokenizer) == ("a<|im_end|>", "be<|im_end|>qa<|im_end|>")
+    for messages, place in (([system, USER, BOT, late, USER, BOT], 3), ([USER, RESULT, BOT], 1)):
+        assert told(messages, tokenizer) == (
+            f"row 1, messages[{place}]: expected a turn that the chat template renders, got {messages[place]}. "
+            "Write it into a turn that is rendered, the user's say, or take it out; "
+            "fastft.chat_templates.get_chat_template(tokenizer, name) has other formats."
+        )
+    doubling = knowing.replace("message['content'] | trim", "message['content'] | upper")  # otherwise is not left out
+    assert learnt([system, USER, BOT], build_tokenizer("bytes", doubling))[1] == "be<|im_end|>Qa<|im_end|>"

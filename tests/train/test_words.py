@@ -55,8 +55,22 @@ def test_how_often_beside_what_it_goes_by_instead(name, told):
     without = told(name, save_every=5, save_strategy="best", eval_every=3, eval_strategy="epoch")
     assert without["eval_every"].expected == "evaluation data beside it"
     assert without["save_every"].expected == "nothing beside save_strategy='best'"
-    never = {"save_every": 5, "save_strategy": "no", "eval_every": 3, "eval_strategy": "no"}
-    assert told(name, eval=DATA[name], steps=0, **never).keys() == {"steps"}
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_how_often_beside_never(name, told):
+    never = {"save_strategy": "no", "eval_strategy": "no", "logging_strategy": "no", "steps": 0}
+    for evaluated in ({"eval": DATA[name]}, {}):
+        found = told(name, **evaluated, save_every=5, eval_every=3, log_every=0.5, **never)
+        assert found.keys() == {"save_every", "eval_every", "log_every", "steps"}
+        assert str(found["save_every"]) == (
+            f"{name} save_every: expected nothing beside save_strategy='no', got 5. "
+            "Leave save_every out, or set save_strategy='steps'."
+        )
+        assert found["eval_every"].expected == "nothing beside eval_strategy='no'"
+        assert found["log_every"].expected == "nothing beside logging_strategy='no'"
+    # 0 says the same as "no"
+    assert told(name, eval=DATA[name], save_every=0, eval_every=0, log_every=0, **never).keys() == {"steps"}
 
 
 @pytest.mark.parametrize("name", DATA)

@@ -5,8 +5,9 @@ cut without being asked for: a row that cannot be used is an error that names it
 """
 
 import itertools
+import json
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -22,10 +23,12 @@ from fastft.data.check import (
     whole_number,
 )
 from fastft.data.columns import any_trained
+from fastft.data.control import find_control
 from fastft.data.files import told_by_file, told_of
+from fastft.data.notes import Notes
 from fastft.data.rendering import templates_of
 from fastft.data.sources import open_named
-from fastft.data.tokenise import Encoder, Unlearnable
+from fastft.data.tokenise import Encoder, Row, Unlearnable
 from fastft.errors import DataError, Problem, UsageError, did_you_mean
 
 TrainOn = Literal["assistant", "last", "completion", "all"]
@@ -65,10 +68,11 @@ def chat_dataset(
     `max_unlearnable` may be left without anything to learn; they are then left out, which is said.
 
     Two assistant turns in a row are refused; `alternate=False` takes them where the template does. Lists of texts are
-    joined for templates that know text alone; tool calls, reasoning and images that a template would leave out are
-    errors, and so are images in an answer; others become the template's markers, which is said. An answer with
-    `weight: 0` bears no loss; nor does an earlier answer where the template leaves out the reasoning before it, which
-    is said.
+    joined for templates that know text alone; tool calls, turns, reasoning and images that a template would leave out
+    are errors, and so are images in an answer; others become the template's markers, which is said. So is, in one line
+    a kind, what is mostly not meant: special tokens in texts, a last turn without an answer, an answer or a tool's
+    result behind nothing (docs/how-to/chat-data.md). An answer with `weight: 0` bears no loss; nor does an earlier
+    answer where the template leaves out the reasoning before it, which is said.
 
     Large sets are tokenised over `num_proc` processes (default: all that this one may use) with a `progress` bar and
     kept on disk by content, so that the same set is not tokenised twice. A `datasets.IterableDataset` becomes another
@@ -84,14 +88,16 @@ def chat_dataset(
     inputs.refuse_others(given)
     templates, scaffold = templates_of(tokenizer, train_on)
     read = inputs.without_rows(given)
-    encoder = Encoder(read, tokenizer, train_on, templates, scaffold, max_length, overlong == "truncate")
+    control = find_control(tokenizer, scaffold.stops)
+    encoder = Encoder(read, tokenizer, train_on, templates, scaffold, control, max_length, overlong == "truncate")
     if _is_stream(given.rows):
         return _streamed(given.rows, encoder)
-    found = pipeline.encoded(given.rows, encoder, num_proc, progress)
+    whole = pipeline.encoded(given.rows, encoder, num_proc, progress)
     with told_by_file(given.files):
-        found = _sound_rows(found, max_length, max_unlearnable)
+        found = _sound_rows(whole, max_length, max_unlearnable)
     _need_stops(found, encoder)
     _tell(found)
+    _tell_notes(whole, encoder)
     return found.select_columns(["input_ids", "labels"])
 
 
@@ -122,13 +128,18 @@ def _is_stream(rows: Any) -> bool:
 def _streamed(rows: Any, encoder: Encoder) -> Any:
     """Return an `IterableDataset` that encodes as it is read, and raises at the first batch with a row it cannot.
 
-    Whether stop tokens are learnt is asked of its first rows.
+    Whether stop tokens are learnt is asked of its first rows, and what is told of rows is told of these.
     """
     head = list(itertools.islice(iter(rows), STREAMED))
     if not head:
         refuse_empty(())
     first = head[0]
-    _need_stops_of_head(head, encoder)
+    made = encoder.encode(head, range(len(head)))
+    _need_stops_of_head(made, encoder)
+    notes = Notes()
+    for number, row in enumerate(made):
+        notes.add(number, row.notes)
+    _print(notes.lines(len(head), streamed=True, written=_is_written(encoder)))
     needed, files = set(encoder.given.recognised.fields.values()), encoder.given.files
 
     def encode(batch: Mapping[str, Any], indices: list[int]) -> dict[str, Any]:
@@ -212,6 +223,30 @@ def _tell(found: Any) -> None:
         )
 
 
+def _tell_notes(found: Any, encoder: Encoder) -> None:
+    """Print what was noted of rows, which are numbered as they came."""
+    notes, first = Notes(), 0
+    for table in found.with_format("arrow").select_columns(["notes"]).iter(10_000):
+        column = table["notes"]
+        if column.null_count < len(column):
+            for number, data in enumerate(column.to_pylist()):
+                if data:
+                    notes.add(first + number, json.loads(data))
+        first += len(column)
+    _print(notes.lines(len(found), written=_is_written(encoder)))
+
+
+def _is_written(encoder: Encoder) -> bool:
+    """Return whether rows are texts that no template renders."""
+    what = encoder.given.recognised
+    return what.kind == "text" or (what.kind == "prompt_completion" and what.keys is None)
+
+
+def _print(lines: Iterable[str]) -> None:
+    for line in lines:
+        print(f"fastft: {line}")
+
+
 def _need_stops(found: Any, encoder: Encoder) -> None:
     """Raise `DataError` if there are turns in the set, and in none of them a stop token is learnt."""
     import pyarrow.compute
@@ -226,12 +261,12 @@ def _need_stops(found: Any, encoder: Encoder) -> None:
         _refuse_no_stops(f"{len(found)} rows", encoder)
 
 
-def _need_stops_of_head(rows: Sequence[Any], encoder: Encoder) -> None:
+def _need_stops_of_head(rows: Sequence[Row], encoder: Encoder) -> None:
     """Do what `_need_stops` does for the first rows of a stream; those with problems are told when they are read."""
     stops = encoder.scaffold.stops
-    made = [row for row in encoder.encode(rows, range(len(rows))) if not row.problems and row.turns]
-    learnt = {int(token) for row in made for start, end in row.spans for token in row.ids[start:end]}
-    if made and stops and learnt.isdisjoint(stops):
+    sound = [row for row in rows if not row.problems and row.turns]
+    learnt = {int(token) for row in sound for start, end in row.spans for token in row.ids[start:end]}
+    if sound and stops and learnt.isdisjoint(stops):
         _refuse_no_stops(f"the first {len(rows)} rows of the stream", encoder)
 
 

@@ -14,6 +14,7 @@ _ANOTHER = "fastft.chat_templates.get_chat_template(tokenizer, name) has other f
 _CALLS = f"Write the call into 'content' as the model is to write it; {_ANOTHER}."
 _PARTS = "Take the part out, or the row."
 _REASONING = f"Write it into 'content' with its markers, or take it out; {_ANOTHER}."
+_TURNS = f"Write it into a turn that is rendered, the user's say, or take it out; {_ANOTHER}."
 _TOOLS = f"Describe them in a system message, or take 'tools' out; {_ANOTHER}."
 
 
@@ -86,7 +87,7 @@ def left_out(
     text: str,
     render: Callable[..., str | None],
 ) -> list[Problem]:
-    """Return a problem for tool calls, parts, the last answer's reasoning, and tools that are not in `text`.
+    """Return a problem for tool calls, parts, turns, the last answer's reasoning, and tools that are not in `text`.
 
     `render(messages, tools)` returns the text of others, or None where they are refused. Reasoning in earlier answers
     is left out by the formats' own rules.
@@ -97,6 +98,11 @@ def left_out(
     parts = refused_parts(where, messages)
     if parts and render(_without_parts(messages), tools) == text:
         problems += parts
+    problems += [
+        Problem(f"{where}[{number}]", short(messages[number]), "a turn that the chat template renders", _TURNS)
+        for number in unsaid(messages, text)
+        if render(_other_content(messages, number), tools) == text
+    ]
     last = messages[-1]
     name = next((name for name in REASONING if isinstance(last.get(name), str) and last[name].strip()), None)
     if name and render([*messages[:-1], {**last, name: f"{last[name]}_"}], tools) == text:
@@ -105,6 +111,20 @@ def left_out(
         expected = "no tools, for the chat template does not list them"
         problems.append(Problem(f"{where.partition(',')[0]}, tools", short(tools), expected, _TOOLS))
     return problems
+
+
+def unsaid(messages: Messages, text: str) -> list[int]:
+    """Return the numbers of turns, but the assistant's, whose content does not stand in `text` as it is.
+
+    Templates that do not know a role leave its turns out, and so do some with a system message that is not the first.
+    """
+    return [
+        number
+        for number, message in enumerate(messages)
+        if message["role"] != "assistant"
+        and type(message.get("content")) is str
+        and message["content"].strip() not in text
+    ]
 
 
 def reasoning_problem(where: str, name: str, value: Any) -> Problem:
@@ -148,6 +168,11 @@ def _other_calls(messages: Messages) -> Messages:
         ]
         made.append({**message, "tool_calls": others} if calls else message)
     return made
+
+
+def _other_content(messages: Messages, number: int) -> Messages:
+    message = messages[number]
+    return [*messages[:number], {**message, "content": f"{message['content']}_"}, *messages[number + 1 :]]
 
 
 def _without_parts(messages: Messages) -> Messages:

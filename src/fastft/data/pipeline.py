@@ -124,8 +124,9 @@ def features() -> Any:
     from datasets import List as ListOf
 
     ids = ListOf(Value("int32"))
-    others = {"problems": Value("binary"), "turns": Value("bool"), "unlearnt": Value("int32"), "media": Value("int32")}
-    return Features({"input_ids": ids, "labels": ids, **others})
+    counts = {"unlearnt": Value("int32"), "media": Value("int32")}
+    told = {"problems": Value("binary"), "turns": Value("bool"), **counts, "notes": Value("string")}
+    return Features({"input_ids": ids, "labels": ids, **told})
 
 
 def cache_folder() -> Path:

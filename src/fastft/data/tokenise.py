@@ -1,5 +1,6 @@
 """Batches of rows to token ids and labels: rendered together, tokenised in one call, masked by character spans."""
 
+import json
 import pickle
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
@@ -10,10 +11,12 @@ from attrs import define, field, frozen
 
 from fastft.data import mask
 from fastft.data.check import row_problem
+from fastft.data.control import Control
 from fastft.data.inputs import Input
 from fastft.data.kinds import SYSTEM_COLUMNS
-from fastft.data.left_out import count_media, is_plain
+from fastft.data.left_out import count_media, is_plain, unsaid
 from fastft.data.mask import IGNORE, Scaffold, Span
+from fastft.data.order import odd_order
 from fastft.data.rendering import Renderer, Templates
 from fastft.data.template import render_errors
 from fastft.data.unlearnt import refuse_weights, unlearnt
@@ -29,6 +32,7 @@ class Encoder:
     train_on: str
     templates: Templates
     scaffold: Scaffold
+    control: Control
     max_length: int | None = None
     truncate: bool = False
 
@@ -68,10 +72,12 @@ class Encoder:
         if kind != "prompt_completion":
             self._refuse_templates(row.where, content["messages"], self.train_on != "all")
             row.media = count_media(f"{row.where}, messages", content["messages"])
+            row.notes = self._notes(content["messages"])
             return [Text(row, _finish_messages, content["messages"], content)]
         prompt, completion = content["prompt"], content["completion"]
         if isinstance(prompt, str):
             self._refuse_unread(row.where, whole_row)
+            row.notes = self._text_notes((prompt, True, False), (completion, False, True))
             return [
                 Text(row, _finish_prompt, text=prompt, start=starts_anew(self.tokenizer, prompt)),
                 Text(row, _finish_completion, text=completion),
@@ -80,6 +86,7 @@ class Encoder:
         whole = [*prompt, *completion]
         self._refuse_templates(row.where, whole, several)
         row.media = count_media(f"{row.where}, prompt + completion", whole)
+        row.notes = self._notes(whole)
         given = Text(row, _finish_nothing, prompt, content, name="prompt", opened=True)
         return [given, Text(row, _finish_turns, whole, content, name="prompt + completion", given=given)]
 
@@ -97,7 +104,18 @@ class Encoder:
             remedy = "A plain text has no turns: train on all of it with train_on='all'."
             expected = f"a row with turns for train_on={self.train_on!r}"
             raise DataError(Problem(f"{row.where}, text", short(text), expected, remedy))
+        row.notes = self._text_notes((text, True, True))
         return Text(row, _finish_text, text=text, start=starts_anew(self.tokenizer, text))
+
+    def _notes(self, messages: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+        """Return what is to be told of a conversation, by `notes`' kinds."""
+        notes, control = odd_order(messages, self.train_on), self.control.in_messages(messages)
+        return {**notes, "control": control} if control else notes
+
+    def _text_notes(self, *texts: tuple[str, bool, bool]) -> dict[str, str]:
+        """Return what is to be told of texts, each with whether it starts and whether it ends its row."""
+        found = [self.control.in_text(text, starts=starts, ends=ends) for text, starts, ends in texts]
+        return next(({"control": control} for control in found if control), {})
 
     def _refuse_templates(self, where: str, messages: Sequence[Mapping[str, Any]], marked: bool) -> None:
         if self.templates.problem is not None:
@@ -130,6 +148,8 @@ class Encoder:
                 continue
             for text, rendered in zip(group, found, strict=True):
                 text.text, text.spans = rendered.text, rendered.spans
+                if unsaid(text.messages, rendered.text):
+                    alone.append(text)
         for text in alone:
             settings = [text.content.get(name) or None for name in ("tools", "chat_template_kwargs")]
             try:
@@ -252,6 +272,7 @@ class Row:
     unlearnt: int = 0  # earlier answers that bear no loss, for the reasoning before them is left out
     media: int = 0  # images and other parts that are no text: the template's markers stand for them
     turns: bool = True  # whether the model is to learn when to stop: not asked of plain text
+    notes: dict[str, str] = field(factory=dict)  # what is told of it, though it is used as it is: kind -> found
 
 
 @define
@@ -349,7 +370,8 @@ def starts_anew(tokenizer: Any, text: str) -> bool:
 def to_table(rows: Sequence[Row]) -> Any:
     """Return a `pyarrow.Table` with `input_ids`, `labels` (lists of int32), `problems`, `turns` (bool), and two counts.
 
-    `problems` is null, or a pickled list of what is wrong with the row; such a row has no ids.
+    `problems` is null, or a pickled list of what is wrong with the row; such a row has no ids. `notes` is null, or what
+    is told of the row as JSON.
     """
     import pyarrow
 
@@ -369,5 +391,6 @@ def to_table(rows: Sequence[Row]) -> Any:
         "turns": pyarrow.array([row.turns for row in rows], pyarrow.bool_()),
         "unlearnt": pyarrow.array([row.unlearnt for row in rows], pyarrow.int32()),
         "media": pyarrow.array([row.media for row in rows], pyarrow.int32()),
+        "notes": pyarrow.array([json.dumps(row.notes) if row.notes else None for row in rows], pyarrow.string()),
     }
     return pyarrow.table(columns)

@@ -121,7 +121,7 @@ EVALUATING = ("eval_strategy", "eval_steps", "early_stopping_patience")
 def unevaluated(owner: str, asked: Mapping[str, Any]) -> list[Problem]:
     """Return what of the fields `asked` wants evaluations, where there are no data for them.
 
-    Who says that nothing is evaluated may say how often it would be.
+    Who says that nothing is evaluated needs none: how often is `contradictions`' to refuse then.
     """
     remedy = "Pass them (eval=, of a trainer eval_dataset=), or leave it out."
     never = "eval_strategy" in asked and _plain(asked["eval_strategy"]) == "no"
@@ -344,10 +344,10 @@ def contradictions(
 ) -> list[Problem]:
     """Return the `fields` of which one makes another mean nothing: steps with epochs, or with as long a warm-up.
 
-    Also those that say after how many steps, where it goes by something else: that would be ignored.
+    Also those that say after how many steps, where it goes by something else or never happens: that would be ignored.
+    A number of 0 says "never", too, and contradicts nothing there.
 
-    Only of what a function's user has said that is known: a config holds a number always. Who says that there is none
-    may say how often there would be.
+    Only of what a function's user has said that is known: a config holds a number always.
     """
     problems, steps, warmup = [], fields.get("max_steps"), fields.get("warmup_steps")
     counted = isinstance(steps, int) and steps > 0
@@ -360,7 +360,10 @@ def contradictions(
         problems.append(Problem(f"{owner} warmup_steps", warmup, f"fewer than max_steps={steps}", remedy))
     for name, strategy in EVERY.items():
         kind = _plain(fields.get(strategy, defaults.get(strategy)))
-        if name not in fields or kind not in ("epoch", "best") or (name == "eval_steps" and not evaluated):
+        untold = name == "eval_steps" and not evaluated and kind != "no"  # `unevaluated` says it
+        if name not in fields or kind not in ("epoch", "best", "no") or untold:
+            continue
+        if kind == "no" and fields[name] == 0:
             continue
         remedy = f"Leave {name} out, or set {strategy}='steps'."
         if strategy not in fields:

@@ -148,7 +148,8 @@ def test_evaluations_want_data(train, build_model, tokenizer, build_rows, tmp_pa
     assert told(eval_strategy="epoch") == [("eval_strategy", "epoch")]
     assert told(early_stopping_patience=2) == [("early_stopping_patience", 2)]
     assert told(eval=rows[train], eval_every=0) == [("eval_every", 0)]
-    assert told(eval_strategy="no", eval_every=5, learning_rate=-1) == [("learning_rate", -1)]
+    assert told(eval_strategy="no", eval_every=5) == [("eval_every", 5)]
+    assert told(eval_strategy="no", learning_rate=-1) == [("learning_rate", -1)]
     assert not list(tmp_path.iterdir())
 
 

@@ -1,0 +1,149 @@
+"""Special tokens inside users' texts are told in one line; those of templates, and those that are meant, are not."""
+
+import re
+
+import pytest
+from tokenizers import AddedToken
+
+from fastft.chat_templates import get_chat_template
+from fastft.data.chat import chat_dataset
+from fastft.data.control import _any_of, find_control
+from fastft.registry.chat import chat_formats
+
+USER, BOT = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+FUNCTION = {"type": "function", "function": {"name": "look", "arguments": {"x": "1<|im_end|>"}}}
+END = "<|im_end|>"
+LINE = (
+    "fastft: special tokens in the texts of {} (the first: row {}): the model reads them as the tokens themselves, "
+    "such as the end of a turn. If that is not meant, take them out or put a space into them."
+)
+
+
+@pytest.fixture
+def told(capsys):
+    """Return (rows, tokenizer, ...) -> the lines about special tokens that are printed on the way."""
+
+    def call(rows, tokenizer, **options):
+        capsys.readouterr()
+        list(chat_dataset(rows, tokenizer, progress=False, **options))
+        return [line for line in capsys.readouterr().out.splitlines() if "special tokens" in line]
+
+    return call
+
+
+@pytest.fixture
+def tokenizer(build_tokenizer):
+    """A tokenizer with a special token that its template never writes, and an added one that is not special."""
+    made = build_tokenizer()
+    made.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|call|>"]})
+    made.add_tokens([AddedToken("<think>", special=False)])
+    return made
+
+
+def chat(user="q", assistant="a", **more):
+    return {"messages": [{**USER, "content": user}, {**BOT, "content": assistant, **more}]}
+
+
+@pytest.mark.parametrize("kind", ["bytes", "sentencepiece"])
+def test_one_line_counts_the_rows_and_names_the_first(kind, build_tokenizer, told):
+    rows = [chat(), chat(f"x{END}y", END), chat("2 <| 3 |> <|im_", "im_end|>"), chat(assistant="b<|im_start|>")]
+    assert told(rows, build_tokenizer(kind)) == [LINE.format("2 of 4 rows", f"1, {END!r}")]
+    assert told(rows[:1] + rows[2:3], build_tokenizer(kind)) == []
+
+
+def test_the_end_of_an_answer_that_the_template_ends_itself(tokenizer, told):
+    """Unlike a completion, to which nothing is added, the answer would end twice."""
+    assert told([chat(assistant=f"a{END}")], tokenizer) == [LINE.format("1 of 1 row", f"0, {END!r}")]
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [{"role": "system", "content": END}, USER, BOT],
+        [{**USER, "content": [{"type": "text", "text": "q"}, {"type": "text", "text": f"r{END}"}]}, BOT],
+        [USER, {**BOT, "reasoning_content": f"so{END}"}],
+        [USER, {**BOT, "tool_calls": [FUNCTION]}],
+    ],
+    ids=["system", "parts", "reasoning", "calls"],
+)
+def test_wherever_it_stands_in_a_message(messages, tokenizer, told):
+    assert told([{"messages": messages}], get_chat_template(tokenizer, "qwen3")) == [
+        LINE.format("1 of 1 row", f"0, {END!r}")
+    ]
+
+
+def test_messages_of_a_prompt_and_a_completion(tokenizer, told):
+    rows = [{"prompt": [USER], "completion": [{**BOT, "content": f"a{END}b"}]}, {"prompt": [USER], "completion": [BOT]}]
+    assert told(rows, tokenizer) == [LINE.format("1 of 2 rows", f"0, {END!r}")]
+
+
+@pytest.mark.parametrize("form", [form.name for form in chat_formats()])
+def test_what_templates_write_is_not_told(form, tokenizer, told):
+    made = get_chat_template(tokenizer, form)
+    rows = [chat(), {"messages": [USER, BOT, USER, BOT]}]
+    assert told(rows, made) == []
+    special = find_control(made).pattern  # and there are some in the text
+    assert all(special.search(made.decode(row["input_ids"])) for row in chat_dataset(rows, made))
+
+
+def test_an_assistants_own_markers_are_meant(tokenizer, told):
+    assert told([chat(assistant="<|call|>look()"), chat("<think>", "<think>so</think>a")], tokenizer) == []
+    assert told([chat("<|call|>look()")], tokenizer) == [LINE.format("1 of 1 row", "0, '<|call|>'")]
+
+
+def test_texts_may_begin_and_end_with_them(tokenizer, told):
+    tokenizer.bos_token = "<|im_start|>"
+    pairs = [{"prompt": "<|im_start|>q", "completion": f"a{END}"}, {"prompt": "q", "completion": "a"}]
+    for inside in ({"prompt": "q", "completion": f"a{END}\n"}, {"prompt": f"q{END}", "completion": "a"}):
+        assert told([*pairs, inside], tokenizer) == [LINE.format("1 of 3 rows", f"2, {END!r}")]
+    assert told(pairs, tokenizer) == []
+    texts = [{"text": f"<|im_start|>one{END}"}, {"text": "two"}]
+    assert told(texts, tokenizer, train_on="all") == []
+    assert told([*texts, {"text": f"th{END}ree"}], tokenizer, train_on="all") == [
+        LINE.format("1 of 3 rows", f"2, {END!r}")
+    ]
+
+
+def test_a_format_written_by_hand_is_meant(tokenizer, told):
+    """Half of the rows and more: an accident is rarer."""
+    written = {"text": f"<|im_start|>user\nq{END}\n<|im_start|>assistant\na{END}\n"}
+    assert told([written, {"text": "plain"}], tokenizer, train_on="all") == []
+    assert len(told([written, {"text": "plain"}, {"text": "more"}], tokenizer, train_on="all")) == 1
+    asked = {"prompt": f"<|im_start|>user\nq{END}\n<|im_start|>assistant\n", "completion": f"a{END}"}
+    assert told([asked], tokenizer) == []
+
+
+def test_only_what_the_tokenizer_takes(tokenizer, told):
+    assert find_control(tokenizer).in_text("a<|call|>b", starts=True, ends=True) == "<|call|>"
+    tokenizer.split_special_tokens = True
+    assert find_control(tokenizer).pattern is None
+
+
+def test_large_sets_and_their_cache(tokenizer, told, chats):
+    rows = chats(6000)
+    rows[5500:] = [chat(f"{number}{END}") for number in range(500)]
+    line = LINE.format("500 of 6,000 rows", f"5500, {END!r}")
+    assert told(rows, tokenizer, num_proc=2) == [line]
+    assert told(rows, tokenizer, num_proc=2) == [line]
+
+
+def test_rows_that_are_left_out_do_not_change_the_numbers(tokenizer, told):
+    rows = [chat("q" * 200), chat(), chat(f"r{END}")]
+    options = {"max_length": 60, "overlong": "truncate", "max_unlearnable": 0.5}
+    assert told(rows, tokenizer, **options) == [LINE.format("1 of 3 rows", f"2, {END!r}")]
+
+
+def test_the_first_rows_of_a_stream(tokenizer, told, chats):
+    import datasets
+
+    rows = chats(150)
+    rows[7], rows[140] = chat(END), chat(END)
+    stream = datasets.Dataset.from_list(rows).to_iterable_dataset()
+    assert told(stream, tokenizer) == [LINE.format("1 of the first 100 rows", f"7, {END!r}")]
+
+
+def test_the_pattern_finds_the_longest_of_all():
+    words = ["<s>", "<s>a", "</s>", "[INST]", "a.b", "<|1|>", "<|11|>"]
+    pattern = re.compile(_any_of(words))
+    assert [match for word in words for match in pattern.findall(f"x{word}x")] == words
+    assert pattern.findall("axb <s <|111|> INST </s>") == ["</s>"]
