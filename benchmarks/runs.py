@@ -27,7 +27,7 @@ FASTFT = "benchmarks.arms.fastft"
 
 
 def timed(first: int) -> Any:
-    """Return a callback whose `seconds` are those from the beginning of step `first` to the end of the last.
+    """Return a callback whose `seconds` are those from the end of step `first` to that of the last.
 
     At both the device is done.
     """
@@ -37,19 +37,16 @@ def timed(first: int) -> Any:
     class Timed(TrainerCallback):
         seconds, began = 0.0, 0.0
 
-        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            """Begin at the first timed step."""
-            if state.global_step == first:
-                if torch.cuda.is_available():
-                    torch.cuda.synchronize()
-                self.began = time.perf_counter()
-
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            """End at the last step."""
-            if state.global_step == state.max_steps:
-                if torch.cuda.is_available():
-                    torch.cuda.synchronize()
-                self.seconds = time.perf_counter() - self.began
+            """Begin before the first timed step, and end behind the last."""
+            if state.global_step not in (first, state.max_steps):
+                return
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            now = time.perf_counter()
+            if state.global_step == first:
+                self.began = now
+            self.seconds = now - self.began
 
     return Timed()
 

@@ -1,11 +1,20 @@
 """The first calls of fused operations: those that training makes, without a trace in the model."""
 
+import contextlib
+import subprocess
+import sys
+import threading
+
 import pytest
 import torch
 from tiny import FAMILIES, batch, in_nf4, make, with_lora
 
 import fastft
-from fastft.graph.first_calls import begin, first_calls
+from fastft.graph import compile as compiling
+from fastft.graph import first_calls as module
+from fastft.graph.ahead import Ahead, make_ahead
+from fastft.graph.compile import wait_ahead
+from fastft.graph.first_calls import first_calls
 from fastft.graph.twin import tiny_model
 from fastft.state import base_model, get_state
 from fastft.train import step
@@ -25,8 +34,8 @@ def made_by(calls):
 def calls_of(model, **options):
     model = fastft.compile(model, plan="keep", backend="eager", **options)
     compiled, base = get_state(model).compiled, base_model(model)
-    settings = compiled.backend.settings
-    return first_calls(model, base, compiled.spec, compiled.layers[0], compiled.norms, settings)
+    given = (base, compiled.spec, compiled.layers[0], compiled.norms, compiled.backend.settings)
+    return first_calls(model, *given, compiled.fp8_head)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -64,11 +73,45 @@ def test_what_is_left_out_is_not_called():
     assert plain == {"fastft::linear_cross_entropy", "fastft::scale_gradient"}
 
 
+@pytest.mark.parametrize(("compute", "in_fp8", "head"), [
+    ("exact", False, True), ("fp8", True, True), ("fp8+head", True, False),
+])  # fmt: skip
+def test_they_have_fp8_factors_where_a_step_has(compute, in_fp8, head, monkeypatch):
+    seen = []
+
+    def feed_forward(x, *rest):
+        seen.append(rest[-2:])
+        return x * sum(matrix.sum() for matrix in (*rest[1], *rest[2]))
+
+    monkeypatch.setattr(module.lora_glu, "feed_forward", feed_forward)
+    sizes = {"hidden_size": 64, "intermediate_size": 128}
+    model = make("llama", torch.bfloat16, True, **sizes)
+    made = made_by(calls_of(model, compute=compute))
+    assert seen == [(in_fp8, False)] and ("fastft::linear_cross_entropy" in made) is head
+
+
 def test_there_are_none_in_fp32_nor_on_a_cpu():
     assert calls_of(make("llama", torch.float32, True)) == []
     made = []
-    assert begin([lambda: made.append(1)], torch.device("cpu")) == () and made == []
-    assert get_state(fastft.compile(make("llama", torch.bfloat16, True))).compiled.backend.kernels == ()
+    assert make_ahead([lambda: made.append(1)], torch.device("cpu")).threads == () and made == []
+    assert get_state(fastft.compile(make("llama", torch.bfloat16, True))).compiled.backend.ahead.threads == ()
+
+
+def test_compile_makes_them_ahead_for_all_units_and_whoever_needs_them_waits(monkeypatch):
+    waits = []
+
+    class Counted(Ahead):
+        def join(self):
+            waits.append(self)
+
+    ahead, begun = Counted(), []
+    monkeypatch.setattr(compiling, "make_ahead", lambda calls, device: begun.append((len(calls), device)) or ahead)
+    model = fastft.compile(make("llama", torch.bfloat16, True), plan="keep", backend="eager")
+    assert begun == [(3, torch.device("cpu"))] and waits == []
+    wait_ahead(model)
+    assert waits == [ahead]
+    step.loss(model, batch(0)).backward()
+    assert len(waits) == 1 + 2 and set(map(id, waits)) == {id(ahead)}  # the graphs of a layer and of the last norm
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -90,25 +133,64 @@ def test_after_them_a_step_compiles_none_of_their_kernels(eight_bits):
 
     sizes = {"hidden_size": 256, "intermediate_size": 576}
     model = with_lora(tiny_model("llama", dtype=torch.bfloat16, **sizes), torch.bfloat16, r=16).cuda().train()
-    before = compiled()
+    before, held = compiled(), torch.cuda.memory_allocated()
     fastft.compile(model, plan="keep" + eight_bits, backend="aot_eager")
-    for thread in get_state(model).compiled.backend.kernels:
-        thread.join()
+    wait_ahead(model)
     ahead = compiled()
+    assert torch.cuda.memory_allocated() <= held + 2**20  # a workspace of cuBLAS would be 32 MiB
     assert all(now > then for then, now in zip(before[:own], ahead)) and all(ahead)
     step.loss(model, {name: value.cuda() for name, value in batch(0, rows=4, length=256).items()}).backward()
     assert compiled() == ahead
 
 
-def test_one_that_fails_is_left_to_whoever_needs_it(monkeypatch):
-    from fastft.graph import first_calls as module
+@pytest.fixture
+def no_device(monkeypatch):
+    """Let threads be started for a GPU where there is none."""
+    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None, raising=False)
 
-    monkeypatch.setattr(module.torch.cuda, "device", lambda _: pytest.MonkeyPatch.context())
-    ran = []
+
+def test_one_that_fails_is_left_to_whoever_needs_it(no_device, monkeypatch):
+    ran, told = [], []
+    monkeypatch.setattr(threading, "excepthook", told.append)
 
     def wrong():
         raise RuntimeError("no")
 
-    for thread in begin([wrong, lambda: ran.append(1)], torch.device("cuda")):
-        thread.join()
-    assert ran == [1]
+    ahead = make_ahead([wrong, lambda: ran.append(1)], torch.device("cuda"))
+    assert len(ahead.threads) == 2
+    ahead.join()
+    assert ran == [1] and told == [] and ahead.threads == ()
+
+
+def test_workspaces_are_given_back_once_all_are_done(no_device, monkeypatch):
+    events, release = [], threading.Event()
+    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: events.append("cleared"), raising=False)
+    ahead = make_ahead([lambda: (release.wait(60), events.append("done"))], torch.device("cuda"))
+    release.set()
+    ahead.join()
+    ahead.join()
+    assert events == ["done", "cleared"]
+
+
+ENDING = """
+import contextlib, threading, torch
+from fastft.graph.ahead import make_ahead
+torch.cuda.device = lambda _: contextlib.nullcontext()
+begun = threading.Event()
+
+def call():
+    begun.set()
+    x = torch.randn(128, 128, requires_grad=True)
+    for _ in range(300):
+        torch.autograd.grad((x @ x).sum(), x)
+
+make_ahead([call, call], torch.device("cuda"))
+begun.wait()
+raise SystemExit(3)
+"""
+
+
+def test_a_process_that_ends_meanwhile_ends_as_it_meant_to():
+    run = subprocess.run([sys.executable, "-c", ENDING], capture_output=True, text=True)
+    assert run.returncode == 3 and run.stderr == ""

@@ -3,12 +3,15 @@
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import TrainerCallback
+from transformers.training_args import ParallelMode
 
-from fastft.train.late_log import on_its_way
+from fastft.train import finite, late_log, record, spent
+from fastft.train.late_log import may_be_late, on_its_way
 from fastft.train.record import kept_lines
 from fastft.train.sft.config import SFTConfig
 from fastft.train.sft.trainer import SFTTrainer
@@ -23,9 +26,9 @@ class Late(SFTTrainer):
         self.late = []
         super().__init__(*args, **kwargs)
 
-    def _log_line(self):
+    def log_late_line(self):
         self.late += [self.state.global_step] * (self._line is not None)
-        super()._log_line()
+        super().log_late_line()
 
 
 def made(kind, build_model, tokenizer, dataset, settings, callbacks=(), **changes):
@@ -93,6 +96,36 @@ def test_a_line_comes_before_the_next_step_changes_the_weights(build_model, toke
     assert seen[:half] == seen[half:] and [step for step, *_ in seen[:3]] == [1, 2, 3]
 
 
+def test_nothing_is_read_before_the_next_step_is_launched(build_model, tokenizer, dataset, settings, monkeypatch):
+    events = []
+
+    def watched(tensor, send=on_its_way):
+        read, what = send(tensor), len(events)
+        events.append(("sent", what))
+        return lambda: events.append(("read", what)) or read()
+
+    for module in (late_log, finite, spent):
+        monkeypatch.setattr(module, "on_its_way", watched)
+
+    class Watched(Late):
+        def training_step(self, *args, **kwargs):
+            events.append(("step", self.state.global_step + 1))
+            return super().training_step(*args, **kwargs)
+
+        def compute_loss(self, *args, **kwargs):
+            events.append(("launched", self.state.global_step + 1))
+            return super().compute_loss(*args, **kwargs)
+
+    made(Watched, build_model, tokenizer, dataset, settings, max_steps=3).train()
+    second = events.index(("step", 2))
+    sent = [what for event, what in events[:second] if event == "sent"]
+    assert len(sent) == 4  # loss, gradient norm, tokens, losses that were no numbers
+    assert not [event for event, _ in events[:second] if event == "read"]
+    launched, third = events.index(("launched", 2)), events.index(("step", 3))
+    assert sorted(what for event, what in events[launched:third] if event == "read") == sent
+    assert not [event for event, _ in events[second:launched] if event == "read"]
+
+
 class Stops(TrainerCallback):
     """Ends the run by what a line says."""
 
@@ -109,6 +142,132 @@ def test_a_users_callback_sees_a_line_when_the_step_is_done(build_model, tokeniz
     assert other.late
 
 
+def step_done(**changes):
+    """Return what `may_be_late` asks of a trainer behind a step whose line may be late, but for `changes`."""
+    args = {"auto_find_batch_size": False, "parallel_mode": ParallelMode.NOT_PARALLEL}
+    flags = ("should_evaluate", "should_save", "should_training_stop", "should_epoch_stop")
+    control = {"should_log": True, **dict.fromkeys(flags, False)}
+    state = {"global_step": 3, "max_steps": 8, "epoch": 0.75}
+    own = {"_globalstep_last_logged": 2, "callback_handler": SimpleNamespace(callbacks=changes.pop("callbacks", []))}
+    parts = (SimpleNamespace(**{k: changes.pop(k, v) for k, v in part.items()}) for part in (args, control, state))
+    made = dict(zip(("args", "control", "state"), parts, strict=True)) | own | changes
+    return SimpleNamespace(**made)
+
+
+class Begins(TrainerCallback):
+    """Looks at the log as a step begins."""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        pass
+
+
+@pytest.mark.parametrize("changes", [
+    {"should_log": False}, {"should_evaluate": True}, {"should_save": True}, {"should_training_stop": True},
+    {"should_epoch_stop": True}, {"global_step": 8}, {"epoch": 1.0}, {"auto_find_batch_size": True},
+    {"parallel_mode": ParallelMode.DISTRIBUTED}, {"parallel_mode": ParallelMode.NOT_DISTRIBUTED},
+    {"_globalstep_last_logged": 3}, {"callbacks": [Stops()]}, {"callbacks": [TrainerCallback(), Begins()]},
+])  # fmt: skip
+def test_where_a_line_cannot_wait(changes):
+    assert may_be_late(step_done()) and may_be_late(step_done(callbacks=[TrainerCallback()]))
+    assert not may_be_late(step_done(**changes))
+
+
+class Endless(torch.utils.data.IterableDataset):
+    """Says that it has more rows than it gives."""
+
+    column_names = ("input_ids", "labels")
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __len__(self):
+        return 2 * len(self.rows)
+
+    def __iter__(self):
+        return iter(self.rows)
+
+
+@pytest.mark.parametrize("changes", [{"logging_strategy": "epoch"}, {"logging_steps": 1}])
+def test_the_line_at_the_end_of_an_epoch_comes_with_it(changes, build_model, tokenizer, dataset, settings):
+    histories = []
+    for kind in (SFTTrainer, Late):
+        trainer = made(kind, build_model, tokenizer, dataset, settings, **changes)
+        trainer.train_dataset = Endless(list(dataset))
+        histories.append((trainer.train().training_loss, timeless(trainer.state.log_history)))
+    assert histories[0] == histories[1] and "train_loss" in histories[1][1][-1]
+    assert trainer.state.global_step < trainer.state.max_steps
+
+
+def test_what_is_asked_for_of_the_step_that_runs_stays_so(build_model, tokenizer, dataset, settings, tmp_path):
+    class Asks(Late):
+        """Asks for a checkpoint, an evaluation and a line of step 3 while it runs: before the line of step 2 is out."""
+
+        def compute_loss(self, *args, **kwargs):
+            if self.state.global_step == 2 and self.model.training:
+                self.control.should_save = self.control.should_evaluate = self.control.should_log = True
+            return super().compute_loss(*args, **kwargs)
+
+    class Waits(Asks):
+        logs_late = False
+
+    found = []
+    for kind in (Waits, Asks):
+        own = {**settings, "output_dir": str(tmp_path / kind.__name__), "logging_steps": 2, "max_steps": 6}
+        trainer = made(kind, build_model, tokenizer, dataset, own)
+        trainer.args.logging_steps = trainer.state.logging_steps = 2
+        trainer.train()
+        saved = sorted(path.name for path in (tmp_path / kind.__name__).glob("checkpoint-*"))
+        found.append((saved, [(row["step"], "eval_loss" in row) for row in history(trainer)]))
+    assert found[0] == found[1] and "checkpoint-3" in found[1][0] and (3, True) in found[1][1]
+
+
+def test_the_time_of_a_step_that_fails_is_none_of_the_line_before(
+    build_model, tokenizer, dataset, settings, monkeypatch, tmp_path
+):
+    now = [0.0]
+    monkeypatch.setattr(spent.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(record.time, "time", lambda: now[0])
+    monkeypatch.setattr(record, "peak_memory", lambda: int(now[0]))
+
+    class Failing(Late):
+        def compute_loss(self, *args, **kwargs):
+            now[0] += 1.0
+            if self.state.global_step == 2:
+                now[0] += 100.0
+                raise RuntimeError("this step fails")
+            return super().compute_loss(*args, **kwargs)
+
+    class Waits(Failing):
+        logs_late = False
+
+    for kind in (Waits, Failing):
+        folder = tmp_path / kind.__name__
+        trainer = made(kind, build_model, tokenizer, dataset, {**settings, "output_dir": str(folder)})
+        with pytest.raises(RuntimeError, match="this step fails"):
+            trainer.train()
+        lines = kept_lines(folder / "metrics.jsonl", 99)
+        assert [line["train_seconds"] for line in lines] == [1.0, 1.0], kind
+        assert [(line["wall_seconds"], line["peak_memory_bytes"]) for line in lines] == [(1.0, 1), (2.0, 2)], kind
+        now[0] = 0.0
+        assert json.loads((folder / "run.json").read_text())["train_seconds"] == 2.0
+
+
+def test_without_the_filter_what_is_no_number_stays_none(build_model, tokenizer, dataset, settings):
+    class Unlucky(Late):
+        def compute_loss(self, *args, **kwargs):
+            loss = super().compute_loss(*args, **kwargs)
+            return loss + (math.nan if self.state.global_step == 1 else 0.0)
+
+    class Waits(Unlucky):
+        logs_late = False
+
+    for kind in (Waits, Unlucky):
+        trainer = made(kind, build_model, tokenizer, dataset, settings, max_steps=4, logging_nan_inf_filter=False)
+        trainer.train()
+        losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+        assert [math.isnan(loss) for loss in losses] == [False, True, True, True]
+
+
 def test_the_line_of_the_last_whole_step_is_there_where_the_next_one_fails(
     build_model, tokenizer, dataset, settings, tmp_path
 ):
@@ -122,8 +281,8 @@ def test_the_line_of_the_last_whole_step_is_there_where_the_next_one_fails(
     with pytest.raises(RuntimeError, match="this step fails"):
         trainer.train()
     assert [row["step"] for row in rows(trainer)] == [1, 2] == [row["step"] for row in trainer.state.log_history]
-    record = json.loads((tmp_path / "run.json").read_text())
-    assert record["status"] == "failed" and record["steps"] == 2 and record["loss"]["last"] == rows(trainer)[1]["loss"]
+    told = json.loads((tmp_path / "run.json").read_text())
+    assert told["status"] == "failed" and told["steps"] == 2 and told["loss"]["last"] == rows(trainer)[1]["loss"]
 
 
 def test_losses_that_are_no_numbers_are_told_with_their_line(build_model, tokenizer, dataset, settings, capsys):
@@ -151,11 +310,16 @@ def test_sft_logs_late_on_a_gpu_alone_and_not_for_a_subclass_that_adds_to_a_line
         def log(self, logs, start_time=None):
             super().log({**logs, "more": 1.0}, start_time)
 
-    plain, adds = (made(kind, build_model, tokenizer, dataset, settings) for kind in (SFTTrainer, Adds))
+    class Counts(SFTTrainer):
+        def compute_loss(self, *args, **kwargs):
+            return super().compute_loss(*args, **kwargs)
+
+    kinds = (SFTTrainer, Adds, Counts)
+    plain, *others = (made(kind, build_model, tokenizer, dataset, settings) for kind in kinds)
     on_gpu = torch.cuda.is_available()
-    assert plain.logs_late is on_gpu and adds.logs_late is False
+    assert plain.logs_late is on_gpu and not any(other.logs_late for other in others)
     monkeypatch.setattr(SFTConfig, "device", torch.device("cuda"))
-    assert plain.logs_late is True and adds.logs_late is False
+    assert plain.logs_late is True and not any(other.logs_late for other in others)
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(

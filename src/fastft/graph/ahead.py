@@ -1,10 +1,15 @@
-"""What Inductor needs beside a graph, made ready while nothing waits for it yet: its workers, and Triton's hash."""
+"""What the first graph needs beside itself, made ready while nothing waits for it yet.
 
+Inductor's workers, Triton's hash, and the kernels of fused operations.
+"""
+
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import cache
 from threading import Thread
 
 import torch
+from attrs import define
 
 
 def prepare_inductor(backend: str, device: torch.device) -> None:
@@ -48,3 +53,36 @@ def _hash_triton() -> None:
 
     if HAS_TRITON:
         Thread(target=ask, name="fastft-hash-triton", daemon=True).start()
+
+
+@define(eq=False)
+class Ahead:
+    """Calls that are being made in threads of their own."""
+
+    threads: tuple[Thread, ...] = ()
+
+    def join(self) -> None:
+        """Wait for the calls, and give back the workspaces that cuBLAS took for their threads, and would keep."""
+        threads, self.threads = self.threads, ()
+        for thread in threads:
+            thread.join()
+        clear = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)
+        if threads and clear is not None:
+            clear()
+
+
+def make_ahead(calls: Sequence[Callable[[], None]], device: torch.device) -> Ahead:
+    """Make each of `calls` in a thread of its own; none where `device` is not a GPU.
+
+    One that fails is made again by whoever needs it, who then tells.
+    """
+
+    def run(call: Callable[[], None]) -> None:
+        with suppress(Exception), torch.cuda.device(device):
+            call()
+
+    # No daemons: one that is within torch would abort a process that ends.
+    threads = [Thread(target=run, args=(call,), name="fastft-first-call") for call in calls if device.type == "cuda"]
+    for thread in threads:
+        thread.start()
+    return Ahead(tuple(threads))

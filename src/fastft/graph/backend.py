@@ -1,13 +1,13 @@
 """The Dynamo backend: rewrite a captured graph, then lower it."""
 
 from collections.abc import Callable, Mapping, Sequence
-from threading import Thread
 from typing import Any
 
 import torch
 from attrs import define, evolve, field, frozen
 from torch import fx, nn
 
+from fastft.graph.ahead import Ahead
 from fastft.graph.capture import bind, find_unit
 from fastft.graph.first_input import FirstInput
 from fastft.graph.joint import JointPass, sources_hash
@@ -49,7 +49,7 @@ class RewritingBackend:
     """A backend for `torch.compile`: one object per compiled model, which remembers what it proved and did.
 
     `units`: the modules that are compiled with it. `weights`: the copies of NF4 weights that are kept. `first`: the
-    input of a call that needs no gradient. `kernels`: threads that compile kernels which the proofs need.
+    input of a call that needs no gradient. `ahead`: calls that compile kernels which the proofs need.
     """
 
     root: nn.Module
@@ -60,7 +60,7 @@ class RewritingBackend:
     graphs: list[GraphReport] = field(factory=list)
     weights: KeptWeights = field(factory=KeptWeights)
     first: FirstInput = field(factory=FirstInput)
-    kernels: tuple[Thread, ...] = ()
+    ahead: Ahead = field(factory=Ahead)
 
     def for_mode(self, mode: Mode) -> "RewritingBackend":
         """Return a backend for layers of a mode, which shares what was proved and reported."""
@@ -74,8 +74,7 @@ class RewritingBackend:
 
     def __call__(self, graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         """Rewrite `graph_module` and return the function that runs it."""
-        for thread in self.kernels:
-            thread.join()
+        self.ahead.join()
         binding = bind(graph_module, example_inputs, self.root)
         settings = self.settings
         kept: list[KeptInput] | None = [] if settings.dequantised else None

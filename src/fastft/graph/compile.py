@@ -11,11 +11,11 @@ from torch import nn
 
 from fastft.errors import Problem, UsageError, did_you_mean
 from fastft.graph import attention
-from fastft.graph.ahead import prepare_inductor
+from fastft.graph.ahead import make_ahead, prepare_inductor
 from fastft.graph.backend import BACKENDS, RewritingBackend, Settings
 from fastft.graph.calls import Kind, kind_of
 from fastft.graph.capture import is_instance_of
-from fastft.graph.first_calls import begin, first_calls
+from fastft.graph.first_calls import first_calls
 from fastft.graph.first_input import FirstInput
 from fastft.graph.head import NOT_FP8_HEAD, head_check
 from fastft.graph.keepable import eight_bits_obstacle
@@ -139,8 +139,8 @@ def compile(
     a batch is known to be of many lengths, as fastft's trainers know it, for all at once.
 
     With "inductor" on a GPU it starts Inductor's worker processes, which take seconds until the first graph needs them.
-    On a GPU it also starts threads that call the fused operations once, on `model`'s weights, so that Triton compiles
-    their kernels meanwhile.
+    On a GPU it also starts threads that make the first calls of fused operations, on `model`'s weights, so that Triton
+    compiles their kernels meanwhile; the first step waits for them. Until then do not capture CUDA graphs of your own.
     It registers the attention "fastft" with transformers and sets `torch._dynamo.config.specialize_float`, without
     which constants such as epsilon become inputs of a graph with dynamic lengths. Raises UsageError.
     """
@@ -150,11 +150,13 @@ def compile(
     layers = decoder_layers(base, spec) if spec else ()
     uncompile(model)
     if layers:
-        prepare_inductor(settings.backend, next(base.parameters()).device)
+        device = next(base.parameters()).device
+        prepare_inductor(settings.backend, device)
         compiled = _install(model, base, spec, settings, layers, dynamic, batch, compute)
-        _install_norms(compiled, base, dynamic)
-        calls = first_calls(model, base, spec, layers[0], compiled.norms, compiled.backend.settings)
-        compiled.backend.kernels = begin(calls, next(base.parameters()).device)
+        compiled.norms = outer_norms(base, spec, layers, settings.disable)
+        calls = first_calls(model, base, spec, layers[0], compiled.norms, compiled.backend.settings, compiled.fp8_head)
+        compiled.backend.ahead = make_ahead(calls, device)
+        _install_norms(compiled, dynamic)
     else:
         _leave(model, base, spec, settings, compute)
     return model
@@ -310,12 +312,11 @@ def _install(
     return compiled
 
 
-def _install_norms(compiled: Compiled, base: nn.Module, dynamic: bool | None) -> None:
+def _install_norms(compiled: Compiled, dynamic: bool | None) -> None:
     """Let the norms outside the layers run compiled where the layers do: one version with gradients, one without.
 
     Each norm has its own: the graph of one without a weight does not say which of several it is of.
     """
-    compiled.norms = outer_norms(base, compiled.spec, compiled.layers, compiled.settings.disable)
     settings = norm_settings(compiled.settings)
 
     def made(norm: nn.Module) -> Callable[..., Any]:
@@ -433,6 +434,13 @@ def uncompile(model: nn.Module) -> nn.Module:
         release_weights(model)
         update_state(model, compiled=None)
     return model
+
+
+def wait_ahead(model: nn.Module) -> None:
+    """Wait for the calls that `compile` has begun in threads."""
+    compiled = get_state(model).compiled
+    if compiled is not None and compiled.backend is not None:
+        compiled.backend.ahead.join()
 
 
 def release_weights(model: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""The first call of each fused operation of a model, made while nothing waits for it: it compiles Triton kernels.
+"""The first calls of a model's fused operations, for `ahead` to make while nothing waits: they compile Triton kernels.
 
 Triton compiles a kernel at its first launch and builds a launcher for it with a C compiler, most of it outside the
 interpreter. The proofs of the first graph make the same calls, one after the other.
@@ -6,7 +6,6 @@ interpreter. The proofs of the first graph make the same calls, one after the ot
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from threading import Thread
 
 import torch
 from torch import Tensor, nn
@@ -16,36 +15,15 @@ from fastft.graph.capture import is_instance_of, quant_state_tensors
 from fastft.graph.head import find_head, head_check, plain_linear
 from fastft.graph.passes.feed_forward import RULE as FEED_FORWARD
 from fastft.graph.passes.feed_forward import fusable_linears
-from fastft.graph.passes.lora import FP8_SCALE, active_adapters, is_fp8_linear, is_nf4_linear
-from fastft.kernels import fp8, layer_norm, lora_glu, rms_norm
+from fastft.graph.passes.lora import FP8_SCALE, active_adapters, is_fp8_linear, not_fp8
+from fastft.kernels import layer_norm, lora_glu, rms_norm
 from fastft.kernels.linear_ce import linear_cross_entropy
 from fastft.registry.spec import GluPoint, ModelSpec, NormPoint
 
 ROWS = 64
-"""Rows of a first call: few, and as many as let a kernel be the one of any larger number."""
+"""Rows of a first call: few, and as many as let a kernel be that of any larger number which 16 divides."""
 
 IN_16_BITS = (torch.bfloat16, torch.float16)
-
-
-def begin(calls: Sequence[Callable[[], None]], device: torch.device) -> tuple[Thread, ...]:
-    """Make each of `calls` in a thread of its own and return those; none where `device` is not a GPU.
-
-    One that fails is made again by whoever needs it, who then tells.
-    """
-    if device.type != "cuda":
-        return ()
-
-    def run(call: Callable[[], None]) -> None:
-        try:
-            with torch.cuda.device(device):
-                call()
-        except Exception:
-            return
-
-    threads = tuple(Thread(target=run, args=(call,), name="fastft-first-call", daemon=True) for call in calls)
-    for thread in threads:
-        thread.start()
-    return threads
 
 
 def first_calls(
@@ -55,23 +33,24 @@ def first_calls(
     layer: nn.Module,
     norms: Sequence[nn.Module],
     settings: Settings,
+    fp8_head: bool = False,
 ) -> list[Callable[[], None]]:
-    """Return functions that call, forward and backward, the fused operations that a training step of `model` will.
+    """Return functions that call, forward and backward, fused operations that a training step of `model` will.
 
-    Those of the gated feed-forwards of `layer`, of `norms`, and of the loss head; on the model's own weights, which
-    stay as they are and get no gradient. Of a model whose embedding is not in 16 bits there are none: what it computes
-    in is not known here.
+    Those of the gated feed-forwards of `layer`, of the first of `norms`, and of the loss head, unless that is to have
+    fp8 factors, which take its whole weight; on the model's own weights, which stay as they are and get no gradient. Of
+    a model whose embedding is not in 16 bits there are none: what it computes in is not known here.
     """
     dtype = base.get_input_embeddings().weight.dtype
     if dtype not in IN_16_BITS:
         return []
     found: list[Callable[[], None]] = []
     fused = FEED_FORWARD not in settings.disable and settings.implementations[FEED_FORWARD] == "op"
-    gated = list(layer.modules()) if fused else []
-    for points, modules, call in ((spec.glus, gated, _feed_forward), (spec.norms, norms[:1], _norm)):
+    gated, alone = list(layer.modules()) if fused else [], norms[:1] if settings.norm_alone == "op" else []
+    for points, modules, call in ((spec.glus, gated, _feed_forward), (spec.norms, alone, _norm)):
         for point in points:
             found += [partial(call, m, point, dtype, settings) for m in modules if is_instance_of(m, point.classes)]
-    if head_check(model).fused and plain_linear(find_head(model).module) is not None:
+    if not fp8_head and head_check(model).fused and plain_linear(find_head(model).module) is not None:
         found.append(partial(_head, model, dtype))
     return found
 
@@ -85,16 +64,12 @@ def _feed_forward(module: nn.Module, point: GluPoint, dtype: torch.dtype, settin
     b = [_trained(linear.lora_B[name].weight) for linear, name in zip(linears, adapters)]
     scales = [float(linear.scaling[name]) for linear, name in zip(linears, adapters)]
     bases = [linear.base_layer for linear in linears]
-    in_fp8 = settings.compute == "fp8" and not any(_not_fp8(base, dtype) for base in bases)
+    in_fp8 = settings.compute == "fp8" and not any(not_fp8(base, dtype) for base in bases)
     x = _trained(a[0].new_zeros(1, ROWS, a[0].shape[1], dtype=dtype))
     weights = [base.weight.detach() for base in bases]
     states = [list(_states(base)) for base in bases]
     y = lora_glu.feed_forward(x, weights, a, b, scales, states, point.activation, in_fp8, settings.eight_bits)
     torch.autograd.grad(y, (x, *a, *b), torch.zeros_like(y))
-
-
-def _not_fp8(base: nn.Module, dtype: torch.dtype) -> str:
-    return fp8.obstacle(base.weight.device, dtype, base.out_features, base.in_features, is_nf4_linear(base))
 
 
 def _states(base: nn.Module) -> Iterator[Tensor]:
@@ -105,8 +80,6 @@ def _states(base: nn.Module) -> Iterator[Tensor]:
 
 
 def _norm(norm: nn.Module, point: NormPoint, dtype: torch.dtype, settings: Settings) -> None:
-    if settings.norm_alone != "op":
-        return
     weight = norm._parameters["weight"]
     x = _trained(weight.new_zeros(1, ROWS, weight.shape[0], dtype=dtype))
     weight = weight.detach().requires_grad_(weight.requires_grad)

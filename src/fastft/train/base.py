@@ -28,24 +28,13 @@ from fastft.graph.compile import release_weights
 from fastft.graph.planned import PlannedLayers
 from fastft.noise import between_libraries, quiet
 from fastft.state import base_model, get_state, planned_of
-from fastft.train import (
-    card,
-    checkpoint,
-    earlier,
-    flops,
-    hygiene,
-    late_log,
-    lineage,
-    memory,
-    optimizers,
-    recomputing,
-    telling,
-)
+from fastft.train import card, checkpoint, earlier, flops, hygiene, lineage, memory, optimizers, recomputing, telling
 from fastft.train import resume as resuming
 from fastft.train.compiling import CompileCallback
 from fastft.train.finite import FiniteLosses
 from fastft.train.interrupt import Interruption, Stopped
 from fastft.train.last_step import LastStep
+from fastft.train.late_log import LateLog
 from fastft.train.record import RecordCallback
 from fastft.train.spent import Tally
 
@@ -90,14 +79,13 @@ def load_named(trainer: str, name: str, args: Any, kwargs: dict[str, Any]) -> tu
     return model, {**kwargs, "processing_class": kwargs.get("processing_class") or tokenizer}
 
 
-class Trained:
+class Trained(LateLog):
     """The shared half of a trainer; stands before TRL's class among the bases (see the file's contract)."""
 
     _own: tuple[Path, ...] = ()  # checkpoints of this run, the newest last: the folder may hold another's
     _staging: Path | None = None
     _to_push: str | None = None
     _told_of_plan = ""  # what was said of a memory plan that cannot be met
-    _line: late_log.Line | None = None  # that of the step before, still to be logged
 
     def equip(
         self,
@@ -219,31 +207,8 @@ class Trained:
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Go forward and backward through a micro-batch; return its loss for the log, without waiting for it."""
         loss = super().training_step(*args, **kwargs)
-        self._log_line()
+        self.step_launched()
         return self.finite.filtered(loss, self.state.global_step, self._globalstep_last_logged)
-
-    @property
-    def logs_late(self) -> bool:
-        """Say whether the line of a step may be logged while the next one runs."""
-        return False
-
-    def _maybe_log_save_evaluate(self, tr_loss: torch.Tensor, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
-        self._log_line()
-        if not (self.logs_late and late_log.may_be_late(self)):
-            super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
-            return
-        self._line = late_log.Line.sent(tr_loss, grad_norm, self._globalstep_last_logged, args, kwargs)
-        self.tally.send(self._sum_processes)
-        self.finite.send()
-        self._globalstep_last_logged, self.control.should_log = self.state.global_step, False
-
-    def _log_line(self) -> None:
-        """Log the line of the step before, if it is still to be logged."""
-        line, self._line = self._line, None
-        if line is None:
-            return
-        self._globalstep_last_logged, self.control.should_log = line.last_logged, True
-        super()._maybe_log_save_evaluate(line.loss(), line.norm(), *line.rest, **line.named)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train; the record says how the run ended, and the model has its own forward back."""
@@ -261,11 +226,7 @@ class Trained:
                 self._telling_of_plan(),
                 self.interruption.watched(self.args.world_size == 1, lambda error: memory.let_go(error, self.model)),
             ):
-                try:
-                    output = super().train(**kwargs)
-                finally:
-                    with contextlib.suppress(Exception):  # a device that failed gives no numbers any more
-                        self._log_line()
+                output = super().train(**kwargs)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(self._stop()) from None
         except torch.OutOfMemoryError as error:

@@ -6,14 +6,19 @@ first micro-batch of the next step is launched: state and weights are still thos
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
 from attrs import frozen
 from torch import Tensor
+from transformers.training_args import ParallelMode
 
 OWN = ("fastft", "transformers", "trl")
 """Packages whose callbacks take a line when it comes. One of the user's may stop the run by what it says."""
+
+SEEN = ("on_log", "on_step_begin")
+"""The events of callbacks that come at another time, or before a line that they would have come behind."""
 
 
 def on_its_way(tensor: Tensor) -> Callable[[], Tensor]:
@@ -54,22 +59,82 @@ class Line:
         line = cls(
             on_its_way(loss), on_its_way(norm) if isinstance(norm, Tensor) else lambda: norm, last_logged, rest, named
         )
-        loss.zero_()
+        loss -= loss  # as transformers does: what is no number stays none
         return line
 
 
 def may_be_late(trainer: Any) -> bool:
     """Say whether the line of the step that has just ended can wait for the next step to begin.
 
-    Not behind the last step of an epoch or of the run, nor where an evaluation or a checkpoint follows; not where other
-    processes take part; and not where a callback of the user's own is to see it.
+    Not behind the last step of an epoch or of the run, nor where an evaluation or a checkpoint follows; not where
+    losses are gathered, if only of one process; and not where a callback of the user's own is to see it.
     """
     args, control, state = trainer.args, trainer.control, trainer.state
     follows = control.should_evaluate or control.should_save
     ends = control.should_training_stop or control.should_epoch_stop or state.global_step >= state.max_steps
     if not control.should_log or follows or ends or float(state.epoch or 0.0).is_integer():
         return False
-    if args.world_size > 1 or args.auto_find_batch_size or state.global_step <= trainer._globalstep_last_logged:
+    if args.auto_find_batch_size or args.parallel_mode != ParallelMode.NOT_PARALLEL:
         return False
-    takers = [one for one in trainer.callback_handler.callbacks if hasattr(type(one), "on_log")]
-    return all(getattr(type(one).on_log, "__module__", "").partition(".")[0] in OWN for one in takers)
+    if state.global_step <= trainer._globalstep_last_logged:
+        return False
+    kinds = [type(one) for one in trainer.callback_handler.callbacks]
+    seen = [getattr(kind, event, None) for kind in kinds for event in SEEN]
+    return all(getattr(method, "__module__", "").partition(".")[0] in OWN for method in seen if method is not None)
+
+
+class LateLog:
+    """The part of a trainer that logs the line of a step while the next one runs; stands before transformers' class.
+
+    The trainer has `recorder` and `finite`, which send off what they add to a line, and calls `step_launched` behind
+    every micro-batch. Lines are late where it says so by `logs_late`.
+    """
+
+    logs_late = False
+    _line: Line | None = None  # that of the step before, still to be logged
+    _stepped = False  # whether a micro-batch has come since a line was due
+
+    def step_launched(self) -> None:
+        """Log the line of the step before, now that the device has something to do."""
+        self.log_late_line()
+        self._stepped = True
+
+    def log_late_line(self) -> None:
+        """Log the line of the step before, if it is still to be logged; what is asked for of this step stays so."""
+        line = self._line
+        if line is None:
+            return
+        loss, norm = line.loss(), line.norm()
+        self._line, asked = None, _asked(self.control)
+        _ask(self.control, (True, False, False))
+        self._globalstep_last_logged = line.last_logged
+        super()._maybe_log_save_evaluate(loss, norm, *line.rest, **line.named)
+        _ask(self.control, asked)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train; the line of the last whole step is logged, however the run ends."""
+        self._line, self._stepped = None, False
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            with suppress(Exception):  # a device that failed gives no numbers any more
+                self.log_late_line()
+
+    def _maybe_log_save_evaluate(self, tr_loss: Tensor, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
+        self.log_late_line()
+        stepped, self._stepped = self._stepped, False
+        if not (stepped and self.logs_late and may_be_late(self)):  # an epoch's end comes behind no step
+            super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
+            return
+        self._line = Line.sent(tr_loss, grad_norm, self._globalstep_last_logged, args, kwargs)
+        self.recorder.send()
+        self.finite.send()
+        self._globalstep_last_logged, self.control.should_log = self.state.global_step, False
+
+
+def _asked(control: Any) -> tuple[bool, bool, bool]:
+    return control.should_log, control.should_evaluate, control.should_save
+
+
+def _ask(control: Any, flags: tuple[bool, bool, bool]) -> None:
+    control.should_log, control.should_evaluate, control.should_save = flags

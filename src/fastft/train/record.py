@@ -63,10 +63,11 @@ class RecordCallback(TrainerCallback):
         self.predicted: dict[str, Any] = {"predicted_bytes": None}
         self.extra: dict[str, Any] = {}
         self.notes: dict[str, list[str]] = {}  # what is to be said at the end, by what it is of
+        self.seen: dict[str, Any] | None = None  # what was measured for a line that is still to come
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Describe the run, keep what a resumed one has already logged, and start the clock."""
-        work, self.began = flops.work_of(model), time.time()
+        work, self.began, self.seen = flops.work_of(model), time.time(), None
         before = {} if self.begun is None else lineage.record_of(self.begun)
         self.spent.begin(work, before)
         untold = f"tokens, train_seconds and flops are counted from step {state.global_step} on, which is what "
@@ -118,6 +119,14 @@ class RecordCallback(TrainerCallback):
         """Leave the saving out of the speed."""
         self.spent.clock.leave_out()
 
+    def send(self) -> None:
+        """Measure what the line of the step that has just ended says, which comes while the next one runs."""
+        self.seen = self._measured()
+        self.spent.send()
+
+    def _measured(self) -> dict[str, Any]:
+        return {"peak_memory_bytes": peak_memory(), "wall_seconds": round(time.time() - self.began, 3)}
+
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
         """Append a line for a training step or an evaluation."""
         logs = dict(logs or {})
@@ -127,7 +136,8 @@ class RecordCallback(TrainerCallback):
             row |= self.measure(row["train_seconds"])
         elif not any(key.startswith("eval_") for key in logs):
             return
-        row |= {"peak_memory_bytes": peak_memory(), "wall_seconds": round(time.time() - self.began, 3)}
+        row |= self._measured() if self.seen is None else self.seen
+        self.seen = None
         if state.is_world_process_zero:
             self.rows.append(row)
             append_line(self.folder / "metrics.jsonl", row)

@@ -65,18 +65,26 @@ class Tally:
 class Clock:
     """Seconds spent on training since a log line, without what evaluating and saving took.
 
-    `running`: a step has begun and is not done.
+    `running`: a step has begun and is not done. `lap`: when the interval ended whose line is still to come, if one is.
     """
 
     mark: float = 0.0
     ended: float = 0.0
     paused: float = 0.0
     running: bool = False
+    lap: float | None = None
 
     def start(self) -> None:
         """Begin an interval now."""
-        self.mark = self.ended = time.perf_counter()
-        self.paused = 0.0
+        self._begin(time.perf_counter())
+
+    def _begin(self, now: float) -> None:
+        self.mark = self.ended = now
+        self.paused, self.lap = 0.0, None
+
+    def send(self) -> None:
+        """End the interval now, though its line comes later."""
+        self.lap = time.perf_counter()
 
     def step_began(self) -> None:
         """Note the beginning of an optimizer step."""
@@ -98,8 +106,9 @@ class Clock:
 
     def take(self) -> float:
         """Return the interval's seconds and begin the next."""
-        seconds = time.perf_counter() - self.mark - self.paused
-        self.start()
+        now = time.perf_counter() if self.lap is None else self.lap
+        seconds = now - self.mark - self.paused
+        self._begin(now)
         return seconds
 
 
@@ -134,6 +143,11 @@ class Spent:
         _add(self.behind, counts)
         if counts and not self.clock.running:
             self.clock.step_ended()
+
+    def send(self) -> None:
+        """End an interval whose `line` comes later: its time is up, and its counts are on their way."""
+        self.clock.send()
+        self.tally.send(self.reduce)
 
     def line(self) -> dict[str, Any]:
         """End an interval; return its seconds and tokens a second, and the tokens so far. In all processes alike."""

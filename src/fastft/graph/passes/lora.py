@@ -111,17 +111,15 @@ def lora_projection(region: Region) -> Projection | str:
     if len(inputs) != 1 or len(region.outputs) != 1:
         return f"has {len(inputs)} inputs and {len(region.outputs)} outputs, not one each"
     scale = float(module.scaling[adapter])
-    nf4 = is_nf4_linear(base)
-    not_fp8 = _not_fp8(region, weight, nf4)
-    return Projection(region, inputs[0], weight, bias, a, b, scale, state, base.out_features, nf4, not_fp8)
+    why = not_fp8(base, region.outputs[0].meta["example_value"].dtype)
+    return Projection(region, inputs[0], weight, bias, a, b, scale, state, base.out_features, is_nf4_linear(base), why)
 
 
-def _not_fp8(region: Region, weight: fx.Node, nf4: bool) -> str:
-    base, given = region.module.base_layer, weight.meta["example_value"]
-    if given.requires_grad:
+def not_fp8(base: nn.Module, dtype: torch.dtype) -> str:
+    """Return why the product with a linear's weight cannot have fp8 factors for an input of `dtype`, "" if it can."""
+    if base.weight.requires_grad:
         return "its weight is trained"
-    dtype = region.outputs[0].meta["example_value"].dtype
-    return fp8.obstacle(given.device, dtype, base.out_features, base.in_features, nf4)
+    return fp8.obstacle(base.weight.device, dtype, base.out_features, base.in_features, is_nf4_linear(base))
 
 
 def is_fp8_linear(base: nn.Module) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from fastft.errors import DataError, Problem, UsageError
-from fastft.graph.compile import release_weights
+from fastft.graph.compile import release_weights, wait_ahead
 from fastft.graph.planned import PlannedLayers
 from fastft.memory.plan import Plan
 from fastft.noise import kept_back, quiet
@@ -204,6 +204,7 @@ class GRPOTrainer(Trained, trl.GRPOTrainer):
         options = dict(self.args.engine_options or {})
         if engine == "vllm":
             options = {**checks.vllm_options(self.args, self.largest_batch()), **options}
+        wait_ahead(self.model)  # an engine captures CUDA graphs
         made = make_engine(engine, self.model, self._tokenizer, **options)
         made.sleep()
         return made
