@@ -147,3 +147,44 @@ def test_the_pattern_finds_the_longest_of_all():
     pattern = re.compile(_any_of(words))
     assert [match for word in words for match in pattern.findall(f"x{word}x")] == words
     assert pattern.findall("axb <s <|111|> INST </s>") == ["</s>"]
+
+
+PAIRS = [
+    {"prompt": "q", "chosen": "a", "rejected": "b"},
+    {"prompt": f"q{END}r", "chosen": "a", "rejected": "b"},
+    {"prompt": "q", "chosen": "a", "rejected": f"b{END}"},
+]
+
+
+def verdicts(rows):
+    return [{"prompt": row["prompt"], "completion": row["rejected"], "label": True} for row in rows]
+
+
+@pytest.mark.parametrize(("rows", "kinds"), [
+    (PAIRS, [("chosen", "rejected")]), (verdicts(PAIRS), [("prompt", "completion", "label")]),
+])  # fmt: skip
+def test_pairs_and_verdicts_are_looked_at_as_turns(rows, kinds, build_tokenizer, capsys):
+    from fastft.train.preference.data import preference_dataset
+
+    def said(rows, tokenizer):
+        capsys.readouterr()
+        preference_dataset(rows, tokenizer, kinds, "train")
+        return [line for line in capsys.readouterr().out.splitlines() if "special tokens" in line]
+
+    tokenizer = build_tokenizer()
+    assert said(rows, tokenizer) == [LINE.format("2 of 3 rows", f"1, {END!r}").replace("fastft: ", "fastft: train: ")]
+    assert said(rows[:1], tokenizer) == []
+    tokenizer.chat_template = None  # then texts are what the user writes, markers among them
+    assert said(rows, tokenizer) == []
+
+
+def test_prompts_are_looked_at_as_turns(build_tokenizer, capsys):
+    from fastft.train.grpo.prompts import prompt_datasets
+
+    texts = [row["prompt"] for row in PAIRS]
+    conversations = [[{"role": "user", "content": text}] for text in texts]
+    for prompts in (texts, conversations):
+        capsys.readouterr()
+        prompt_datasets({"prompts": prompts, "eval": prompts[:1]}, build_tokenizer())
+        line = LINE.format("1 of 3 rows", f"1, {END!r}").replace("fastft: ", "fastft: prompts: ")
+        assert capsys.readouterr().out.splitlines() == [line]

@@ -12,9 +12,30 @@ from typing import Any
 
 from attrs import frozen
 
+from fastft.data.notes import Notes
 from fastft.data.template import own_templates, render_all, render_errors
 
 _TURNS = [{"role": role, "content": "text"} for role in ("system", "user", "assistant")]
+
+
+def tell_control(rows: Any, columns: Sequence[str], tokenizer: Any, name: str) -> None:
+    """Say in one line in how many rows of a data set the conversations in `columns` hold special tokens.
+
+    Columns that hold no conversations are left alone, and so is a stream, which is not read.
+    """
+    control, notes = find_control(tokenizer), Notes()
+    columns = [column for column in columns if column in (getattr(rows, "column_names", None) or ())]
+    if control.pattern is None or not columns or not hasattr(rows, "__len__"):
+        return
+    number = 0
+    for batch in rows.select_columns(columns).iter(1000):
+        for parts in zip(*(batch[column] for column in columns), strict=True):
+            spoken = [message for part in parts if isinstance(part, list) for message in part]
+            found = control.in_messages(spoken)
+            notes.add(number, {"control": found} if found else {})
+            number += 1
+    for line in notes.lines(number):
+        print(f"fastft: {name}: {line}")
 
 
 @frozen

@@ -9,6 +9,7 @@ from typing import Any
 
 from fastft.data import check
 from fastft.data.bars import bars_if_large
+from fastft.data.control import tell_control
 from fastft.data.files import told_of
 from fastft.data.sources import SUFFIXES, open_named
 from fastft.errors import DataError, Problem, short
@@ -32,7 +33,10 @@ def prompt_datasets(given: Mapping[str, Any], tokenizer: Any, chat: bool = True)
         told = ", ".join(f"{name}: {'texts' if are else 'conversations'}" for name, are in texts.items())
         remedy = "Rewards get completions in the form of the prompts. A text is [{'role': 'user', 'content': text}]."
         raise DataError(Problem("prompts and eval", told, "texts in both, or conversations in both", remedy))
-    return {name: _turned(rows) if texts[name] else rows for name, rows in made.items()}, all(texts.values())
+    turned = {name: _turned(rows) if texts[name] else rows for name, rows in made.items()}
+    for name, rows in turned.items():
+        tell_control(rows, ["prompt"], tokenizer, name)
+    return turned, all(texts.values())
 
 
 def _turned(rows: Any) -> Any:

@@ -5,6 +5,7 @@ from typing import Any
 
 from fastft.data import check
 from fastft.data.bars import bars_if_large
+from fastft.data.control import tell_control
 from fastft.data.files import told_of
 from fastft.data.recognise import canonical, recognise
 from fastft.data.sources import open_named
@@ -12,6 +13,7 @@ from fastft.errors import DataError, Problem, did_you_mean
 
 PAIRS = ("chosen", "rejected")
 VERDICTS = ("prompt", "completion", "label")
+SPOKEN = ("prompt", *PAIRS, "completion")
 
 
 def preference_dataset(rows: Any, tokenizer: Any, kinds: Sequence[Sequence[str]], name: str) -> Any:
@@ -20,10 +22,17 @@ def preference_dataset(rows: Any, tokenizer: Any, kinds: Sequence[Sequence[str]]
     With a tokenizer that has a chat template, texts are turns: the prompt the user's, the answers the assistant's.
     Raises `DataError` with the rows that cannot be used.
     """
+    chat = getattr(tokenizer, "chat_template", None) is not None
+    made = _listed(rows, chat, kinds, name)
+    if chat:
+        tell_control(made, SPOKEN, tokenizer, name)
+    return made
+
+
+def _listed(rows: Any, chat: bool, kinds: Sequence[Sequence[str]], name: str) -> Any:
     source = open_named(rows, name).listed()
     rows = source.rows
     columns = set(_columns(rows))
-    chat = getattr(tokenizer, "chat_template", None) is not None
     if chat and set(PAIRS) <= columns:
         with told_of(name, source.files):
             rows = canonical(rows, recognise(rows))
