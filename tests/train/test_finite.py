@@ -62,3 +62,25 @@ def test_it_is_told_once_and_with_a_line_of_losses(capsys):
     state.is_world_process_zero = True
     finite.on_log(None, state, None, logs={"train_loss": 1.0})
     assert "the loss of 300 micro-batches up to step 2" in capsys.readouterr().out
+
+
+def test_a_run_has_a_note_of_all_of_them(capsys):
+    noted = []
+    finite = FiniteLosses(arguments(), noted.append)
+    state = SimpleNamespace(global_step=1, is_world_process_zero=True)
+    finite.on_train_begin(None, state, None)
+    finite.filtered(torch.tensor(math.nan), 0, 0)
+    finite.send()
+    finite.on_log(None, state, None, logs={"loss": 0.0})
+    for step in (1, 2):
+        finite.filtered(torch.tensor(math.nan if step == 2 else 1.0), step, 1)
+    state.global_step = 3
+    finite.on_log(None, state, None, logs={"loss": 1.0})
+    finite.on_log(None, state, None, logs={"train_loss": 1.0})
+    assert capsys.readouterr().out.count("fastft:") == 1
+    told = "was not a number, and is left out of the losses told here; the model may be no good"
+    assert noted == [[], [f"the loss of 2 micro-batches up to step 3 {told}"]]
+    finite.on_train_begin(None, state, None)
+    finite.filtered(torch.tensor(1.0), 0, 0)
+    finite.on_log(None, state, None, logs={"train_loss": 1.0})
+    assert noted[2:] == [[]]

@@ -137,7 +137,20 @@ def check(folder: Path) -> None:
     """Raise one `LoadError` that lists everything missing or damaged in a model or adapter folder."""
     found = problems_of(folder)
     if found:
-        raise LoadError(*(f"{folder}: {problem}" for problem in found))
+        raise LoadError(*(f"{folder}: {problem}" for problem in _of_another_kind(folder) or found))
+
+
+def _of_another_kind(folder: Path) -> list[str]:
+    """Return what a folder is that no model was ever saved in, if that can be told; else nothing."""
+    if (folder / "config.json").exists() or not folder.is_dir():
+        return []
+    steps = {int(path.name[11:]): path for path in folder.glob("checkpoint-*") if path.name[11:].isdecimal()}
+    if steps:
+        last = steps[max(steps)]
+        return [f"it holds checkpoints of a run that did not end, and no model; the newest to load is {str(last)!r}"]
+    if any(folder.glob("*.gguf")):
+        return ["it holds GGUF files, which are exports; load the model that they were made of"]
+    return []
 
 
 def problems_of(folder: Path) -> list[str]:

@@ -118,7 +118,7 @@ class Trained(LateLog):
         self.compiling = CompileCallback(self.recorder.extra)
         self.add_callback(self.compiling)  # before the recorder, which writes what this one adds
         self.add_callback(self.recorder)
-        self.finite = FiniteLosses(self.args)
+        self.finite = FiniteLosses(self.args, lambda lines: self.recorder.notes.update(finite=lines))
         self.add_callback(self.finite)
         self.interruption = Interruption()
         self.add_callback(LastStep(lambda: self.interruption.asked))

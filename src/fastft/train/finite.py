@@ -18,8 +18,8 @@ from fastft.train.late_log import on_its_way
 class FiniteLosses(TrainerCallback):
     """Stands in for `logging_nan_inf_filter` of `args` while a micro-batch's loss is added to the log's."""
 
-    def __init__(self, args: Any) -> None:
-        self.args = args
+    def __init__(self, args: Any, note: Callable[[list[str]], None] = lambda lines: None) -> None:
+        self.args, self.note = args, note
         self.ours = False
         self._begin()
 
@@ -32,6 +32,7 @@ class FiniteLosses(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Forget an earlier run of the trainer."""
         self._begin()
+        self.note([])
 
     def filtered(self, loss: Tensor, global_step: int, last_logged: int) -> Tensor:
         """Return the loss to add to the log's sum: itself, or if it is no number the sum so far over the steps since.
@@ -69,14 +70,23 @@ class FiniteLosses(TrainerCallback):
         self.restore()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Tell how many there were, of the first process: the line waits for the device anyway."""
-        of_training = not {"loss", "train_loss"}.isdisjoint(logs or {})
-        if self.told or self.left_out is None or not of_training or not state.is_world_process_zero:
+        """Tell how many there were, of the first process: the line waits for the device anyway.
+
+        The first time beside the bar, and of the whole training as a note of the run.
+        """
+        whole = "train_loss" in (logs or {})
+        asked = whole or ("loss" in (logs or {}) and not self.told)
+        if self.left_out is None or not asked or not state.is_world_process_zero:
             return
         sent, self.sent = self.sent, None
-        if count := int(self.left_out if sent is None else sent()):
+        if count := int(self.left_out if sent is None or whole else sent()):
+            which = f"{count:,} micro-batch{'es' if count > 1 else ''} up to step {state.global_step}"
+            if whole:
+                told = "was not a number, and is left out of the losses told here"
+                self.note([f"the loss of {which} {told}; the model may be no good"])
+            if self.told:
+                return
             self.told = True
-            which = f"{count} micro-batch{'es' if count > 1 else ''} up to step {state.global_step}"
             tqdm.write(
                 f"fastft: the loss of {which} was not a number. In the log's mean each counts as the mean of the steps "
                 "since the line before, as 0 if there are none (logging_nan_inf_filter). A model is seldom any good "

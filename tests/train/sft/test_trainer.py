@@ -409,3 +409,17 @@ def test_what_is_cut_is_said(build_model, tokenizer, dataset, settings, capsys):
     args = SFTConfig(**{**settings, "max_length": 6, "packing": True, "max_unlearnable": 1.0})
     SFTTrainer(build_model(), args, train_dataset=dataset, processing_class=tokenizer, compile=False)
     assert f"{longer} of {len(dataset)} rows are longer than max_length=6" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_rows_longer_than_the_models_positions_are_refused(packing, build_model, tokenizer, settings):
+    """What the model was not made for is not trained in silence, whatever max_length says."""
+    ids = [10 + number % 80 for number in range(130)]
+    rows = Dataset.from_list([{"input_ids": ids[:length], "labels": ids[:length]} for length in (20, 130)])
+    told = "train rows: expected at most the model's 128, got 'up to 130 tokens'"
+    with pytest.raises(DataError, match=told) as caught:
+        train(build_model(), tokenizer, rows, settings, max_length=256, packing=packing)
+    assert "fastft.load(..., max_length=130)" in str(caught.value)
+    for cut in ({"max_length": 128}, {"max_length": 256, "packing": True}):
+        fitting = rows if cut["max_length"] == 128 else Dataset.from_list([rows[0]] * 9)
+        train(build_model(), tokenizer, fitting, settings, **cut)

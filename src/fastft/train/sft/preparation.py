@@ -8,7 +8,9 @@ import numpy as np
 from fastft.data import check, columns
 from fastft.data.rendering import templates_of
 from fastft.data.responses import refuse_untrained_stop
-from fastft.data.training_collator import PROBED, CountingCollator, refuse_other_labels
+from fastft.data.training_collator import PROBED, CountingCollator, longest_document, refuse_other_labels
+from fastft.errors import DataError, Problem
+from fastft.state import base_model
 
 
 def without_needless_cut(args: Any, rows: Any) -> Any:
@@ -61,3 +63,16 @@ def check_labels(data: Any, collator: Any, processing_class: Any, refuse_without
         refuse_other_labels(collator, [data[row] for row in range(min(PROBED, len(data)))], stops)
     if refuse_without_stop:
         refuse_untrained_stop(data, stops, tokenizer, "the training data")
+
+
+def refuse_beyond_positions(data: Any, model: Any, name: str) -> None:
+    """Raise `DataError` if a row, or a document of packed rows, has more tokens than the model has positions.
+
+    A stream is not read.
+    """
+    positions = getattr(base_model(model).config.get_text_config(), "max_position_embeddings", None)
+    longest = longest_document(data)
+    if positions is None or longest is None or longest <= positions:
+        return
+    remedy = f"Load it with fastft.load(..., max_length={longest}), which stretches them, or cut rows at {positions}."
+    raise DataError(Problem(f"{name} rows", f"up to {longest} tokens", f"at most the model's {positions}", remedy))

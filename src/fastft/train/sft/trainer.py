@@ -78,6 +78,7 @@ class SFTTrainer(Trained, trl.SFTTrainer):
         preparation.check_labels(
             self.train_dataset, self.data_collator, self.processing_class, self.args.refuse_untrained_stop
         )
+        preparation.refuse_beyond_positions(self.train_dataset, self.model, "train")
         self._statistics: list[torch.Tensor] = []
         self.replayer: Replayer | None = None
         self.equip(model, "sft", compile=compile, recompute=recompute)
