@@ -1,6 +1,7 @@
 """The last step of a run stands in the log, whatever trainer it is of and however the run ends."""
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -64,12 +65,17 @@ class Stop(TrainerCallback):
         control.should_training_stop |= state.global_step == 2
 
 
+STEPS = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+EPOCHS = {"save_strategy": "epoch", "eval_strategy": "epoch", "num_train_epochs": 3, "max_steps": -1}
+
+
 @pytest.mark.parametrize("event", ["on_step_end", "on_evaluate", "on_save"])
+@pytest.mark.parametrize("often", [STEPS, EPOCHS], ids=["steps", "epochs"])
 @pytest.mark.parametrize("late", [False, True])  # a callback that is asked before ours, or behind them
-def test_a_run_that_is_stopped(event, late, build_model, tokenizer, dataset, settings):
-    often = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+def test_a_run_that_is_stopped(event, often, late, build_model, tokenizer, dataset, settings):
     args = SFTConfig(**{**settings, **often, "logging_steps": 50})
-    data = {"train_dataset": dataset, "eval_dataset": dataset.select(range(2)), "processing_class": tokenizer}
+    rows, few = dataset.select(range(4)), dataset.select(range(2))  # an epoch of two steps
+    data = {"train_dataset": rows, "eval_dataset": few, "processing_class": tokenizer}
     made = SFTTrainer(build_model(), args, **data, callbacks=[] if late else [Stop(event)], compile=False)
     if late:
         made.add_callback(Stop(event))
@@ -82,3 +88,31 @@ def test_a_line_at_the_end_of_an_epoch_is_not_told_twice(build_model, tokenizer,
     data = {"train_dataset": dataset.select(range(4)), "processing_class": tokenizer}
     SFTTrainer(build_model(), args, **data, compile=False).train()
     assert lines(settings["output_dir"]) == [2, 4]
+
+
+class Rings(TrainerCallback):
+    """Presses Ctrl-C in the first evaluation."""
+
+    rung = False
+
+    def on_prediction_step(self, args, state, control, **kwargs):
+        if not self.rung:
+            self.rung = True
+            signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("often", [STEPS, EPOCHS], ids=["steps", "epochs"])
+def test_a_run_that_is_interrupted_while_it_evaluates(often, build_model, tokenizer, dataset, settings):
+    args = SFTConfig(**{**settings, **often, "logging_steps": 50})
+    rows, few = dataset.select(range(4)), dataset.select(range(2))
+    data = {"train_dataset": rows, "eval_dataset": few, "processing_class": tokenizer}
+    made = SFTTrainer(build_model(), args, **data, callbacks=[Rings()], compile=False)
+    with pytest.raises(KeyboardInterrupt):
+        made.train()
+    last = 1 if often is STEPS else 2
+    assert lines(settings["output_dir"]) == [last] == [made.state.global_step]
+    folder = Path(settings["output_dir"]) / f"checkpoint-{last}"
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    assert [row["step"] for row in history if "loss" in row] == [last]
+    record = json.loads((Path(settings["output_dir"]) / "run.json").read_text())
+    assert record["status"] == "interrupted" and record["loss"]["last"] is not None

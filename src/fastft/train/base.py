@@ -382,6 +382,8 @@ class Trained(LateLog):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Write a checkpoint beside its place and rename it when it is whole. Raises `SaveError`."""
         self.finite.restore()  # of a step that was broken off
+        if self.interruption.asked:  # it may have come while an evaluation ran, behind the log
+            self.log_last_line()
         folder = Path(super()._get_output_dir(trial))
         target = folder / f"checkpoint-{self.state.global_step}"
         last = [path for path in self._own if path != target]

@@ -1,4 +1,7 @@
-"""The last step of a run has a line in the log, whatever `logging_steps` says, and however the run comes to its end."""
+"""The last step of a run has a line in the log, whatever `logging_steps` says.
+
+Of one that turns out to be the last behind its evaluation or its checkpoint, `late_log` has it logged.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,9 +21,4 @@ class LastStep(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Have the step logged if it is known by now to be the last."""
         if control.should_training_stop or state.global_step >= state.max_steps or self.interrupted():
-            control.should_log |= args.logging_strategy != "no"
-
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Have the step logged behind which an evaluation stopped the run; one that has a line gets no second."""
-        if control.should_training_stop:
             control.should_log |= args.logging_strategy != "no"

@@ -1,4 +1,4 @@
-"""A step's line of the log, read from the device while the next step runs there.
+"""When a step's line of the log is written: while the next step runs, if that can be; and of the last step in any case.
 
 transformers asks the device for the loss as soon as a step is launched, and has the line logged when the step is done;
 all that while the device has nothing to do. Here the numbers are sent off instead, and the line is logged once the
@@ -87,12 +87,14 @@ class LateLog:
     """The part of a trainer that logs the line of a step while the next one runs; stands before transformers' class.
 
     The trainer has `recorder` and `finite`, which send off what they add to a line, and calls `step_launched` behind
-    every micro-batch. Lines are late where it says so by `logs_late`.
+    every micro-batch. Lines are late where it says so by `logs_late`. `log_last_line` is for who ends the run before a
+    step's evaluation or checkpoint is done.
     """
 
     logs_late = False
     _line: Line | None = None  # that of the step before, still to be logged
     _stepped = False  # whether a micro-batch has come since a line was due
+    _due: tuple[Any, ...] | None = None  # of the step that has just ended, what its line is made of
 
     def step_launched(self) -> None:
         """Log the line of the step before, now that the device has something to do."""
@@ -105,15 +107,26 @@ class LateLog:
         if line is None:
             return
         loss, norm = line.loss(), line.norm()
-        self._line, asked = None, _asked(self.control)
+        self._line, self._globalstep_last_logged = None, line.last_logged
+        self._only_log(loss, norm, *line.rest, **line.named)
+
+    def log_last_line(self) -> None:
+        """Log the line of the step that has just ended and turned out to be the last, unless it has one."""
+        if self._due is None or self.args.logging_strategy == "no":
+            return
+        if self.state.global_step > self._globalstep_last_logged:
+            *given, named = self._due
+            self._only_log(*given, **named)
+
+    def _only_log(self, *args: Any, **kwargs: Any) -> None:
+        asked = _asked(self.control)
         _ask(self.control, (True, False, False))
-        self._globalstep_last_logged = line.last_logged
-        super()._maybe_log_save_evaluate(loss, norm, *line.rest, **line.named)
+        super()._maybe_log_save_evaluate(*args, **kwargs)
         _ask(self.control, asked)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train; the line of the last whole step is logged, however the run ends."""
-        self._line, self._stepped = None, False
+        self._line, self._stepped, self._due = None, False, None
         try:
             return super().train(*args, **kwargs)
         finally:
@@ -124,7 +137,11 @@ class LateLog:
         self.log_late_line()
         stepped, self._stepped = self._stepped, False
         if not (stepped and self.logs_late and may_be_late(self)):  # an epoch's end comes behind no step
+            self._due = (tr_loss, grad_norm, *args, kwargs)
             super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
+            if self.control.should_training_stop:  # by an evaluation, or behind a checkpoint
+                self.log_last_line()
+            self._due = None
             return
         self._line = Line.sent(tr_loss, grad_norm, self._globalstep_last_logged, args, kwargs)
         self.recorder.send()
