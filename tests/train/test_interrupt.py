@@ -296,6 +296,21 @@ def test_a_step_that_fails_of_it_leaves_the_last_whole_one(trainer, folder):
     assert record(folder)["error"] == "RuntimeError: the compiler was killed\nby a signal"
 
 
+def test_where_nothing_can_be_measured_any_more_the_interruption_is_told_still(trainer, folder, monkeypatch):
+    made = trainer(Ring(1))
+
+    def dead(*given):
+        raise RuntimeError("CUDA error: unspecified launch failure")
+
+    monkeypatch.setattr(made.recorder, "at_checkpoint", dead)
+    monkeypatch.setattr(made.recorder, "measurements", dead)
+    told = interrupted(made)
+    assert told.startswith("stopped after step 2 of 4; not saved: could not be saved: CUDA error")
+    run = record(folder)
+    measured = "what it came to could not be measured (RuntimeError: CUDA error: unspecified launch failure)"
+    assert run["status"] == "interrupted" and run["error"].endswith(measured)
+
+
 def test_what_cannot_be_written_is_said(trainer, folder, monkeypatch):
     def full(path, write):
         raise checkpoint.SaveError(f"{path}: could not be written: No space left on device")

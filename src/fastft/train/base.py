@@ -287,19 +287,23 @@ class Trained(LateLog):
     def _record_failure(self, error: BaseException) -> None:
         """Write the record of a run that failed, with what it came to as far as that can be measured."""
         if self.recorder.record and self.is_world_process_zero():
-            why = f"{type(error).__name__}: {error}"
             with contextlib.suppress(SaveError):
-                try:
-                    self._finish("failed", why)
-                except Exception as other:
-                    more = f"what it came to could not be measured ({type(other).__name__}: {other})"
-                    self.recorder.write_record("failed", f"{why}; {more}")
+                self._finish("failed", f"{type(error).__name__}: {error}")
 
     def _finish(self, status: str, error: str | None) -> None:
-        """Write the end of the record of a run that was broken off, with the steps behind its last line."""
-        if self.args.world_size == 1:  # else the others would be waited for, which may be somewhere else
-            self.recorder.spent.count()
-        self.recorder.finish(status, self.state, self.model, error)
+        """Write the end of the record of a run that was broken off, with the steps behind its last line.
+
+        Where a device tells no more what it came to, that is said there.
+        """
+        try:
+            if self.args.world_size == 1:  # else the others would be waited for, which may be somewhere else
+                self.recorder.spent.count()
+            self.recorder.finish(status, self.state, self.model, error)
+        except SaveError:
+            raise
+        except Exception as other:
+            more = f"what it came to could not be measured ({type(other).__name__}: {other})"
+            self.recorder.write_record(status, f"{error}; {more}" if error else more)
 
     def _rescue(self) -> str:
         """Save what was trained up to the last whole step, unless it is saved already, and say where it is."""
