@@ -195,5 +195,8 @@ def test_turns_that_a_template_passes_over(build_tokenizer):
             "Write it into a turn that is rendered, the user's say, or take it out; "
             "fastft.chat_templates.get_chat_template(tokenizer, name) has other formats."
         )
+    repeats = [{**USER, "content": "brief q"}, {**BOT, "content": f"It is {RESULT['content']}."}]
+    for messages, place in (([system, USER, BOT, late, *repeats], 3), ([USER, RESULT, repeats[1]], 1)):
+        assert told(messages, tokenizer).startswith(f"row 1, messages[{place}]: expected a turn that the chat template")
     doubling = knowing.replace("message['content'] | trim", "message['content'] | upper")  # otherwise is not left out
     assert learnt([system, USER, BOT], build_tokenizer("bytes", doubling))[1] == "be<|im_end|>Qa<|im_end|>"

@@ -114,17 +114,30 @@ def left_out(
 
 
 def unsaid(messages: Messages, text: str) -> list[int]:
-    """Return the numbers of turns, but the assistant's, whose content does not stand in `text` as it is.
+    """Return the numbers of turns, but the assistant's, that may not stand in `text`, which rendering others tells.
 
-    Templates that do not know a role leave its turns out, and so do some with a system message that is not the first.
+    Templates that do not know a role leave its turns out, and so do some with a system message that is not the first:
+    these are asked for whatever `text` holds, for an answer often repeats them.
     """
     return [
         number
         for number, message in enumerate(messages)
         if message["role"] != "assistant"
-        and type(message.get("content")) is str
-        and message["content"].strip() not in text
+        and (said := _said(message))
+        and (_may_be_unknown(number, message["role"]) or any(part.strip() not in text for part in said))
     ]
+
+
+def _may_be_unknown(number: int, role: str) -> bool:
+    return role == "tool" or (role == "system" and number > 0)
+
+
+def _said(message: Mapping[str, Any]) -> list[str]:
+    """Return the texts of a message's content."""
+    content = message.get("content")
+    if isinstance(content, str):
+        return [content]
+    return [part["text"] for part in content or () if part["type"] == "text"]
 
 
 def reasoning_problem(where: str, name: str, value: Any) -> Problem:
@@ -172,7 +185,12 @@ def _other_calls(messages: Messages) -> Messages:
 
 def _other_content(messages: Messages, number: int) -> Messages:
     message = messages[number]
-    return [*messages[:number], {**message, "content": f"{message['content']}_"}, *messages[number + 1 :]]
+    content = message["content"]
+    if isinstance(content, str):
+        other: Any = f"{content}_"
+    else:
+        other = [{**part, "text": f"{part['text']}_"} if part["type"] == "text" else part for part in content]
+    return [*messages[:number], {**message, "content": other}, *messages[number + 1 :]]
 
 
 def _without_parts(messages: Messages) -> Messages:
