@@ -69,3 +69,25 @@ def test_one_line_a_kind(told):
 
 def test_where_everything_is_learnt_no_turn_is_without_loss(told):
     assert told((USER, BOT, USER), train_on="all") == []
+
+
+OPENING = {"role": "assistant", "content": "zz"}
+
+
+@pytest.mark.parametrize("train_on", ["assistant", "last", "all"])
+@pytest.mark.parametrize("row", [
+    {"messages": [OPENING, USER, BOT]},
+    {"messages": [{**OPENING, "weight": 0}, USER, BOT]},
+    {"messages": [OPENING, USER]},
+    {"prompt": [OPENING, USER], "completion": [BOT]},
+], ids=["turns", "weight 0", "alone", "in a prompt"])  # fmt: skip
+def test_an_opening_answer_is_told_where_it_is_learnt(row, train_on, build_tokenizer, capsys):
+    if train_on == "all" and any("weight" in message for message in row.get("messages", ())):
+        return  # refused: a weight says what bears loss, and all does
+    if "prompt" in row and train_on == "assistant":
+        train_on = "completion"
+    tokenizer = get_chat_template(build_tokenizer(), "qwen3")
+    (made,) = chat_dataset([row], tokenizer, train_on=train_on)
+    told = "an answer before any other turn" in capsys.readouterr().out
+    learnt = tokenizer.decode([label for label in made["labels"] if label != -100])
+    assert told is ("zz" in learnt)

@@ -72,7 +72,7 @@ class Encoder:
         if kind != "prompt_completion":
             self._refuse_templates(row.where, content["messages"], self.train_on != "all")
             row.media = count_media(f"{row.where}, messages", content["messages"])
-            row.notes = self._notes(content["messages"])
+            row.notes = self._notes(content["messages"], 0)
             return [Text(row, _finish_messages, content["messages"], content)]
         prompt, completion = content["prompt"], content["completion"]
         if isinstance(prompt, str):
@@ -86,7 +86,7 @@ class Encoder:
         whole = [*prompt, *completion]
         self._refuse_templates(row.where, whole, several)
         row.media = count_media(f"{row.where}, prompt + completion", whole)
-        row.notes = self._notes(whole)
+        row.notes = self._notes(whole, len(prompt))
         given = Text(row, _finish_nothing, prompt, content, name="prompt", opened=True)
         return [given, Text(row, _finish_turns, whole, content, name="prompt + completion", given=given)]
 
@@ -107,9 +107,9 @@ class Encoder:
         row.notes = self._text_notes((text, True, True))
         return Text(row, _finish_text, text=text, start=starts_anew(self.tokenizer, text))
 
-    def _notes(self, messages: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-        """Return what is to be told of a conversation, by `notes`' kinds."""
-        notes, control = odd_order(messages, self.train_on), self.control.in_messages(messages)
+    def _notes(self, messages: Sequence[Mapping[str, Any]], given: int) -> dict[str, str]:
+        """Return what is to be told of a conversation, by `notes`' kinds; `given` of its messages are a prompt's."""
+        notes, control = odd_order(messages, self.train_on, given), self.control.in_messages(messages)
         return {**notes, "control": control} if control else notes
 
     def _text_notes(self, *texts: tuple[str, bool, bool]) -> dict[str, str]:
