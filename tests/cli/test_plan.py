@@ -303,3 +303,23 @@ def test_it_needs_no_torch(folder):
     env = {"PYTHONPATH": str(Path(fastft.__file__).parents[1])}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
+
+
+def test_where_no_milder_ones_are_enough_those_that_leave_the_length_are_told(folder, capsys):
+    found = json.loads(
+        told(capsys, folder, "--gpu", "12GB", "--plan", "min", "--batch", 16, "--length", 8192, "--json")[1].out
+    )
+    assert [remedy["name"] for remedy in found["remedies"]] == [
+        "batch size 1 with 16 times the accumulation",
+        "length 512",
+    ]
+    assert found["remedies_together"]["names"] == ['plan="auto"', "batch size 2 with 8 times the accumulation"]
+    assert told(capsys, folder, "--gpu", "12GB", "--batch", 2, "--length", 8192)[0] == 0
+
+
+@pytest.mark.parametrize(("rank", "gpu", "enough"), [(48, "9GB", 24), (128, "10.5GB", 32)])
+def test_the_rank_is_as_high_as_will_do(rank, gpu, enough, folder, capsys):
+    given = (folder, "--gpu", gpu, "--rank")
+    found = json.loads(told(capsys, *given, rank, "--json")[1].out)
+    assert f"rank {enough}" in [remedy["name"] for remedy in found["remedies"]]
+    assert [told(capsys, *given, tried)[0] for tried in (enough, 2 * enough)] == [0, 2]

@@ -154,7 +154,10 @@ def _what_is_enough(made: Any, setup: Any, plan: str, device: "Device") -> dict[
         return {"remedies": [], "remedies_together": None, "smallest_gpu": None}
     asked = Asked(setup, plan, device.memory, device)
     alone = enough_alone(asked)
-    together = enough_together(asked, drastic=not alone) if all(found.drastic for found in alone) else None
+    together = None
+    if all(found.drastic for found in alone):
+        together = enough_together(asked, drastic=False) or enough_together(asked)
+        together = None if together in alone else together
     gpus = [known for known in DEVICES if setup.compute == "exact" or not _without_fp8(known, setup.compute)]
     gpu = smallest(asked, gpus)
     return {

@@ -10,8 +10,8 @@ from fastft.memory.plan import EIGHT_BITS, named_modes
 
 # What is halved at the least.
 LEAST_LENGTH = 256
-# LoRA's ranks that are offered instead of a higher one.
-RANKS = (8, 4)
+# LoRA's rank is halved down to this one.
+LEAST_RANK = 4
 
 
 @frozen
@@ -66,7 +66,10 @@ def changes(setup: Setup) -> Iterator[tuple[str, Callable[[Setup], Setup]]]:
 
 def lower_ranks(setup: Setup) -> list[int]:
     """Return the ranks below LoRA's that a step may have, the highest first; below 16 where LoRA is a change itself."""
-    return [rank for rank in RANKS if rank < (setup.rank or 16)]
+    ranks = [(setup.rank or 16) // 2]
+    while ranks[-1] >= 2 * LEAST_RANK:
+        ranks.append(ranks[-1] // 2)
+    return [rank for rank in ranks if rank >= LEAST_RANK]
 
 
 def fewer_rows(setup: Setup, rows: int) -> Setup:
