@@ -127,6 +127,9 @@ def test_devices_by_memory_and_by_name():
         device_of("RTXX 4090")
     with pytest.raises(UsageError, match=r"got 'RTX 4080'$"):  # no mistake in writing: another card
         device_of("RTX 4080")
+    for text in ("RTX 4070 Ti", "RTX 4060Ti", "3080 Ti", "RTX 5090 Laptop", "RTX 4070 SUPER", "Ti", "NVL"):
+        with pytest.raises(UsageError, match=rf"got '{text}'$"):
+            device_of(text)
     with pytest.raises(UsageError, match=r"gpu: expected an amount of memory such as 24GB .* got 'Voodoo'"):
         device_of("Voodoo")
 

@@ -95,14 +95,19 @@ def _stands_in(name: str, words: str) -> bool:
 
 def _by_number(text: str) -> Device | None:
     """Return the device that has this number in its name alone ("4090"), None if none has."""
-    found = [device for device in DEVICES if device.name.split()[-1] == text.strip()]
+    found = [device for device in DEVICES if text.strip().isdecimal() and device.name.split()[-1] == text.strip()]
     return found[0] if len(found) == 1 else None
 
 
 def _near(text: str) -> str:
-    """Return "did you mean 'x'?" for a device with the same numbers in its name: of another number is another card."""
-    numbers = re.findall(r"\d+", text)
-    return did_you_mean(text.upper(), [device.name for device in DEVICES if re.findall(r"\d+", device.name) == numbers])
+    """Return "did you mean 'x'?" for a device of the same numbers and variant: all others are another card."""
+    alike = [device.name for device in DEVICES if _marks(device.name) == _marks(text)]
+    return did_you_mean(text.upper(), alike)
+
+
+def _marks(name: str) -> list[str]:
+    """Return what tells cards of one series apart: numbers, and the words of a variant."""
+    return re.findall(r"\d+|(?<![a-z])(?:ti|super|laptop|mobile)\b", name.lower())
 
 
 def device_of(text: str) -> Device:
