@@ -139,8 +139,8 @@ def _streamed(rows: Any, encoder: Encoder) -> Any:
     notes = Notes()
     for number, row in enumerate(made):
         notes.add(number, row.notes)
-    _print(notes.lines(len(head), streamed=True, written=_is_written(encoder)))
     needed, files = set(encoder.given.recognised.fields.values()), encoder.given.files
+    _print(notes.lines(len(head), files, streamed=True, written=_is_written(encoder)))
 
     def encode(batch: Mapping[str, Any], indices: list[int]) -> dict[str, Any]:
         # `datasets` gives every row of a batch the fields of all; the first row's need not be those of all others
@@ -224,7 +224,7 @@ def _tell(found: Any) -> None:
 
 
 def _tell_notes(found: Any, encoder: Encoder) -> None:
-    """Print what was noted of rows, which are numbered as they came."""
+    """Print what was noted of rows, which are numbered as they came where they are from no file."""
     notes, first = Notes(), 0
     for table in found.with_format("arrow").select_columns(["notes"]).iter(10_000):
         column = table["notes"]
@@ -233,7 +233,7 @@ def _tell_notes(found: Any, encoder: Encoder) -> None:
                 if data:
                     notes.add(first + number, json.loads(data))
         first += len(column)
-    _print(notes.lines(len(found), written=_is_written(encoder)))
+    _print(notes.lines(len(found), encoder.given.files, written=_is_written(encoder)))
 
 
 def _is_written(encoder: Encoder) -> bool:
