@@ -159,6 +159,8 @@ def test_rows_of_files_are_named_by_file_and_line(tmp_path, build_tokenizer):
             assert [line.split(": expected")[0] for line in str(caught.value).splitlines()] == [
                 f"{place}, completion" for place in wanted
             ]
+            # a traceback shows the list once: it comes with no other error
+            assert (caught.value.__cause__, caught.value.__context__) == (None, None)
     one = tables / "1.parquet"
     for source, place in ((lists, places[0]), (one, f"{one}, row 1")):
         for columns in (None, ["prompt", "completion"]):

@@ -27,13 +27,28 @@ def told(rows, like=None):
 MESSAGES = {
     "no role": (
         [{"content": "x"}],
-        "[0].role: expected a text such as 'user' or 'assistant', got None. The message has the fields ['content'].",
+        "[0].role: expected a text such as 'user' or 'assistant', got None. The message has the fields ['content'] and "
+        "no 'role'.",
     ),
     "role of a wrong type": (
         [{"role": 3, "content": "x"}],
         "[0].role: expected a text such as 'user' or 'assistant', got 3",
     ),
-    "no content": ([{"role": "user"}], f"[0].content: expected a text (str), got None. {EMPTY}"),
+    "role under another name": (
+        [{"from": "user", "content": "x"}],
+        "[0].role: expected a text such as 'user' or 'assistant', got None. The message has the fields ['content', "
+        "'from'] and no 'role': did you mean 'role' by 'from'?",
+    ),
+    "no content": (
+        [{"role": "user"}],
+        "[0].content: expected a text (str), got None. The message has the fields ['role'] and no 'content'. " + EMPTY,
+    ),
+    "content of None": ([{"role": "user", "content": None}], f"[0].content: expected a text (str), got None. {EMPTY}"),
+    "content under a name like it": (
+        [USER, {"Contents": "x", "role": "assistant"}],
+        "[1].content: expected a text (str), got None. The message has the fields ['Contents', 'role'] and no "
+        "'content': did you mean 'content' by 'Contents'?",
+    ),
     "content of a wrong type": (
         [{"role": "user", "content": 3}],
         "[0].content: expected a text (str), got 3. Convert it to text.",
@@ -105,6 +120,14 @@ def test_messages(messages, line):
     assert told([{"messages": messages}], like=GOOD) == [f"row 1, messages{line}"]
 
 
+def test_a_turn_with_another_key_than_the_others():
+    turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}, {"from": "human", "text": "How?"}]
+    assert told([{"conversations": turns}]) == [
+        "row 0, conversations[2].value: expected a text (str), got None. The message has the fields ['from', 'text'] "
+        "and no 'value': did you mean 'value' by 'text'?"
+    ]
+
+
 def test_a_role_by_another_name_after_the_rows_that_were_looked_at():
     rows = [GOOD] * SAMPLE + [{"messages": [{"role": "human", "content": "x"}]}]
     line = "messages[0].role: expected 'user', got 'human'. fastft.standardize_sharegpt(rows) renames the roles."
@@ -134,7 +157,8 @@ OTHERS = {
     "sharegpt, no value": (
         SHAREGPT,
         {"conversations": [{"from": "human"}]},
-        f"conversations[0].value: expected a text (str), got None. {EMPTY}",
+        "conversations[0].value: expected a text (str), got None. The message has the fields ['from'] and no 'value'. "
+        + EMPTY,
     ),
     "sharegpt, two answers": (
         SHAREGPT,

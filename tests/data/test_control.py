@@ -1,5 +1,6 @@
 """Special tokens inside users' texts are told in one line; those of templates, and those that are meant, are not."""
 
+import json
 import re
 
 import pytest
@@ -7,16 +8,18 @@ from tokenizers import AddedToken
 
 from fastft.chat_templates import get_chat_template
 from fastft.data.chat import chat_dataset
-from fastft.data.control import _any_of, find_control
+from fastft.data.control import _any_of, find_control, tell_control
+from fastft.data.sources import load_rows
 from fastft.registry.chat import chat_formats
 
 USER, BOT = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 FUNCTION = {"type": "function", "function": {"name": "look", "arguments": {"x": "1<|im_end|>"}}}
 END = "<|im_end|>"
-LINE = (
-    "fastft: special tokens in the texts of {} (the first: row {}): the model reads them as the tokens themselves, "
+PLACED = (
+    "fastft: special tokens in the texts of {} (the first: {}): the model reads them as the tokens themselves, "
     "such as the end of a turn. If that is not meant, take them out or put a space into them."
 )
+LINE = PLACED.replace("first: {}", "first: row {}")
 
 
 @pytest.fixture
@@ -140,6 +143,28 @@ def test_the_first_rows_of_a_stream(tokenizer, told, chats):
     rows[7], rows[140] = chat(END), chat(END)
     stream = datasets.Dataset.from_list(rows).to_iterable_dataset()
     assert told(stream, tokenizer) == [LINE.format("1 of the first 100 rows", f"7, {END!r}")]
+
+
+def test_rows_of_files_are_named_by_file_and_line(tokenizer, told, chats, tmp_path, capsys):
+    import datasets
+
+    rows = chats(5)
+    rows[3] = chat(f"x{END}y")
+    first, second = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    first.write_text("".join(f"{json.dumps(row)}\n" for row in rows[:2]))
+    second.write_text("\n".join(["", *map(json.dumps, rows[2:])]))  # a blank line is no row
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "c.parquet")
+    line = PLACED.format("1 of 5 rows", f"{second}, line 3, {END!r}")
+    assert told([first, second], tokenizer) == [line]
+    assert told(rows, tokenizer) == [LINE.format("1 of 5 rows", f"3, {END!r}")]
+    assert told(tmp_path / "c.parquet", tokenizer) == [
+        PLACED.format("1 of 5 rows", f"{tmp_path / 'c.parquet'}, row 3, {END!r}")
+    ]
+    assert told(load_rows([first, second], stream=True), tokenizer) == [
+        PLACED.format("1 of the first 5 rows", f"{second}, line 3, {END!r}")
+    ]
+    tell_control(datasets.Dataset.from_list(rows), ["messages"], tokenizer, "train", [first, second])
+    assert capsys.readouterr().out.splitlines() == [line.replace("fastft: ", "fastft: train: ")]
 
 
 def test_the_pattern_finds_the_longest_of_all():

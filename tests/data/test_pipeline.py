@@ -144,14 +144,22 @@ def test_rows_with_several_mistakes_are_counted_once(build_tokenizer):
 
 def test_a_stop_token_that_is_never_learnt(build_tokenizer, chats):
     long = chats(3, answer="It is {n}. " * 30)
-    with pytest.raises(DataError, match=r"stop token, learnt in 3 rows.*<\|im_end\|>.*got '0 times'.*Raise max_length"):
+    with pytest.raises(DataError) as caught:
         chat_dataset(long, build_tokenizer(), max_length=60, overlong="truncate")
+    assert str(caught.value) == (
+        "stop token, learnt in 3 rows: expected at least once one of ['<|im_end|>'], got '0 times'. 3 of them fill "
+        "max_length=60 and are cut before it: raise max_length. A model that never learns to stop goes on until it is "
+        "stopped."
+    )
     assert len(chat_dataset([*long, *chats(1)], build_tokenizer(), max_length=60, overlong="truncate")) == 4
     bare = "{%- for m in messages %}{{- m['role'] + ': ' + m['content'] + '\n' }}{%- endfor %}"
-    with pytest.raises(DataError, match="stop token"):
-        chat_dataset(chats(3), build_tokenizer("bytes", bare), "all")
+    with pytest.raises(DataError, match="stop token") as caught:  # none is cut, and it is no matter of length
+        chat_dataset(chats(3), build_tokenizer("bytes", bare), "all", max_length=500, overlong="truncate")
+    assert "max_length" not in str(caught.value)
     stream = Dataset.from_list(long).to_iterable_dataset()
-    with pytest.raises(DataError, match=r"stop token, learnt in the first 3 rows of the stream.*got '0 times'"):
+    with pytest.raises(
+        DataError, match=r"stop token, learnt in the first 3 rows of the stream.*'. 3 of them fill max_length=60"
+    ):
         chat_dataset(stream, build_tokenizer(), max_length=60, overlong="truncate")
 
 

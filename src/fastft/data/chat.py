@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from fastft.data import inputs, pipeline
+from fastft.data import columns, inputs, pipeline
 from fastft.data.check import (
     Mistakes,
     check_tokenised,
@@ -22,7 +22,6 @@ from fastft.data.check import (
     tokenizer_problem,
     whole_number,
 )
-from fastft.data.columns import any_trained
 from fastft.data.control import find_control
 from fastft.data.files import told_by_file, told_of
 from fastft.data.notes import Notes
@@ -139,8 +138,8 @@ def _streamed(rows: Any, encoder: Encoder) -> Any:
     notes = Notes()
     for number, row in enumerate(made):
         notes.add(number, row.notes)
-    _print(notes.lines(len(head), streamed=True, written=_is_written(encoder)))
     needed, files = set(encoder.given.recognised.fields.values()), encoder.given.files
+    _print(notes.lines(len(head), files, streamed=True, written=_is_written(encoder)))
 
     def encode(batch: Mapping[str, Any], indices: list[int]) -> dict[str, Any]:
         # `datasets` gives every row of a batch the fields of all; the first row's need not be those of all others
@@ -224,7 +223,7 @@ def _tell(found: Any) -> None:
 
 
 def _tell_notes(found: Any, encoder: Encoder) -> None:
-    """Print what was noted of rows, which are numbered as they came."""
+    """Print what was noted of rows, which are numbered as they came where they are from no file."""
     notes, first = Notes(), 0
     for table in found.with_format("arrow").select_columns(["notes"]).iter(10_000):
         column = table["notes"]
@@ -233,7 +232,7 @@ def _tell_notes(found: Any, encoder: Encoder) -> None:
                 if data:
                     notes.add(first + number, json.loads(data))
         first += len(column)
-    _print(notes.lines(len(found), written=_is_written(encoder)))
+    _print(notes.lines(len(found), encoder.given.files, written=_is_written(encoder)))
 
 
 def _is_written(encoder: Encoder) -> bool:
@@ -257,8 +256,9 @@ def _need_stops(found: Any, encoder: Encoder) -> None:
     ):
         return
     stops = encoder.scaffold.stops
-    if stops and not any_trained(found, stops):
-        _refuse_no_stops(f"{len(found)} rows", encoder)
+    if stops and not columns.any_trained(found, stops):
+        full = int((columns.lengths(found) == encoder.max_length).sum())
+        _refuse_no_stops(f"{len(found)} rows", full, encoder)
 
 
 def _need_stops_of_head(rows: Sequence[Row], encoder: Encoder) -> None:
@@ -267,12 +267,15 @@ def _need_stops_of_head(rows: Sequence[Row], encoder: Encoder) -> None:
     sound = [row for row in rows if not row.problems and row.turns]
     learnt = {int(token) for row in sound for start, end in row.spans for token in row.ids[start:end]}
     if sound and stops and learnt.isdisjoint(stops):
-        _refuse_no_stops(f"the first {len(rows)} rows of the stream", encoder)
+        full = sum(len(row.ids) == encoder.max_length for row in sound)
+        _refuse_no_stops(f"the first {len(rows)} rows of the stream", full, encoder)
 
 
-def _refuse_no_stops(where: str, encoder: Encoder) -> None:
+def _refuse_no_stops(where: str, full: int, encoder: Encoder) -> None:
+    """Raise `DataError` for rows without a learnt stop token, of which `full` fill `max_length`."""
     names = sorted(encoder.tokenizer.convert_ids_to_tokens(sorted(encoder.scaffold.stops)))
-    cut = "Raise max_length: every turn is cut before it. " if encoder.max_length else ""
+    limit = f"max_length={encoder.max_length}"
+    cut = f"{full:,} of them fill {limit} and are cut before it: raise max_length. " if full else ""
     remedy = f"{cut}A model that never learns to stop goes on until it is stopped."
     raise DataError(Problem(f"stop token, learnt in {where}", "0 times", f"at least once one of {names}", remedy))
 

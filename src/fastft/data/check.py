@@ -8,6 +8,7 @@ from typing import Any
 from attrs import evolve
 
 from fastft.data import columns
+from fastft.data.kinds import CONTENT_KEYS, ROLE_KEYS
 from fastft.errors import DataError, Problem, did_you_mean, short
 
 SHOWN = 10
@@ -167,7 +168,7 @@ def message_problems(where: str, messages: Any, keys: tuple[str, str] = ("role",
         # the plain case first: this runs for every message of a set
         plain = type(content) is str and content.isascii() and len(content) <= LONGEST
         if not plain or not content or content.isspace():
-            problem = _content_problem(f"{where}[{number}].{keys[1]}", message, role, content)
+            problem = _content_problem(f"{where}[{number}].{keys[1]}", message, keys)
             if problem:
                 problems.append(problem)
     return problems
@@ -185,18 +186,35 @@ def repeated_answers(where: str, messages: Sequence[Mapping[str, Any]], role_key
 
 def _role_problem(where: str, message: Mapping[str, Any], keys: tuple[str, str]) -> Problem:
     role = message.get(keys[0])
-    remedy = "" if keys[0] in message else f"The message has the fields {short(sorted(map(str, message)))}."
+    remedy = "" if keys[0] in message else _without(keys[0], message, keys)
     return Problem(f"{where}.{keys[0]}", short(role), "a text such as 'user' or 'assistant'", remedy)
 
 
-def _content_problem(where: str, message: Mapping[str, Any], role: Any, content: Any) -> Problem | None:
+def _without(key: str, message: Mapping[str, Any], keys: tuple[str, str]) -> str:
+    """Return what to say of a message without `key`, one of the `keys` of role and content: the fields it has."""
+    fields = sorted(map(str, message))
+    meant = next((f": did you mean {key!r} by {name!r}?" for name in fields if _may_be(name, key, keys)), ".")
+    return f"The message has the fields {short(fields)} and no {key!r}{meant}"
+
+
+def _may_be(name: str, key: str, keys: tuple[str, str]) -> bool:
+    """Return whether a field of a message may hold what belongs under `key`: by a name like it, or a usual one."""
+    usual = ROLE_KEYS if key == keys[0] else CONTENT_KEYS
+    return name not in keys and (name in usual or bool(did_you_mean(name.strip().lower(), [key])))
+
+
+def _content_problem(where: str, message: Mapping[str, Any], keys: tuple[str, str]) -> Problem | None:
     """Return what is wrong with the content of one message."""
+    role, content = message.get(keys[0]), message.get(keys[1])
     said = any(message.get(name) for name in ("tool_calls", "reasoning_content", "thinking", "reasoning"))
     if content is None and said:
         return None
     if isinstance(content, list | tuple):
         return _parts_problem(where, content)
     problem = text_problem(where, content, may_be_empty=said or role in ("system", "developer", "tool"))
+    if problem and keys[1] not in message:
+        told = _without(keys[1], message, keys)
+        return evolve(problem, remedy=told if told.endswith("?") else f"{told} {problem.remedy}")
     if problem and isinstance(content, str) and role == "assistant" and not content.strip():
         return evolve(problem, expected="an answer that is not empty", remedy="Remove the turn, or the row.")
     return problem

@@ -92,6 +92,15 @@ def present_ids(dataset: Any, ids: Collection[int]) -> int:
     return count
 
 
+def open_ended(dataset: Any) -> int:
+    """Return how many rows end with a token that bears loss."""
+    count = 0
+    for batch in columns(dataset):
+        last = (batch.starts + batch.lengths - 1)[batch.lengths > 0]
+        count += int(batch.bearing()[last].sum())
+    return count
+
+
 def suspects(dataset: Any) -> list[int]:
     """Return the numbers of rows without tokens, with labels of another length, or without anything to learn."""
     labelled = "labels" in dataset.column_names

@@ -8,6 +8,7 @@ and a special token at its very end are meant.
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from attrs import frozen
@@ -18,10 +19,11 @@ from fastft.data.template import own_templates, render_all, render_errors
 _TURNS = [{"role": role, "content": "text"} for role in ("system", "user", "assistant")]
 
 
-def tell_control(rows: Any, columns: Sequence[str], tokenizer: Any, name: str) -> None:
+def tell_control(rows: Any, columns: Sequence[str], tokenizer: Any, name: str, files: Sequence[Path] = ()) -> None:
     """Say in one line in how many rows of a data set the conversations in `columns` hold special tokens.
 
-    Columns that hold no conversations are left alone, and so is a stream, which is not read.
+    Columns that hold no conversations are left alone, and so is a stream, which is not read. Rows that came out of
+    `files`, in their order, are named by file and line.
     """
     control, notes = find_control(tokenizer), Notes()
     columns = [column for column in columns if column in (getattr(rows, "column_names", None) or ())]
@@ -34,7 +36,7 @@ def tell_control(rows: Any, columns: Sequence[str], tokenizer: Any, name: str) -
             found = control.in_messages(spoken)
             notes.add(number, {"control": found} if found else {})
             number += 1
-    for line in notes.lines(number):
+    for line in notes.lines(number, files):
         print(f"fastft: {name}: {line}")
 
 

@@ -51,23 +51,21 @@ def stream_files(paths: Sequence[Path]) -> Iterator[Row]:
 def told_by_file(paths: Sequence[Path]) -> Iterator[None]:
     """Let a `DataError` about rows that came out of files, in their order, name file and line instead of "row 3".
 
-    The files are read again up to the last row that is named.
+    The error stays the one that was raised, with its cause; a second one would show all mistakes twice.
     """
     try:
         yield
     except DataError as error:
         found = [_ROW.match(problem.where) if isinstance(problem, Problem) else None for problem in error.problems]
-        wanted = {int(match[1]) for match in found if match}
-        if not paths or not wanted:
-            raise
-        places = _places(paths, wanted)
+        places = places_of(paths, {int(match[1]) for match in found if match})
         told = [
             evolve(problem, where=f"{places.get(int(match[1]), match[0])}{problem.where[match.end() :]}")
             if match
             else problem
             for problem, match in zip(error.problems, found, strict=True)
         ]
-        raise DataError(*told) from None
+        error.tell(*told)
+        raise
 
 
 @contextmanager
@@ -77,11 +75,17 @@ def told_of(name: str, paths: Sequence[Path] = ()) -> Iterator[None]:
         with told_by_file(paths):
             yield
     except DataError as error:
-        raise DataError(*(named(problem, name) for problem in error.problems)) from error
+        error.tell(*(named(problem, name) for problem in error.problems))
+        raise
 
 
-def _places(paths: Sequence[Path], wanted: Collection[int]) -> dict[int, str]:
-    """Return where rows stand, by their numbers over all files."""
+def places_of(paths: Sequence[Path], wanted: Collection[int]) -> dict[int, str]:
+    """Return where rows stand ("a.jsonl, line 3"), by their numbers over all files; nothing for rows out of none.
+
+    The files are read again up to the last row that is wanted.
+    """
+    if not paths or not wanted:
+        return {}
     placed = itertools.islice((place for path in paths for place in _places_in(path)), max(wanted) + 1)
     return {index: place for index, place in enumerate(placed) if index in wanted}
 

@@ -1,7 +1,10 @@
 """What is told of rows that are used as they are, though it may not be what was meant: one line a kind, not a row."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from fastft.data.files import places_of
 
 _LINES = {
     "control": (
@@ -36,16 +39,21 @@ class Notes:
             self._rows[kind] += 1
             self._first.setdefault(kind, (number, found))
 
-    def lines(self, total: int, *, streamed: bool = False, written: bool = False) -> Iterable[str]:
+    def lines(
+        self, total: int, files: Sequence[Path] = (), *, streamed: bool = False, written: bool = False
+    ) -> Iterable[str]:
         """Return a line for each kind, of `total` rows, which if `streamed` are the first ones.
 
-        `written`: the rows are texts that are not rendered. Special tokens in half of them or more are the format that
-        the user has written there, and no accident.
+        Rows that came out of `files`, in their order, are named as in errors, by file and line. `written`: the rows are
+        texts that are not rendered. Special tokens in half of them or more are the format that the user has written
+        there, and no accident.
         """
         whole = f"the first {total:,} rows" if streamed else f"{total:,} row{'s' * (total != 1)}"
-        for kind, line in _LINES.items():
-            count = self._rows[kind]
-            if not count or (kind == "control" and written and 2 * count >= total):
-                continue
+        kinds = [kind for kind in _LINES if self._rows[kind]]
+        if written and 2 * self._rows["control"] >= total:
+            kinds = [kind for kind in kinds if kind != "control"]
+        places = places_of(files, {self._first[kind][0] for kind in kinds})
+        for kind in kinds:
             number, found = self._first[kind]
-            yield line.format(of=f"{count:,} of {whole} (the first: row {number}, {found!r})")
+            first = f"{places.get(number, f'row {number}')}, {found!r}"
+            yield _LINES[kind].format(of=f"{self._rows[kind]:,} of {whole} (the first: {first})")

@@ -262,6 +262,11 @@ def refuse_untrained_stop(dataset: Any, stops: Collection[int], tokenizer: Any, 
         return
     names = sorted(tokenizer.convert_ids_to_tokens(sorted(stops)))
     remedy = "The model would never learn to stop: let the labels hold the token that ends an answer."
+    cut = columns.open_ended(dataset)  # no stop token bears loss, so what these rows end with is none
+    if cut:
+        remedy = (
+            f"{cut:,} of {len(dataset):,} rows end inside an answer, as cut ones do: raise max_length. Else: {remedy}"
+        )
     where = f"{name}: loss-bearing stop tokens, of {present:,} in {len(dataset):,} rows"
     raise DataError(Problem(where, 0, f"at least one of {names}", remedy))
 

@@ -71,8 +71,17 @@ def test_collators_that_make_other_labels_are_refused(build_model, tokenizer, se
 def test_data_without_an_end_are_refused(build_model, tokenizer, settings):
     stop = tokenizer.eos_token_id
     rows = [{"input_ids": [9, 10, 11, stop], "labels": [-100, 10, 11, -100]}] * 4
-    with pytest.raises(DataError, match=r"loss-bearing stop tokens, of 4 in 4 rows: expected.*</s>.*got 0"):
+    end = "The model would never learn to stop: let the labels hold the token that ends an answer."
+    told = "the training data: loss-bearing stop tokens, of {} rows: expected at least one of ['</s>'], got 0. {}"
+    with pytest.raises(DataError) as caught:
         make(SFTTrainer, build_model, tokenizer, Dataset.from_list(rows), settings)
+    assert str(caught.value) == told.format("4 in 4", end)
+    long = [{"input_ids": [9, stop, 10, 11, 10, stop], "labels": [-100, -100, 10, 11, 10, stop]}] * 3
+    with pytest.raises(DataError) as caught:
+        make(SFTTrainer, build_model, tokenizer, Dataset.from_list(long), {**settings, "max_length": 5})
+    cut = "3 of 3 rows end inside an answer, as cut ones do: raise max_length. Else: "
+    assert str(caught.value) == told.format("3 in 3", cut + end)
+    make(SFTTrainer, build_model, tokenizer, Dataset.from_list(long), {**settings, "max_length": 6})
     make(SFTTrainer, build_model, tokenizer, Dataset.from_list(rows), {**settings, "refuse_untrained_stop": False})
     taught = [*rows, {"input_ids": [9, stop], "labels": [-100, stop]}]
     make(SFTTrainer, build_model, tokenizer, Dataset.from_list(taught), settings)
