@@ -188,7 +188,7 @@ def verdicts(rows):
 @pytest.mark.parametrize(("rows", "kinds"), [
     (PAIRS, [("chosen", "rejected")]), (verdicts(PAIRS), [("prompt", "completion", "label")]),
 ])  # fmt: skip
-def test_pairs_and_verdicts_are_looked_at_as_turns(rows, kinds, build_tokenizer, capsys):
+def test_pairs_and_verdicts_are_looked_at_as_turns(rows, kinds, build_tokenizer, capsys, tmp_path):
     from fastft.train.preference.data import preference_dataset
 
     def said(rows, tokenizer):
@@ -199,17 +199,26 @@ def test_pairs_and_verdicts_are_looked_at_as_turns(rows, kinds, build_tokenizer,
     tokenizer = build_tokenizer()
     assert said(rows, tokenizer) == [LINE.format("2 of 3 rows", f"1, {END!r}").replace("fastft: ", "fastft: train: ")]
     assert said(rows[:1], tokenizer) == []
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    line = PLACED.format("2 of 3 rows", f"{path}, line 2, {END!r}")
+    assert said(path, tokenizer) == [line.replace("fastft: ", "fastft: train: ")]
     tokenizer.chat_template = None  # then texts are what the user writes, markers among them
     assert said(rows, tokenizer) == []
 
 
-def test_prompts_are_looked_at_as_turns(build_tokenizer, capsys):
+def test_prompts_are_looked_at_as_turns(build_tokenizer, capsys, tmp_path):
     from fastft.train.grpo.prompts import prompt_datasets
 
     texts = [row["prompt"] for row in PAIRS]
     conversations = [[{"role": "user", "content": text}] for text in texts]
-    for prompts in (texts, conversations):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(f"{json.dumps({'prompt': text})}\n" for text in texts))
+    made = build_tokenizer()
+    for prompts, first in ((texts, "row 1"), (conversations, "row 1"), (path, f"{path}, line 2")):
         capsys.readouterr()
-        prompt_datasets({"prompts": prompts, "eval": prompts[:1]}, build_tokenizer())
-        line = LINE.format("1 of 3 rows", f"1, {END!r}").replace("fastft: ", "fastft: prompts: ")
+        prompt_datasets(
+            {"prompts": prompts, "eval": conversations[:1] if prompts is conversations else texts[:1]}, made
+        )
+        line = PLACED.format("1 of 3 rows", f"{first}, {END!r}").replace("fastft: ", "fastft: prompts: ")
         assert capsys.readouterr().out.splitlines() == [line]

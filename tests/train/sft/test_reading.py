@@ -141,8 +141,9 @@ def test_what_cannot_be_meant_is_refused(trainer, tokenizer):
         trainer(PAIRS, assistant_only_loss=True, completion_only_loss=False)
     with pytest.raises(DataError, match=r"train_dataset: expected a datasets.Dataset, a list of rows"):
         trainer(None)
-    with pytest.raises(DataError, match=r"^eval columns: expected columns that are known"):
+    with pytest.raises(DataError, match=r"^eval columns: expected columns that are known") as caught:
         trainer(CHATS, Dataset.from_list([{"foo": "w1"}]))
+    assert (caught.value.__cause__, caught.value.__context__) == (None, None)  # a traceback shows the mistake once
     with pytest.raises(DataError, match="a file or folder that exists"):
         trainer("data/no.json")
     tokenizer.chat_template = tokenizer.chat_template.replace("{% generation %}", "").replace("{% endgeneration %}", "")

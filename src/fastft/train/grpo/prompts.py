@@ -11,7 +11,7 @@ from fastft.data import check
 from fastft.data.bars import bars_if_large
 from fastft.data.control import tell_control
 from fastft.data.files import told_of
-from fastft.data.sources import SUFFIXES, open_named
+from fastft.data.sources import SUFFIXES, Source, open_named
 from fastft.errors import DataError, Problem, short
 
 SHOWN = 4  # of several rows that are wrong in the same way
@@ -25,7 +25,8 @@ def prompt_datasets(given: Mapping[str, Any], tokenizer: Any, chat: bool = True)
     a text is what the user says, and becomes a message; otherwise it is continued as it stands. Raises `DataError` with
     all rows that cannot be used, and where some become turns and others were conversations.
     """
-    made = {name: _listed(prompts, name) for name, prompts in given.items()}
+    sources = {name: _opened(prompts, name) for name, prompts in given.items()}
+    made = {name: as_dataset(source, name) for name, source in sources.items()}
     if not chat or getattr(tokenizer, "chat_template", None) is None:
         return made, False
     texts = {name: isinstance(next(iter(rows))["prompt"], str) for name, rows in made.items()}
@@ -35,7 +36,7 @@ def prompt_datasets(given: Mapping[str, Any], tokenizer: Any, chat: bool = True)
         raise DataError(Problem("prompts and eval", told, "texts in both, or conversations in both", remedy))
     turned = {name: _turned(rows) if texts[name] else rows for name, rows in made.items()}
     for name, rows in turned.items():
-        tell_control(rows, ["prompt"], tokenizer, name)
+        tell_control(rows, ["prompt"], tokenizer, name, sources[name].files)
     return turned, all(texts.values())
 
 
@@ -65,16 +66,14 @@ def within_length(
     return rows, max(sizes[number] for number in kept)
 
 
-def _listed(prompts: Any, name: str) -> Any:
+def _opened(prompts: Any, name: str) -> Source:
     _refuse_other_than_prompts(prompts, name)
     texts = not isinstance(prompts, str | Path) and isinstance(prompts, Sequence) and bool(prompts)
     if texts and all(isinstance(prompt, str) for prompt in prompts):
-        rows: Any = [{"prompt": prompt} for prompt in prompts]
-    elif texts and all(isinstance(prompt, Sequence) and not isinstance(prompt, str) for prompt in prompts):
-        rows = [{"prompt": list(prompt)} for prompt in prompts]
-    else:
-        rows = open_named(prompts, name).listed()
-    return as_dataset(rows, name)
+        return Source([{"prompt": prompt} for prompt in prompts])
+    if texts and all(isinstance(prompt, Sequence) and not isinstance(prompt, str) for prompt in prompts):
+        return Source([{"prompt": list(prompt)} for prompt in prompts])
+    return open_named(prompts, name).listed()
 
 
 def _refuse_other_than_prompts(prompts: Any, name: str) -> None:

@@ -8,7 +8,7 @@ from fastft.data.bars import bars_if_large
 from fastft.data.control import tell_control
 from fastft.data.files import told_of
 from fastft.data.recognise import canonical, recognise
-from fastft.data.sources import open_named
+from fastft.data.sources import Source, open_named
 from fastft.errors import DataError, Problem, did_you_mean
 
 PAIRS = ("chosen", "rejected")
@@ -23,14 +23,14 @@ def preference_dataset(rows: Any, tokenizer: Any, kinds: Sequence[Sequence[str]]
     Raises `DataError` with the rows that cannot be used.
     """
     chat = getattr(tokenizer, "chat_template", None) is not None
-    made = _listed(rows, chat, kinds, name)
+    source = open_named(rows, name).listed()
+    made = _listed(source, chat, kinds, name)
     if chat:
-        tell_control(made, SPOKEN, tokenizer, name)
+        tell_control(made, SPOKEN, tokenizer, name, source.files)
     return made
 
 
-def _listed(rows: Any, chat: bool, kinds: Sequence[Sequence[str]], name: str) -> Any:
-    source = open_named(rows, name).listed()
+def _listed(source: Source, chat: bool, kinds: Sequence[Sequence[str]], name: str) -> Any:
     rows = source.rows
     columns = set(_columns(rows))
     if chat and set(PAIRS) <= columns:

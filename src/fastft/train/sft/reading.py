@@ -56,7 +56,8 @@ class Reading:
             print(f"fastft: {name}: {about}{learnt}.")
             return chat_dataset(given, tokenizer, train_on, num_proc=self.processes)
         except DataError as error:
-            raise DataError(*(self._told(problem, name) for problem in error.problems)) from error
+            error.tell(*(self._told(problem, name) for problem in error.problems))
+            raise
 
     def _recognised(self, rows: Any) -> inputs.Input:
         """Return the rows as what they are: the named column as text, or what `recognise` says."""
