@@ -150,3 +150,18 @@ def test_only_names_are_renamed():
     assert caught.value is error and error.problems[1:] == others
     assert error.problems[0] == Problem("grpo kl", "beta", f"kl above 0, not betas, as in {path}", "Lower kl.")
     assert str(error).startswith("grpo kl: expected kl above 0")
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_names_and_contradictions_are_told_before_data_are_read(name, build_model, tokenizer, tmp_path):
+    """Data of a wrong kind would be told first if they were looked at."""
+    given = {"rewards": [len]} if name == "grpo" else {}
+
+    def told(**options):
+        with pytest.raises(UsageError) as caught:
+            getattr(fastft, name)(build_model(), tokenizer, [{"mesages": 3}], output_dir=tmp_path, **given, **options)
+        return str(caught.value)
+
+    assert told(stps=1) == f"{name}: unknown argument 'stps'; did you mean 'steps'?"
+    assert told(steps=2, epochs=3).startswith(f"{name} steps and epochs: expected one of the two, got (2, 3).")
+    assert told(resume=True).startswith(f"resume: expected a checkpoint of the run in {tmp_path}, got True.")
