@@ -13,6 +13,15 @@ from fastft.train import arguments, settings
 from fastft.train.cuda_graphs import MODES
 from fastft.train.words import renamed
 
+# What an evaluation gives, behind "eval_", unless the user has it compute something else.
+MEASURED = ("loss", "perplexity", "mean_token_accuracy")
+# What fields may be, and older words for it that TRL takes.
+CHOICES = {
+    "cuda_graphs": (MODES, ()),
+    "packing_strategy": (("bfd", "bfd_split", "wrapped"), ("bfd-requeue",)),
+    "loss_type": (("nll", "dft"), ("chunked_nll",)),
+}
+
 
 @dataclasses.dataclass
 class SFTConfig(settings.Settings, trl.SFTConfig):
@@ -63,11 +72,13 @@ class SFTConfig(settings.Settings, trl.SFTConfig):
 
     def mistakes(self) -> list[Problem]:
         """Return all fields that cannot be meant."""
-        if self.cuda_graphs in MODES:
-            return super().mistakes()
-        remedy = did_you_mean(str(self.cuda_graphs), MODES)
-        wrong = Problem("SFTConfig cuda_graphs", self.cuda_graphs, f"one of {', '.join(MODES)}", remedy)
-        return [wrong, *super().mistakes()]
+        wrong, owner = [], type(self).__name__
+        for name, (known, older) in CHOICES.items():
+            value = getattr(self, name)
+            if value not in (*known, *older):
+                remedy = did_you_mean(str(value), known)
+                wrong.append(Problem(f"{owner} {name}", value, f"one of {', '.join(known)}", remedy))
+        return [*wrong, *super().mistakes()]
 
 
 def make_config(
