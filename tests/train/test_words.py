@@ -229,3 +229,10 @@ def test_choices_and_metrics_of_sft(told, tmp_path):
     for metric, greater in (("perplexity", False), ("eval_perplexity", False), ("mean_token_accuracy", True)):
         made = fastft.SFTConfig(str(tmp_path), metric_for_best_model=metric, early_stopping_patience=1, **EVERY_STEP)
         assert made.greater_is_better is greater
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_a_schedule_that_watches_evaluations(name, told):
+    watching = {"schedule": "reduce_lr_on_plateau", "learning_rate": -1}
+    assert told(name, **watching)["schedule"].expected == "an evaluation to watch"
+    assert told(name, eval=DATA[name], **watching).keys() == {"learning_rate"}

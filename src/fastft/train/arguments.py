@@ -150,7 +150,16 @@ def text_of(choice: Any) -> str:
 
 def value_problems(args: Any) -> list[Problem]:
     """Return the numbers and switches of a config that cannot be meant, and the choices that there are not."""
-    return [*_wrong_numbers(args), *wrong_switches(args), *_wrong_choices(args), *_two_for_one(args)]
+    return [*_wrong_numbers(args), *wrong_switches(args), *_wrong_choices(args), *_two_for_one(args), *_unwatched(args)]
+
+
+def _unwatched(args: Any) -> list[Problem]:
+    """Return a schedule that goes by an evaluation's metric, where nothing is evaluated."""
+    schedule = text_of(args.lr_scheduler_type)
+    if schedule not in ("reduce_lr_on_plateau", "greedy") or text_of(args.eval_strategy) != "no":
+        return []
+    remedy = "Set eval_strategy='steps' or 'epoch', with evaluation data, or take another one."
+    return [Problem(f"{type(args).__name__} lr_scheduler_type", schedule, "an evaluation to watch", remedy)]
 
 
 def _two_for_one(args: Any) -> list[Problem]:

@@ -127,18 +127,25 @@ def test_sft_takes_a_named_text_as_the_trainer_does(build_model, tokenizer, sett
     both = [row | {"txt": text["text"]} for row, text in zip(CHATS, TEXTS, strict=True)]
     options = {"disable_tqdm": True, "compile": False, "steps": 1, "save_strategy": "no"}
 
-    def hash_of(rows, **more):
-        return sft(build_model(), tokenizer, rows, tmp_path, eval=rows, **options, **more).record["data"]["sha256"]
+    def hash_of(rows, held=None, **more):
+        made = sft(build_model(), tokenizer, rows, tmp_path, eval=held or rows, **options, **more)
+        return made.record["data"]["sha256"]
 
     expected = hash_of(TEXTS, train_on="all")
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in both), encoding="utf-8")
-    for rows in (both, Dataset.from_list(both), str(path)):
+    for rows in (both, Dataset.from_list(both), str(path), iter(both)):
         capsys.readouterr()
-        assert hash_of(rows, dataset_text_field="txt") == expected
+        assert hash_of(rows, both, dataset_text_field="txt") == expected
         said = capsys.readouterr().out
         for name in ("train", "eval"):
             assert f"{name}: plain text (column 'txt'), 6 rows; learnt: every token." in said
+    streams = [Dataset.from_list(rows).to_iterable_dataset() for rows in (both, TEXTS)]
+    ways = [{"dataset_text_field": "txt"}, {"train_on": "all"}]
+    runs = [
+        sft(build_model(), tokenizer, rows, tmp_path, **options, **way) for rows, way in zip(streams, ways, strict=True)
+    ]
+    assert runs[0].losses == runs[1].losses
     config = SFTConfig(**{**settings, "max_steps": 1, "save_strategy": "no"}, dataset_text_field="txt")
     made = sft(build_model(), tokenizer, both, tmp_path, config=config, compile=False)
     assert made.record["data"]["sha256"] == expected

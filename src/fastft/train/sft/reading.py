@@ -68,9 +68,8 @@ class Reading:
         """
         if hasattr(source.rows, "__len__"):
             check.refuse_empty(source.rows, name)
-        if is_token_ids(source.rows) or (
-            isinstance(source.rows, list) and any("input_ids" in row for row in _head(source.rows))
-        ):
+        listed = isinstance(source.rows, list) and any("input_ids" in row for row in _head(source.rows))
+        if listed or is_token_ids(source.rows):
             remedy = "Leave it out, or give the rows that they were made of."
             expected = f"rows to read; {name} has token ids"
             raise UsageError(Problem("SFTConfig dataset_text_field", self.text_field, expected, remedy))
