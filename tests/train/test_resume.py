@@ -287,6 +287,18 @@ def rates(made):
     return [row["learning_rate"] for row in made.state.log_history if "learning_rate" in row]
 
 
+def test_where_a_run_goes_on_is_told(build_model, tokenizer, dataset, settings, capsys):
+    """One line where nothing has changed."""
+    every, there = {"max_steps": 4, "save_steps": 2}, Path(settings["output_dir"]) / "checkpoint-2"
+    trainer(build_model(), tokenizer, dataset, settings, **every).train()
+    assert "goes on from" not in capsys.readouterr().out
+    made = trainer(build_model(), tokenizer, dataset, settings, **every)
+    capsys.readouterr()
+    made.train(resume_from_checkpoint=str(there))
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("fastft: ")]
+    assert lines == [f"fastft: goes on from {there}, at step 3 of 4."]
+
+
 def test_other_settings_are_told(run, build_model, tokenizer, dataset, settings, capsys):
     changed = {"learning_rate": 5e-3, "lr_scheduler_type": "constant", "max_grad_norm": 0.5, "weight_decay": 0.1}
     made = trainer(build_model(), tokenizer, dataset, settings, max_steps=4, **changed)

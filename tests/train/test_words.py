@@ -12,6 +12,8 @@ DATA = {"sft": [{"prompt": "w1", "completion": "w2"}], "preference": PAIRS, "grp
 WRONG = {"batch_size": 0, "steps": 0, "accumulate": 1.5, "schedule": "cosin", "optimizer": "adamw_8bits", "epochs": -3}
 WRONG |= {"log_every": 0, "save_every": 0, "keep_checkpoints": 0, "eval_every": 0, "learning_rate": "fast"}
 
+EVERY_STEP = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "use_cpu": True}
+
 
 @pytest.fixture
 def told(build_model, tokenizer, tmp_path):
@@ -150,3 +152,87 @@ def test_only_names_are_renamed():
     assert caught.value is error and error.problems[1:] == others
     assert error.problems[0] == Problem("grpo kl", "beta", f"kl above 0, not betas, as in {path}", "Lower kl.")
     assert str(error).startswith("grpo kl: expected kl above 0")
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_names_and_contradictions_are_told_before_data_are_read(name, build_model, tokenizer, tmp_path):
+    """Data of a wrong kind would be told first if they were looked at."""
+    given = {"rewards": [len]} if name == "grpo" else {}
+
+    def told(**options):
+        with pytest.raises(UsageError) as caught:
+            getattr(fastft, name)(build_model(), tokenizer, [{"mesages": 3}], output_dir=tmp_path, **given, **options)
+        return str(caught.value)
+
+    assert told(stps=1) == f"{name}: unknown argument 'stps'; did you mean 'steps'?"
+    assert told(steps=2, epochs=3).startswith(f"{name} steps and epochs: expected one of the two, got (2, 3).")
+    assert told(resume=True).startswith(f"resume: expected a checkpoint of the run in {tmp_path}, got True.")
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_what_the_best_weights_at_the_end_ask_for(name, told):
+    """Each was an error of transformers, in its words, once the data were tokenised."""
+    stopping = {"eval": DATA[name], "early_stopping_patience": 2}
+    best = {"eval": DATA[name], "load_best_model_at_end": True}
+    (found,) = told(name, **stopping, eval_every=2, save_every=3).values()
+    assert str(found) == (
+        f"{name} save_every: expected a multiple of eval_every=2, got 3. early_stopping_patience=2 loads the best "
+        "weights at the end: they are saved where it is evaluated."
+    )
+    (found,) = told(name, **stopping, eval_every=2, save_strategy="no").values()
+    assert str(found) == (
+        f"{name} save_strategy: expected 'steps', as eval_strategy is, or 'best', got 'no'. early_stopping_patience=2 "
+        "loads the best weights at the end: they are saved where it is evaluated."
+    )
+    (found,) = told(name, **best, save_every=2).values()
+    assert str(found) == (
+        f"{name} save_every: expected nothing beside save_strategy='epoch', got 2. With load_best_model_at_end it is "
+        "saved when it is evaluated: set eval_every, or leave save_every out."
+    )
+    assert told(name, **best, eval_every=0.1, save_every=2).keys() == {"save_every"}
+    assert told(name, **best, eval_every=0.1, save_every=0.25, steps=0).keys() == {"save_every", "steps"}
+    for more in ({}, {"eval_every": 2}, {"eval_every": 2, "save_every": 4}, {"eval_every": 0.1, "save_every": 0.3}):
+        for wanted in (best, stopping):
+            assert told(name, **wanted, **more, learning_rate=-1).keys() == {"learning_rate"}
+    assert told(name, **best, eval_strategy="steps", learning_rate=-1).keys() == {"learning_rate"}
+    (found,) = told(name, **best, eval_strategy="no").values()
+    assert str(found) == (
+        f"{name} load_best_model_at_end: expected an evaluation to tell the best weights by, got True. "
+        "Set eval_strategy='steps' or 'epoch', or leave it out."
+    )
+    assert told(name, **stopping, eval_strategy="no")["early_stopping_patience"].expected == "an evaluation to watch"
+    assert told(name, load_best_model_at_end=True)["load_best_model_at_end"].expected == "evaluation data beside it"
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_two_warm_ups(name, told):
+    found = told(name, warmup_steps=2, warmup_ratio=0.9, learning_rate=-1)
+    assert found.keys() == {"warmup_steps and warmup_ratio", "learning_rate"}
+    assert str(found["warmup_steps and warmup_ratio"]) == (
+        f"{name} warmup_steps and warmup_ratio: expected one of the two, got (2, 0.9). "
+        "Leave warmup_ratio out: it is the older name of a warmup_steps below 1."
+    )
+
+
+def test_choices_and_metrics_of_sft(told, tmp_path):
+    found = told("sft", packing_strategy="bdf", loss_type="nl", learning_rate=-1)
+    assert str(found.pop("packing_strategy")) == (
+        "sft packing_strategy: expected one of bfd, bfd_split, wrapped, got 'bdf'. did you mean 'bfd'?"
+    )
+    assert str(found.pop("loss_type")) == "sft loss_type: expected one of nll, dft, got 'nl'. did you mean 'nll'?"
+    assert found.keys() == {"learning_rate"}
+    measured = "eval_loss, eval_perplexity, eval_mean_token_accuracy"
+    for more in ({"early_stopping_patience": 2}, {"load_best_model_at_end": True}, {}):
+        (found,) = told("sft", eval=DATA["sft"], metric_for_best_model="accuracy", **more).values()
+        where = "sft metric_for_best_model"
+        assert str(found).startswith(f"{where}: expected what an evaluation gives: {measured}, got 'accuracy'")
+    for metric, greater in (("perplexity", False), ("eval_perplexity", False), ("mean_token_accuracy", True)):
+        made = fastft.SFTConfig(str(tmp_path), metric_for_best_model=metric, early_stopping_patience=1, **EVERY_STEP)
+        assert made.greater_is_better is greater
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_a_schedule_that_watches_evaluations(name, told):
+    watching = {"schedule": "reduce_lr_on_plateau", "learning_rate": -1}
+    assert told(name, **watching)["schedule"].expected == "an evaluation to watch"
+    assert told(name, eval=DATA[name], **watching).keys() == {"learning_rate"}

@@ -115,7 +115,7 @@ def config_fields(
 
 
 # Fields that ask for evaluations.
-EVALUATING = ("eval_strategy", "eval_steps", "early_stopping_patience")
+EVALUATING = ("eval_strategy", "eval_steps", "early_stopping_patience", "load_best_model_at_end")
 
 
 def unevaluated(owner: str, asked: Mapping[str, Any]) -> list[Problem]:
@@ -124,44 +124,55 @@ def unevaluated(owner: str, asked: Mapping[str, Any]) -> list[Problem]:
     Who says that nothing is evaluated needs none: how often is `contradictions`' to refuse then.
     """
     remedy = "Pass them (eval=, of a trainer eval_dataset=), or leave it out."
-    never = "eval_strategy" in asked and _plain(asked["eval_strategy"]) == "no"
-    names = ("early_stopping_patience",) if never else EVALUATING
-    wanted = {name: asked[name] for name in names if asked.get(name) is not None}
+    never = "eval_strategy" in asked and text_of(asked["eval_strategy"]) == "no"
+    names = EVALUATING[2:] if never else EVALUATING
+    wanted = {name: asked[name] for name in names if asked.get(name) is not None and asked[name] is not False}
     return [Problem(f"{owner} {name}", value, "evaluation data beside it", remedy) for name, value in wanted.items()]
 
 
 def refuse_unevaluated(args: Any, eval_dataset: Any) -> None:
-    """Raise `UsageError` for evaluations without data, and for early stopping that has no evaluation to watch."""
-    strategy, patience = _plain(args.eval_strategy), args.early_stopping_patience
-    problems = []
-    if eval_dataset is None:
-        asked = {name: getattr(args, name) for name in EVALUATING}
-        if strategy == "steps":
-            del asked["eval_steps"]  # transformers fills it in
-        problems = unevaluated(type(args).__name__, asked)
-    elif strategy == "no" and patience is not None:
-        remedy = "Set eval_strategy='steps' or 'epoch', or leave early stopping out."
-        where = f"{type(args).__name__} early_stopping_patience"
-        problems = [Problem(where, patience, "an evaluation to watch", remedy)]
-    if problems:
+    """Raise `UsageError` for evaluations without data."""
+    if eval_dataset is not None:
+        return
+    asked = {name: getattr(args, name) for name in EVALUATING}
+    if text_of(args.eval_strategy) == "steps":
+        del asked["eval_steps"]  # transformers fills it in
+    if args.early_stopping_patience is not None:
+        del asked["load_best_model_at_end"]  # which follows from it
+    if problems := unevaluated(type(args).__name__, asked):
         raise UsageError(*problems)
 
 
-def _plain(choice: Any) -> str:
+def text_of(choice: Any) -> str:
     """Return a choice as its text, which transformers may have made a member of an enumeration."""
     return str(getattr(choice, "value", choice))
 
 
 def value_problems(args: Any) -> list[Problem]:
     """Return the numbers and switches of a config that cannot be meant, and the choices that there are not."""
-    return [*_wrong_numbers(args), *wrong_switches(args), *_wrong_choices(args), *_two_precisions(args)]
+    return [*_wrong_numbers(args), *wrong_switches(args), *_wrong_choices(args), *_two_for_one(args), *_unwatched(args)]
 
 
-def _two_precisions(args: Any) -> list[Problem]:
-    if args.bf16 is not True or args.fp16 is not True:
+def _unwatched(args: Any) -> list[Problem]:
+    """Return a schedule that goes by an evaluation's metric, where nothing is evaluated."""
+    schedule = text_of(args.lr_scheduler_type)
+    if schedule not in ("reduce_lr_on_plateau", "greedy") or text_of(args.eval_strategy) != "no":
         return []
-    remedy = "Leave both out: the model's own dtype decides."
-    return [Problem(f"{type(args).__name__} bf16 and fp16", (True, True), "one of the two", remedy)]
+    remedy = "Set eval_strategy='steps' or 'epoch', with evaluation data, or take another one."
+    return [Problem(f"{type(args).__name__} lr_scheduler_type", schedule, "an evaluation to watch", remedy)]
+
+
+def _two_for_one(args: Any) -> list[Problem]:
+    """Return where two fields say the same thing, each in its way."""
+    problems, owner = [], type(args).__name__
+    if args.bf16 is True and args.fp16 is True:
+        remedy = "Leave both out: the model's own dtype decides."
+        problems.append(Problem(f"{owner} bf16 and fp16", (True, True), "one of the two", remedy))
+    if args.warmup_steps and args.warmup_ratio:
+        both = (args.warmup_steps, args.warmup_ratio)
+        remedy = "Leave warmup_ratio out: it is the older name of a warmup_steps below 1."
+        problems.append(Problem(f"{owner} warmup_steps and warmup_ratio", both, "one of the two", remedy))
+    return problems
 
 
 # The least that a field may be: of those that count, which are whole numbers, and of the others.
@@ -214,7 +225,7 @@ def _wrong_numbers(args: Any) -> list[Problem]:
             problems.append(Problem(f"{owner} {name}", value, *told))
     for name, strategy in EVERY.items():
         value = getattr(args, name)
-        if value == 0 and not isinstance(value, bool) and _plain(getattr(args, strategy)) == "steps":
+        if value == 0 and not isinstance(value, bool) and text_of(getattr(args, strategy)) == "steps":
             expected = "a number of steps above 0, or a share of them"
             problems.append(Problem(f"{owner} {name}", value, expected, f"{strategy}='no' means never."))
     if args.num_train_epochs == 0 and not isinstance(args.num_train_epochs, bool) and args.max_steps == -1:
@@ -330,12 +341,14 @@ def refuse_untrainable(model: Any, peft_config: Any) -> None:
 
 
 def evaluation_defaults(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Return when to evaluate (and, with early stopping, to save) where the user has not said it."""
+    """Return when to evaluate (and to save, if the best weights are to be loaded) where the user has not said it."""
     every = fields.get("eval_steps")
     defaults: dict[str, Any] = {"eval_strategy": "epoch" if every is None else "steps"}
-    if fields.get("early_stopping_patience") is not None:
-        defaults |= {"save_strategy": defaults["eval_strategy"]}
-        defaults |= {"save_steps": every} if every else {}
+    strategy = text_of(fields.get("eval_strategy", defaults["eval_strategy"]))
+    best = fields.get("early_stopping_patience") is not None or fields.get("load_best_model_at_end")
+    if best and strategy in ("steps", "epoch"):
+        every = every or fields.get("logging_steps", 1)  # as often as it is logged, if nothing is said
+        defaults |= {"save_strategy": strategy} | ({"save_steps": every} if strategy == "steps" else {})
     return defaults
 
 
@@ -359,7 +372,7 @@ def contradictions(
         remedy = "The learning rate would never be reached: a number below 1, such as 0.1, is a share of all steps."
         problems.append(Problem(f"{owner} warmup_steps", warmup, f"fewer than max_steps={steps}", remedy))
     for name, strategy in EVERY.items():
-        kind = _plain(fields.get(strategy, defaults.get(strategy)))
+        kind = text_of(fields.get(strategy, defaults.get(strategy)))
         untold = name == "eval_steps" and not evaluated and kind != "no"  # `unevaluated` says it
         if name not in fields or kind not in ("epoch", "best", "no") or untold:
             continue
@@ -367,7 +380,8 @@ def contradictions(
             continue
         remedy = f"Leave {name} out, or set {strategy}='steps'."
         if strategy not in fields:
-            remedy = f"With early stopping it is saved when it is evaluated: set eval_steps, or leave {name} out."
+            best = "early stopping" if "early_stopping_patience" in fields else "load_best_model_at_end"
+            remedy = f"With {best} it is saved when it is evaluated: set eval_steps, or leave {name} out."
         problems.append(Problem(f"{owner} {name}", fields[name], f"nothing beside {strategy}={kind!r}", remedy))
     return problems
 

@@ -30,6 +30,7 @@ from fastft.noise import between_libraries, quiet
 from fastft.state import base_model, get_state, planned_of
 from fastft.train import card, checkpoint, earlier, flops, hygiene, lineage, memory, optimizers, recomputing, telling
 from fastft.train import resume as resuming
+from fastft.train.best import BestWeights
 from fastft.train.compiling import CompileCallback
 from fastft.train.finite import FiniteLosses
 from fastft.train.interrupt import Interruption, Stopped
@@ -117,6 +118,7 @@ class Trained(LateLog):
         )
         self.compiling = CompileCallback(self.recorder.extra)
         self.add_callback(self.compiling)  # before the recorder, which writes what this one adds
+        self.add_callback(BestWeights(self.callback_handler, self.recorder))  # before the recorder, as well
         self.add_callback(self.recorder)
         self.finite = FiniteLosses(self.args, lambda lines: self.recorder.notes.update(finite=lines))
         self.add_callback(self.finite)

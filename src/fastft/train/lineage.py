@@ -119,7 +119,8 @@ def lines(begun: Path, now: Mapping[str, Any], steps: int, told: Collection[str]
 
     `steps`: how many the run takes in all, those of the checkpoint among them.
     """
-    earlier, said = record_of(begun), []
+    earlier, step = record_of(begun), step_of(begun) + 1
+    said = [f"goes on from {begun}, at step {step} of {steps}."] if step <= steps else []
     if earlier and (earlier.get("data") or {}).get("sha256") != now["data"]["sha256"]:
         said.append(f"the data are not those that {begun} was made with; the curve goes on with them.")
     other = changes(earlier, now, told)

@@ -14,7 +14,7 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 
 from fastft.errors import Problem, UsageError
 from fastft.state import base_model
-from fastft.train import arguments, recomputing
+from fastft.train import arguments, best, recomputing
 
 
 @dataclasses.dataclass
@@ -54,14 +54,12 @@ class Settings:
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        if self.early_stopping_patience is not None:
-            self.metric_for_best_model = self.metric_for_best_model or "eval_loss"
-            self.load_best_model_at_end = True
+        best.settle(self)
         if mistakes := self.mistakes():
             raise UsageError(*mistakes)
         recomputing.settle(self)
         if self.warmup_ratio is not None:  # the older way to say it; a number of steps below 1 is a share of all
-            self.warmup_steps, self.warmup_ratio = self.warmup_ratio, None
+            self.warmup_steps, self.warmup_ratio = self.warmup_ratio or self.warmup_steps, None
         if not torch.accelerator.is_available():  # which transformers wants to be told before it takes bf16
             self.use_cpu = True
         if self.bf16 is None and not self.fp16:
@@ -74,7 +72,7 @@ class Settings:
 
     def mistakes(self) -> list[Problem]:
         """Return all fields that cannot be meant."""
-        return arguments.value_problems(self)
+        return [*arguments.value_problems(self), *best.problems(self)]
 
 
 def model_defaults(model: Any, output_dir: str, fields: Mapping[str, Any]) -> dict[str, Any]:

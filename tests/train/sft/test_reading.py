@@ -10,6 +10,7 @@ from fastft.data.chat import chat_dataset
 from fastft.data.responses import train_on_responses_only
 from fastft.errors import DataError, UsageError
 from fastft.train.sft.config import SFTConfig
+from fastft.train.sft.run import sft
 from fastft.train.sft.trainer import SFTTrainer
 
 CHATS = [
@@ -120,6 +121,56 @@ def test_a_named_text_wins_over_what_stands_beside(beside, trainer, tokenizer, c
         trainer(both)
     with pytest.raises(DataError, match=r"dataset_text_field.*did you mean 'text'"):
         trainer(both, dataset_text_field="txt")
+
+
+def test_sft_takes_a_named_text_as_the_trainer_does(build_model, tokenizer, settings, tmp_path, capsys):
+    both = [row | {"txt": text["text"]} for row, text in zip(CHATS, TEXTS, strict=True)]
+    options = {"disable_tqdm": True, "compile": False, "steps": 1, "save_strategy": "no"}
+
+    def hash_of(rows, held=None, **more):
+        made = sft(build_model(), tokenizer, rows, tmp_path, eval=held or rows, **options, **more)
+        return made.record["data"]["sha256"]
+
+    expected = hash_of(TEXTS, train_on="all")
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in both), encoding="utf-8")
+    for rows in (both, Dataset.from_list(both), str(path), iter(both)):
+        capsys.readouterr()
+        assert hash_of(rows, both, dataset_text_field="txt") == expected
+        said = capsys.readouterr().out
+        for name in ("train", "eval"):
+            assert f"{name}: plain text (column 'txt'), 6 rows; learnt: every token." in said
+    streams = [Dataset.from_list(rows).to_iterable_dataset() for rows in (both, TEXTS)]
+    ways = [{"dataset_text_field": "txt"}, {"train_on": "all"}]
+    runs = [
+        sft(build_model(), tokenizer, rows, tmp_path, **options, **way) for rows, way in zip(streams, ways, strict=True)
+    ]
+    assert runs[0].losses == runs[1].losses
+    config = SFTConfig(**{**settings, "max_steps": 1, "save_strategy": "no"}, dataset_text_field="txt")
+    made = sft(build_model(), tokenizer, both, tmp_path, config=config, compile=False)
+    assert made.record["data"]["sha256"] == expected
+    assert hash_of(CHATS, dataset_text_field="messages") == hash_of(CHATS) != expected  # turns stay turns
+
+
+def test_sft_refuses_a_named_text_that_is_not_there(build_model, tokenizer, build_rows, tmp_path):
+    def told(kind, rows, **more):
+        with pytest.raises(kind) as caught:
+            sft(build_model(), tokenizer, rows, tmp_path, **more)
+        return str(caught.value)
+
+    both = [row | {"txt": text["text"]} for row, text in zip(CHATS, TEXTS, strict=True)]
+    assert told(DataError, both, dataset_text_field="tx") == (
+        "train data, dataset_text_field: expected one of the columns ['messages', 'txt'], got 'tx'. did you mean 'txt'?"
+    )
+    # the default's name is meant here, too, since it was written
+    assert told(DataError, CHATS, dataset_text_field="text").startswith("train data, dataset_text_field:")
+    assert told(DataError, both, eval=CHATS, dataset_text_field="txt").startswith("eval data, dataset_text_field:")
+    assert "train data" in told(DataError, [], dataset_text_field="txt")
+    for rows in (build_rows(), Dataset.from_list(build_rows())):
+        assert told(UsageError, rows, dataset_text_field="txt") == (
+            "sft dataset_text_field: expected rows to read; train has token ids, got 'txt'. "
+            "Leave it out, or give the rows that they were made of."
+        )
 
 
 def test_a_parsed_config_says_no_more_than_was_written(trainer, tokenizer, settings):

@@ -236,7 +236,7 @@ def test_eight_bit_optimizers(name, build_model, tokenizer, dataset, settings):
     assert {group["lr"] for group in made.optimizer.param_groups} == {1e-2, 2e-2}
 
 
-def test_early_stopping(build_model, build_rows, tokenizer, dataset, settings):
+def test_early_stopping(build_model, build_rows, tokenizer, dataset, settings, capsys):
     """With a threshold no step reaches, the first evaluation is the best and two more are waited for."""
     changes = {
         "max_steps": 10, "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1,
@@ -247,6 +247,10 @@ def test_early_stopping(build_model, build_rows, tokenizer, dataset, settings):
     assert made.state.global_step == 3
     record = json.loads((Path(settings["output_dir"]) / "run.json").read_text())
     assert record["status"] == "stopped early"
+    told = "stopped early at step 3: eval_loss has not improved by more than 1e+09 for 2 evaluations; "
+    assert record["notes"] == [told + "the weights are those of step 1"]
+    assert f"fastft: {record['notes'][0]}; " in capsys.readouterr().out
+    assert record["best"] == {"step": 1, "metric": "eval_loss", "value": record["evaluation"]["eval_loss"]}
     best = Path(made.state.best_model_checkpoint)
     assert best.name == "checkpoint-1" and best.is_dir()
     state = json.loads((best / "trainer_state.json").read_text())

@@ -147,6 +147,7 @@ def test_evaluations_want_data(train, build_model, tokenizer, build_rows, tmp_pa
     assert told(**both) == [("eval_every", 5), ("early_stopping_patience", 2), ("learning_rate", -1)]
     assert told(eval_strategy="epoch") == [("eval_strategy", "epoch")]
     assert told(early_stopping_patience=2) == [("early_stopping_patience", 2)]
+    assert told(load_best_model_at_end=True, save_every=2) == [("load_best_model_at_end", True)]
     assert told(eval=rows[train], eval_every=0) == [("eval_every", 0)]
     assert told(eval_strategy="no", eval_every=5) == [("eval_every", 5)]
     assert told(eval_strategy="no", learning_rate=-1) == [("learning_rate", -1)]
@@ -156,7 +157,14 @@ def test_evaluations_want_data(train, build_model, tokenizer, build_rows, tmp_pa
 def test_a_trainer_wants_data_for_evaluations_too(build_model, tokenizer, dataset, settings):
     more = {"train_dataset": dataset, "processing_class": tokenizer, "compile": False}
     for wrong, names in (
-        ({"eval_steps": 5, "early_stopping_patience": 2}, ["early_stopping_patience"]),  # "no" is the default
+        (
+            {"eval_strategy": "steps", "early_stopping_patience": 2, "save_strategy": "best"},
+            ["eval_strategy", "early_stopping_patience"],
+        ),
+        (
+            {"eval_strategy": "steps", "load_best_model_at_end": True, "save_strategy": "best"},
+            ["eval_strategy", "load_best_model_at_end"],
+        ),
         ({"eval_strategy": "steps"}, ["eval_strategy"]),
         ({"eval_strategy": "epoch", "eval_steps": 5}, ["eval_strategy", "eval_steps"]),
     ):

@@ -77,8 +77,8 @@ def grpo(
             args.engine_options = {**(args.engine_options or {}), **engine_options}
         resume_from = to_resume(resume, args)
         given = {"prompts": prompts} | ({} if eval is None else {"eval": eval})
-        data, texts = prompt_data.prompt_datasets(given, tokenizer, chat)
         functions = listed(rewards)
+        data, texts = prompt_data.prompt_datasets(given, tokenizer, chat)
         trainer = GRPOTrainer(
             model,
             [of_texts(function) for function in functions] if texts else functions,

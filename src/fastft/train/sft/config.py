@@ -1,7 +1,7 @@
 """The configuration of supervised fine-tuning: TRL's with other defaults and more fields, from any arguments."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 import trl
@@ -12,6 +12,15 @@ from fastft.state import get_state
 from fastft.train import arguments, settings
 from fastft.train.cuda_graphs import MODES
 from fastft.train.words import renamed
+
+# What an evaluation gives, behind "eval_", unless the user has it compute something else.
+MEASURED = ("loss", "perplexity", "mean_token_accuracy")
+# What fields may be, and older words for it that TRL takes.
+CHOICES = {
+    "cuda_graphs": (MODES, ()),
+    "packing_strategy": (("bfd", "bfd_split", "wrapped"), ("bfd-requeue",)),
+    "loss_type": (("nll", "dft"), ("chunked_nll",)),
+}
 
 
 @dataclasses.dataclass
@@ -63,32 +72,44 @@ class SFTConfig(settings.Settings, trl.SFTConfig):
 
     def mistakes(self) -> list[Problem]:
         """Return all fields that cannot be meant."""
-        if self.cuda_graphs in MODES:
-            return super().mistakes()
-        remedy = did_you_mean(str(self.cuda_graphs), MODES)
-        wrong = Problem("SFTConfig cuda_graphs", self.cuda_graphs, f"one of {', '.join(MODES)}", remedy)
-        return [wrong, *super().mistakes()]
+        wrong, owner = [], type(self).__name__
+        for name, (known, older) in CHOICES.items():
+            value = getattr(self, name)
+            if value not in (*known, *older):
+                remedy = did_you_mean(str(value), known)
+                wrong.append(Problem(f"{owner} {name}", value, f"one of {', '.join(known)}", remedy))
+        return [*wrong, *super().mistakes()]
 
 
 def make_config(
-    config: SFTConfig | None, options: Mapping[str, Any], output_dir: str, model: Any, train: Any, eval: Any
+    config: SFTConfig | None, options: Mapping[str, Any], output_dir: str, model: Any, evaluated: bool
 ) -> SFTConfig:
-    """Return the config of `sft`: the one given, or one of its options. Raises `UsageError` for both."""
+    """Return the config of `sft`: the one given, or one of its options, whose length may be left to `settle_length`.
+
+    Raises `UsageError` for both.
+    """
     settings.refuse_both("sft", config, options)
     if config is not None:
         return config
     fields = arguments.config_fields("sft", options, arguments.field_names(SFTConfig))
-    sized = [data for data in (train, eval) if hasattr(data, "__len__")]
-    longest = max((int(columns.lengths(data).max()) for data in sized), default=None)
     defaults: dict[str, Any] = {
         **settings.model_defaults(model, output_dir, fields),
         "learning_rate": 2e-4 if hasattr(model, "peft_config") else 2e-5,
         "per_device_train_batch_size": 4,
         "num_train_epochs": 1,
-        "max_length": get_state(model).max_length or longest,
+        "max_length": get_state(model).max_length or arguments.DEFAULT_LENGTH,
     }
-    if fields.get("packing"):
-        defaults["max_length"] = get_state(model).max_length or max(longest or 0, 1024)
     if fields.get("padding_free") and not fields.get("packing"):
         defaults["max_length"] = None
-    return arguments.made(SFTConfig, defaults, fields, eval is not None)
+    return arguments.made(SFTConfig, defaults, fields, evaluated)
+
+
+def settle_length(args: SFTConfig, data: Iterable[Any]) -> None:
+    """Set a `max_length` that was left open to that of the longest row of token ids; rows are packed to 1024 or more.
+
+    Streams have no longest row: nothing is set for them, and they are not cut.
+    """
+    if not isinstance(args.max_length, arguments.DefaultLength):
+        return
+    longest = max((int(columns.lengths(rows).max()) for rows in data if hasattr(rows, "__len__")), default=None)
+    args.max_length = max(longest or 0, int(arguments.DEFAULT_LENGTH)) if args.packing else longest

@@ -11,7 +11,7 @@ from fastft.data.bars import bars_if_large
 from fastft.data.chat import chat_dataset
 from fastft.data.files import told_of
 from fastft.data.kinds import PLAIN, Recognised
-from fastft.data.sources import open_named, open_source
+from fastft.data.sources import Source, open_named, open_source
 from fastft.errors import DataError, Problem, UsageError, did_you_mean, short
 from fastft.train.arguments import DEFAULT_FIELD, DefaultField
 
@@ -26,12 +26,14 @@ _LEARNT = {
 class Reading:
     """What a config says about rows; None is what the user has not said.
 
-    `text_field`: the column to train on as text, whatever stands beside it. `assistant_only` and `completion_only`:
-    the config's `assistant_only_loss` and `completion_only_loss`. `processes`: to tokenise with. `skip`: the rows go to
-    the collator as they are. `formatting`: the function that makes a row the text to train on.
+    `text_field`: the column to train on as text, whatever stands beside it; `must` says that it has to be there, also
+    where it is called as the default is. `assistant_only` and `completion_only`: the config's `assistant_only_loss` and
+    `completion_only_loss`. `processes`: to tokenise with. `skip`: the rows go to the collator as they are.
+    `formatting`: the function that makes a row the text to train on.
     """
 
     text_field: str | None = None
+    must: bool = False
     assistant_only: bool | None = None
     completion_only: bool | None = None
     processes: int | None = None
@@ -59,6 +61,27 @@ class Reading:
             error.tell(*(self._told(problem, name) for problem in error.problems))
             raise
 
+    def column(self, source: Source, tokenizer: Any, train_on: str, name: str, alternate: bool) -> Any:
+        """Return `source` as token ids with labels, made of the column `text_field` alone: a text is learnt whole.
+
+        Turns in that column are learnt as `train_on` says. Raises `DataError`, and `UsageError` for token ids, which
+        have no such column to read.
+        """
+        if hasattr(source.rows, "__len__"):
+            check.refuse_empty(source.rows, name)
+        listed = isinstance(source.rows, list) and any("input_ids" in row for row in _head(source.rows))
+        if listed or is_token_ids(source.rows):
+            remedy = "Leave it out, or give the rows that they were made of."
+            expected = f"rows to read; {name} has token ids"
+            raise UsageError(Problem("SFTConfig dataset_text_field", self.text_field, expected, remedy))
+        with told_of(name, source.files):
+            given = evolve(self._recognised(source), alternate=alternate)
+            inputs.refuse_others(given)
+            whole = given.recognised.kind == "text"
+            if whole:
+                print(f"fastft: {name}: {given.recognised.statement}; {_LEARNT['all']}.")
+            return chat_dataset(given, tokenizer, "all" if whole else train_on)
+
     def _recognised(self, rows: Any) -> inputs.Input:
         """Return the rows as what they are: the named column as text, or what `recognise` says."""
         source = open_source(rows).listed()
@@ -69,7 +92,8 @@ class Reading:
             return inputs.read(source)
         field, head = self.text_field, _head(rows)
         columns = list(dict.fromkeys(name for row in head for name in row))
-        if field == DEFAULT_FIELD and field not in columns:  # an argument parser's copy of the default says nothing
+        copied = field == DEFAULT_FIELD and not self.must  # an argument parser's copy of the default says nothing
+        if copied and field not in columns:
             return inputs.read(source)
         if field not in columns:
             near = did_you_mean(field, columns) or "Leave it out, and the rows are recognised by their columns."

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 
 from fastft.data import check
 from fastft.data.chat import tokenised
@@ -12,9 +12,11 @@ from fastft.data.files import told_of
 from fastft.data.sources import Source, open_named
 from fastft.errors import UsageError
 from fastft.train import arguments
+from fastft.train.best import refuse_unmeasured
 from fastft.train.record import curve, ends
 from fastft.train.resume import to_resume
-from fastft.train.sft.config import SFTConfig, make_config
+from fastft.train.sft.config import MEASURED, SFTConfig, make_config, settle_length
+from fastft.train.sft.reading import reading_of
 from fastft.train.sft.trainer import SFTTrainer
 from fastft.train.words import in_words_of
 
@@ -50,7 +52,7 @@ def sft(
     """Fine-tune `model` on `train` and leave model, checkpoints and run record in `output_dir`.
 
     `train` and `eval` are token ids (`chat_dataset`'s result) or what `chat_dataset` takes, which renders it with
-    `train_on` and `alternate`.
+    `train_on` and `alternate`. `dataset_text_field` names a column to learn whole, as text, whatever stands beside it.
     `overlong`: what becomes of rows of more than `max_length` tokens. "refuse" names them, by file and line where they
     are out of files; "truncate" cuts them at their end, and says how many, and of the rows that are left without
     anything to learn a share of `max_unlearnable` is left out. Left out it means "refuse", and with a `config`
@@ -67,13 +69,19 @@ def sft(
     if wrong := check.overlong_problems(overlong or "refuse"):
         raise UsageError(*wrong)
     given = {"train": train} | ({} if eval is None else {"eval": eval})
-    sources = {name: open_named(data, name) for name, data in given.items()}
-    made = {name: tokenised(source, tokenizer, train_on, name, alternate) for name, source in sources.items()}
     with in_words_of("sft", SFTTrainer, SFTConfig, config, options, arguments.PLAIN):
-        args = make_config(config, options, str(output_dir), model, made["train"], made.get("eval"))
+        args = make_config(config, options, str(output_dir), model, eval is not None)  # before any data are read
+        if compute_metrics is None:
+            refuse_unmeasured(args, MEASURED, eval)
+        resume_from = to_resume(resume, args)
+        sources = {name: open_named(data, name) for name, data in given.items()}
+        reading = evolve(reading_of(args, None), must=config is None)
+        read = tokenised if reading.text_field is None else reading.column
+        made = {name: read(source, tokenizer, train_on, name, alternate) for name, source in sources.items()}
+        if config is None:
+            settle_length(args, made.values())
         if (overlong or ("refuse" if config is None else "truncate")) == "refuse":
             _refuse_overlong(made, sources, args.max_length)
-        resume_from = to_resume(resume, args)
         trainer = SFTTrainer(
             model,
             args,

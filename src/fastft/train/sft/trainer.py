@@ -22,9 +22,10 @@ from fastft.noise import quiet
 from fastft.state import get_state
 from fastft.train import arguments, checkpoint, memory, settings, step
 from fastft.train.base import Trained, built, load_named, take_recompute
+from fastft.train.best import refuse_unmeasured
 from fastft.train.cuda_graphs import Replayer, moves_activations
 from fastft.train.sft import preparation, reading
-from fastft.train.sft.config import SFTConfig
+from fastft.train.sft.config import MEASURED, SFTConfig
 
 
 class SFTTrainer(Trained, trl.SFTTrainer):
@@ -60,10 +61,13 @@ class SFTTrainer(Trained, trl.SFTTrainer):
         args = arguments.with_length(args, get_state(model).max_length)
         self._reading = reading.reading_of(args, kwargs.get("formatting_func"))
         given_ids = reading.is_token_ids(kwargs.get("train_dataset"))
-        kwargs |= reading.datasets_of(kwargs, self._reading, args.chat_template_path)
-        checkpoint.make_folder(Path(args.output_dir))
         arguments.refuse_untrainable(model, kwargs.get("peft_config"))
         arguments.refuse_unevaluated(args, kwargs.get("eval_dataset"))
+        if type(self) is SFTTrainer and kwargs.get("compute_metrics") is None:
+            measured = MEASURED if kwargs.get("compute_loss_func") is None else ("loss",)
+            refuse_unmeasured(args, measured, kwargs.get("eval_dataset"))
+        kwargs |= reading.datasets_of(kwargs, self._reading, args.chat_template_path)
+        checkpoint.make_folder(Path(args.output_dir))
         recompute = take_recompute(args, compile)
         args.dataset_text_field = str(args.dataset_text_field)
         if not self._reading.skip and not given_ids:  # else TRL would exchange the template, and format once more
