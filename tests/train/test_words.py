@@ -91,6 +91,22 @@ def test_what_would_be_ignored_beside_steps(name, told):
     assert told(name, steps=-1, epochs=3, warmup_steps=5, learning_rate=-1).keys() == {"learning_rate"}
     assert told(name, steps=2, warmup_steps=0.9, learning_rate=-1).keys() == {"learning_rate"}
     assert told(name, steps=3, warmup_steps=2, learning_rate=-1).keys() == {"learning_rate"}
+    assert told(name, steps=3, warmup_steps=5.0, learning_rate=-1).keys() == {"warmup_steps", "learning_rate"}
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_a_schedule_without_a_warm_up_has_none(name, told):
+    for given in ({"warmup_steps": 5, "steps": 3}, {"warmup_steps": 0.1}, {"warmup_ratio": 0.1}):
+        found = told(name, schedule="constant", learning_rate=-1, **given)
+        (key,) = given.keys() - {"steps"}
+        assert found.keys() == {key, "learning_rate"}
+        assert str(found[key]) == (
+            f"{name} {key}: expected no warm-up beside schedule='constant', got {given[key]}. "
+            "That schedule has none: 'constant_with_warmup' has."
+        )
+    for given in ({"warmup_steps": 0}, {}):
+        assert told(name, schedule="constant", learning_rate=-1, **given).keys() == {"learning_rate"}
+    assert told(name, schedule="constant_with_warmup", warmup_steps=5, learning_rate=-1).keys() == {"learning_rate"}
 
 
 @pytest.mark.parametrize("name", DATA)

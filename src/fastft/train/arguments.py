@@ -368,7 +368,14 @@ def contradictions(
         both = (steps, fields["num_train_epochs"])
         remedy = "Steps end the run whatever the epochs say: leave one of them out."
         problems.append(Problem(f"{owner} max_steps and num_train_epochs", both, "one of the two", remedy))
-    if counted and isinstance(warmup, int) and warmup >= steps:
+    constant = text_of(fields.get("lr_scheduler_type", defaults.get("lr_scheduler_type"))) == "constant"
+    for name in ("warmup_steps", "warmup_ratio") if constant else ():
+        if fields.get(name):
+            remedy = "That schedule has none: 'constant_with_warmup' has."
+            expected = "no warm-up beside lr_scheduler_type='constant'"
+            problems.append(Problem(f"{owner} {name}", fields[name], expected, remedy))
+    counts = isinstance(warmup, int | float) and warmup >= 1  # below, it is a share of all steps
+    if counted and counts and not constant and warmup >= steps:
         remedy = "The learning rate would never be reached: a number below 1, such as 0.1, is a share of all steps."
         problems.append(Problem(f"{owner} warmup_steps", warmup, f"fewer than max_steps={steps}", remedy))
     for name, strategy in EVERY.items():

@@ -65,7 +65,11 @@ def _wrong_loss_types(args: PreferenceSettings) -> list[Problem]:
     known = LOSS_TYPES.get(args.LOSS)
     if known is None:
         return []
-    given = [args.loss_type] if isinstance(args.loss_type, str) else list(args.loss_type)
+    alone, several = isinstance(args.loss_type, str), args.LOSS == "dpo"
+    if not alone and not (several and isinstance(args.loss_type, list | tuple) and args.loss_type):
+        expected = f"one of {', '.join(known)}{', or a list of some' if several else ''}"
+        return [Problem(f"{type(args).__name__} loss_type", args.loss_type, expected)]
+    given = [args.loss_type] if alone else list(args.loss_type)
     problems = []
     for name in given:
         if name in known:
