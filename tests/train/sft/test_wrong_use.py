@@ -297,3 +297,16 @@ def test_an_older_warm_up_and_bf16_without_a_gpu_are_taken(tmp_path):
     assert config.bf16 and config.use_cpu is not torch.accelerator.is_available()
     with pytest.raises(UsageError, match=r"warmup_ratio.*a share of all steps"):
         SFTConfig(output_dir=str(tmp_path), warmup_ratio=3)
+
+
+def test_what_train_on_says_is_not_said_otherwise(tmp_path, build_model, tokenizer):
+    """sft has made the labels by then, so that these would do nothing."""
+    with pytest.raises(UsageError) as caught:
+        fastft.sft(
+            build_model(), tokenizer, [], tmp_path, assistant_only_loss=False, completion_only_loss=True, overlong="cut"
+        )
+    remedy = "train_on says what is learnt: 'assistant', 'last', 'completion' or 'all'."
+    assert [str(problem) for problem in caught.value.problems][1:] == [
+        f"sft assistant_only_loss: expected it left out, got False. {remedy}",
+        f"sft completion_only_loss: expected it left out, got True. {remedy}",
+    ]

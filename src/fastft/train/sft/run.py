@@ -10,7 +10,7 @@ from fastft.data import check
 from fastft.data.chat import tokenised
 from fastft.data.files import told_of
 from fastft.data.sources import Source, open_named
-from fastft.errors import UsageError
+from fastft.errors import Problem, UsageError
 from fastft.train import arguments
 from fastft.train.best import refuse_unmeasured
 from fastft.train.record import curve, ends
@@ -66,7 +66,7 @@ def sft(
     Raises `UsageError`, `DataError`, `SaveError`.
     """
     arguments.refuse_pair(model, tokenizer)
-    if wrong := check.overlong_problems(overlong or "refuse"):
+    if wrong := [*check.overlong_problems(overlong or "refuse"), *_said_by_train_on(options)]:
         raise UsageError(*wrong)
     given = {"train": train} | ({} if eval is None else {"eval": eval})
     with in_words_of("sft", SFTTrainer, SFTConfig, config, options, arguments.PLAIN):
@@ -99,6 +99,13 @@ def sft(
     metrics = {**output.metrics, **_last_evaluation(trainer.state.log_history)}
     final = losses[-1][1] if losses else None
     return SftResult(losses, final, metrics, args.output_dir, trainer.recorder.record)
+
+
+def _said_by_train_on(options: Mapping[str, Any]) -> list[Problem]:
+    """Return those of the options that say to a trainer what is learnt, which `train_on` has said by then."""
+    remedy = "train_on says what is learnt: 'assistant', 'last', 'completion' or 'all'."
+    named = (name for name in ("assistant_only_loss", "completion_only_loss") if options.get(name) is not None)
+    return [Problem(f"sft {name}", options[name], "it left out", remedy) for name in named]
 
 
 def _refuse_overlong(made: Mapping[str, Any], sources: Mapping[str, Source], limit: int | None) -> None:
