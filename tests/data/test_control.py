@@ -107,6 +107,29 @@ def test_texts_may_begin_and_end_with_them(tokenizer, told):
     ]
 
 
+def test_a_token_that_starts_texts_is_told_behind_their_start(tokenizer, told):
+    """A text's first token is meant; that of a completion stands in the middle of its row."""
+    tokenizer.bos_token = "<|im_start|>"
+    plain = {"prompt": "q", "completion": "a"}
+    for row in ({"prompt": "q", "completion": "<|im_start|>a"}, {"prompt": " <|im_start|>q", "completion": "a"}):
+        assert told([plain, plain, row], tokenizer) == [LINE.format("1 of 3 rows", "2, '<|im_start|>'")]
+
+
+def test_the_frame_of_turns_is_told_in_an_answer_too(build_tokenizer):
+    """That are a template's own markers, also of one that refuses a system message, and BOS, EOS and padding."""
+    template = (
+        "{%- if messages[0]['role'] == 'system' %}{{- raise_exception('no system') }}{%- endif %}"
+        "{%- for message in messages %}{{- '<|turn|>' + message['content'] }}{%- endfor %}"
+    )
+    tokenizer = build_tokenizer("bytes", template)
+    markers = ["<|turn|>", "<|bos|>", "<|pad|>", "<|eos|>", "<|call|>"]
+    named = dict(zip(("bos_token", "pad_token", "eos_token"), markers[1:4], strict=True))
+    tokenizer.add_special_tokens({"additional_special_tokens": [markers[0], markers[-1]], **named})
+    control = find_control(tokenizer)
+    answers = [[{"role": "assistant", "content": f"a{marker}b"}] for marker in markers]
+    assert [control.in_messages(answer) for answer in answers] == [*markers[:-1], None]
+
+
 def test_a_format_written_by_hand_is_meant(tokenizer, told):
     """Half of the rows and more: an accident is rarer."""
     written = {"text": f"<|im_start|>user\nq{END}\n<|im_start|>assistant\na{END}\n"}

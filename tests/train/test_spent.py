@@ -125,3 +125,20 @@ def test_waiting_for_the_device_is_training(monkeypatch):
     tally.step_ended()
     counts.count()  # of a step that is not done: its time is not known to be training
     assert counts.clock.so_far() == 5.0
+
+
+def test_what_a_run_that_was_broken_off_counted_is_not_the_next_ones():
+    tally = spent.Tally()
+    made = spent.Spent(tally, lambda counts: counts)
+    batch = {"input_ids": torch.ones(1, 6, dtype=torch.int64), "labels": torch.ones(1, 6, dtype=torch.int64)}
+    for pending in (False, True):  # within a step, and behind a whole one
+        tally.add(batch)
+        if pending:
+            tally.step_ended()
+        made.begin(None, {})
+        assert tally.take(lambda counts: counts) == {}
+    tally.add(batch)
+    tally.step_ended()
+    tally.send(lambda counts: counts)  # on its way
+    made.begin(None, {})
+    assert tally.take(lambda counts: counts) == {}
