@@ -115,12 +115,11 @@ def _check_arguments(
 
     device = None
     problems = [problem for problem in (plan_problem(plan),) if problem]
-    unplanned = bool(problems)
     try:
         device = device_of(gpu)
     except UsageError as error:
         problems += error.problems
-    if device is not None and not unplanned and (budget_of(plan) or 0) > device.memory:
+    if device is not None and (budget_of(plan) or 0) > device.memory:
         has = f"{device.memory / GB:.2f} GB, and {usable(device.memory) / GB:.2f} GB for a step"
         problems.append(Problem("--plan", plan, f"no more than the GPU has: {device.name} has {has}"))
     if full and rank is not None:

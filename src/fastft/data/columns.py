@@ -61,11 +61,9 @@ def flat(column: Any) -> tuple[np.ndarray, np.ndarray]:
     return array.flatten().to_numpy(zero_copy_only=False).astype(np.int32, copy=False), lengths
 
 
-def lengths(dataset: Any) -> np.ndarray:
-    """Return the number of tokens of every row of a `datasets.Dataset` (int64)."""
-    parts = [
-        flat(table["input_ids"])[1] for table in dataset.select_columns(["input_ids"]).with_format("arrow").iter(BATCH)
-    ]
+def lengths(dataset: Any, column: str = "input_ids") -> np.ndarray:
+    """Return the number of tokens of every row of a `datasets.Dataset` (int64), in a column of token ids."""
+    parts = [flat(table[column])[1] for table in dataset.select_columns([column]).with_format("arrow").iter(BATCH)]
     return np.concatenate(parts) if parts else np.zeros(0, np.int64)
 
 

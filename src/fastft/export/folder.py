@@ -72,11 +72,10 @@ def run_record(folder: Path) -> dict[str, Any]:
 
     A checkpoint's own is of the moment that it was saved; it counts where that beside it is of another run.
     """
-    from fastft.train.checkpoint import CHECKPOINT
     from fastft.train.lineage import leads_to, runs_of
 
     places = [folder]
-    if CHECKPOINT.match(folder.name):
+    if files.CHECKPOINT.match(folder.name):
         places.insert(0 if leads_to(folder, runs_of(folder.parent)) else 1, folder.parent)
     for place in places:
         if (place / "run.json").is_file():

@@ -357,7 +357,7 @@ def _limited(report: ArtefactReport, limits: Limits | None, adapter_kl: float | 
 def _apart(found: float, allowed: float, form: str, digits: int) -> tuple[str, str]:
     """Return both numbers in a `form` of so many digits, or of as many more as tell them apart."""
     pairs = ((format(found, form.format(d)), format(allowed, form.format(d))) for d in range(digits, 18))
-    return next(pair for pair in pairs if pair[0] != pair[1] or found == allowed)
+    return next(pair for pair in pairs if pair[0] != pair[1])
 
 
 def _same(value: bool | None) -> str:

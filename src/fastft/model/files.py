@@ -17,6 +17,7 @@ NO_TOKENIZER = f"no tokenizer ({' or '.join(TOKENIZER_FILES[:3])} ...); copy the
 TOKENIZER_CONFIG = "tokenizer_config.json"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+CHECKPOINT = re.compile(r"^checkpoint-(\d+)$")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9_][\w.-]*)?")
 # What is fetched of a hub repository; everything lies at its top, and consolidated* repeats the weights.
 _WANTED = ("*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model", "*.txt", "*.tiktoken")
@@ -140,14 +141,22 @@ def check(folder: Path) -> None:
         raise LoadError(*(f"{folder}: {problem}" for problem in _of_another_kind(folder) or found))
 
 
+def checkpoints(folder: str | Path) -> list[Path]:
+    """Return the whole checkpoints in `folder`, oldest step first."""
+    folder = Path(folder)
+    found = (
+        [path for path in folder.iterdir() if CHECKPOINT.match(path.name) and path.is_dir()] if folder.is_dir() else []
+    )
+    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+
+
 def _of_another_kind(folder: Path) -> list[str]:
     """Return what a folder is that no model was ever saved in, if that can be told; else nothing."""
-    if (folder / "config.json").exists() or not folder.is_dir():
+    if (folder / "config.json").exists():
         return []
-    steps = {int(path.name[11:]): path for path in folder.glob("checkpoint-*") if path.name[11:].isdecimal()}
-    if steps:
-        last = steps[max(steps)]
-        return [f"it holds checkpoints of a run that did not end, and no model; the newest to load is {str(last)!r}"]
+    if found := checkpoints(folder):
+        newest = str(found[-1])
+        return [f"it holds checkpoints of a run that did not end, and no model; the newest to load is {newest!r}"]
     if any(folder.glob("*.gguf")):
         return ["it holds GGUF files, which are exports; load the model that they were made of"]
     return []

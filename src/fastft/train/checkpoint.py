@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from fastft.errors import SaveError
+from fastft.model.files import checkpoints as checkpoints
 
-CHECKPOINT = re.compile(r"^checkpoint-(\d+)$")
 # What torch's own file writer says when the system refuses a write; it raises RuntimeError, not OSError.
 WRITE_FAILED = re.compile(
     r"PytorchStreamWriter|unexpected pos|iostream|No space left|os error|I/O error|File too large", re.I
@@ -113,15 +113,6 @@ def move_files(folder: Path, target: Path) -> None:
         else:
             os.replace(path, place)
     shutil.rmtree(folder, ignore_errors=True)
-
-
-def checkpoints(folder: str | Path) -> list[Path]:
-    """Return the whole checkpoints in `folder`, oldest step first."""
-    folder = Path(folder)
-    found = (
-        [path for path in folder.iterdir() if CHECKPOINT.match(path.name) and path.is_dir()] if folder.is_dir() else []
-    )
-    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
 
 
 def rotate(folder: str | Path, limit: int | None, best: str | None) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from fastft.data import columns
 from fastft.errors import OutOfMemoryError, UsageError
 from fastft.graph.compile import release_weights
 from fastft.memory import oom
@@ -19,9 +20,7 @@ def largest_batch(args: Any, dataset: Any) -> tuple[int, int] | None:
         return (rows, limit) if limit else None
     if not hasattr(dataset, "__len__") or "input_ids" not in (getattr(dataset, "column_names", None) or ()):
         return None
-    longest = 0
-    for batch in dataset.select_columns(["input_ids"]).with_format("arrow").iter(batch_size=1000):
-        longest = max(longest, *batch["input_ids"].combine_chunks().value_lengths().to_pylist())
+    longest = int(columns.lengths(dataset).max(initial=0))
     return (rows, min(longest, limit) if limit else longest) if longest else None
 
 

@@ -19,7 +19,9 @@ DEVIATIONS = 3.0  # how many root mean squares of the differences are allowed
 MOVED = 1 / 6
 
 
-def budget(model: nn.Module, dtype: torch.dtype, exact: Sequence[float], compute: Callable[[], Sequence[float]]) -> Any:
+def budget(
+    model: nn.Module, dtype: torch.dtype, exact: Sequence[float], compute: Callable[[], Sequence[float]]
+) -> tuple[float, ...]:
     """Return how far from `exact` each of the numbers that `compute` returns may be by rounding in `dtype`.
 
     `compute` runs `model`; of every module's output some numbers, at random, are moved by a unit in the last place of

@@ -5,6 +5,7 @@ from typing import Any
 
 from fastft.data import check
 from fastft.data.bars import bars_if_large
+from fastft.data.columns import lengths as lengths_of
 from fastft.data.control import tell_control
 from fastft.data.files import told_of
 from fastft.data.recognise import canonical, recognise
@@ -126,7 +127,7 @@ def tell_cut(rows: Any, parts: Iterable[Sequence[str]], limit: int | None, name:
     """Say how many rows are cut at `limit` tokens; the lengths of a part's columns add up to one sequence."""
     if limit is None or not hasattr(rows, "__len__"):
         return
-    lengths = {column: _lengths(rows, column) for part in parts for column in part}
+    lengths = {column: lengths_of(rows, column).tolist() for part in parts for column in part}
     cut = sum(any(sum(lengths[column][row] for column in part) > limit for part in parts) for row in range(len(rows)))
     if cut:
         print(
@@ -138,15 +139,8 @@ def longest(rows: Any, parts: Iterable[Sequence[str]]) -> int | None:
     """Return the tokens of the longest sequence, None for a stream; parts as for `tell_cut`."""
     if not hasattr(rows, "__len__"):
         return None
-    lengths = {column: _lengths(rows, column) for part in parts for column in part}
+    lengths = {column: lengths_of(rows, column).tolist() for part in parts for column in part}
     return max(max(map(sum, zip(*(lengths[column] for column in part), strict=True))) for part in parts)
-
-
-def _lengths(rows: Any, column: str) -> list[int]:
-    found: list[int] = []
-    for batch in rows.select_columns([column]).with_format("arrow").iter(batch_size=1000):
-        found += batch[column].combine_chunks().value_lengths().to_pylist()
-    return found
 
 
 def _columns(rows: Any) -> list[str]:
