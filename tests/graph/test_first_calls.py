@@ -31,8 +31,8 @@ def made_by(calls):
     return operations(lambda: [call() for call in calls])
 
 
-def calls_of(model, **options):
-    model = fastft.compile(model, plan="keep", backend="eager", **options)
+def calls_of(model, plan="keep", **options):
+    model = fastft.compile(model, plan=plan, backend="eager", **options)
     compiled, base = get_state(model).compiled, base_model(model)
     given = (base, compiled.spec, compiled.layers[0], compiled.norms, compiled.backend.settings)
     return first_calls(model, *given, compiled.fp8_head)
@@ -48,7 +48,7 @@ def test_the_first_calls_are_those_of_a_training_step(family):
     trained = operations(lambda: step.loss(model, batch(0)).backward())
     assert made and made <= trained
     assert "fastft::linear_cross_entropy" in made and "fastft::scale_gradient" in made
-    gated = {"fastft::linears", "fastft::lora_glu_down", "fastft::linears_backward", "fastft::lora_glu_down_backward"}
+    gated = {"fastft::linears", "fastft::lora_glu_down", "fastft::lora_glu_down_backward"}
     assert made & gated == trained & gated
     alone = {name for name in trained if "norm" in name}
     assert made & alone == alone
@@ -73,21 +73,26 @@ def test_what_is_left_out_is_not_called():
     assert plain == {"fastft::linear_cross_entropy", "fastft::scale_gradient"}
 
 
-@pytest.mark.parametrize(("compute", "in_fp8", "head"), [
-    ("exact", False, True), ("fp8", True, True), ("fp8+head", True, False),
+@pytest.mark.parametrize(("compute", "plan", "forms", "head"), [
+    ("exact", "keep", [(False, False)], True),
+    ("exact", "keep+8bit", [(False, False), (False, True)], True),
+    ("fp8", "keep", [(True, False)], True),
+    ("fp8+head", "keep+8bit", [(True, False), (True, True)], False),
 ])  # fmt: skip
-def test_they_have_fp8_factors_where_a_step_has(compute, in_fp8, head, monkeypatch):
-    seen = []
+def test_they_have_the_forms_that_a_step_has(compute, plan, forms, head, monkeypatch):
+    seen, backward = [], []
+    monkeypatch.setattr(module.lora_glu, "feed_forward", lambda x, *rest: seen.append(rest[-2:]))
+    run = torch.ops.fastft.lora_glu_down_backward
 
-    def feed_forward(x, *rest):
-        seen.append(rest[-2:])
-        return x * sum(matrix.sum() for matrix in (*rest[1], *rest[2]))
+    def watched(dy, kept, *rest):
+        backward.append((rest[-1], kept[0].dtype == torch.uint8))
+        return run(dy, kept, *rest)
 
-    monkeypatch.setattr(module.lora_glu, "feed_forward", feed_forward)
+    monkeypatch.setattr(torch.ops.fastft, "lora_glu_down_backward", watched)
     sizes = {"hidden_size": 64, "intermediate_size": 128}
     model = make("llama", torch.bfloat16, True, **sizes)
-    made = made_by(calls_of(model, compute=compute))
-    assert seen == [(in_fp8, False)] and ("fastft::linear_cross_entropy" in made) is head
+    made = made_by(calls_of(model, compute=compute, plan=plan))
+    assert seen == backward == forms and ("fastft::linear_cross_entropy" in made) is head
 
 
 def test_there_are_none_in_fp32_nor_on_a_cpu():
@@ -107,7 +112,7 @@ def test_compile_makes_them_ahead_for_all_units_and_whoever_needs_them_waits(mon
     ahead, begun = Counted(), []
     monkeypatch.setattr(compiling, "make_ahead", lambda calls, device: begun.append((len(calls), device)) or ahead)
     model = fastft.compile(make("llama", torch.bfloat16, True), plan="keep", backend="eager")
-    assert begun == [(3, torch.device("cpu"))] and waits == []
+    assert begun == [(4, torch.device("cpu"))] and waits == []
     wait_ahead(model)
     assert waits == [ahead]
     step.loss(model, batch(0)).backward()

@@ -10,7 +10,7 @@ from torch import fx, nn
 from fastft.graph.ahead import Ahead
 from fastft.graph.capture import bind, find_unit
 from fastft.graph.first_input import FirstInput
-from fastft.graph.joint import JointPass, sources_hash
+from fastft.graph.joint import JointPass
 from fastft.graph.keepable import left_packed
 from fastft.graph.kept import KeptInput, KeptWeights, examples, finder
 from fastft.graph.passes.context import Context
@@ -113,10 +113,7 @@ def lower(graph_module: fx.GraphModule, example_inputs: Sequence[Any], settings:
         return _aot_eager(graph_module, example_inputs, joint)
     from torch._inductor.compile_fx import compile_fx
 
-    # The bodies of custom operations are no part of Inductor's cache key.
-    tag = f"{torch.compiler.config.cache_key_tag}fastft-{sources_hash().hex()[:16]}"
-    with torch.compiler.config.patch(cache_key_tag=tag):
-        return compile_fx(graph_module, list(example_inputs), config_patches={"joint_custom_pre_pass": joint})
+    return compile_fx(graph_module, list(example_inputs), config_patches={"joint_custom_pre_pass": joint})
 
 
 def _aot_eager(graph_module: fx.GraphModule, example_inputs: Sequence[Any], before: JointPass) -> Callable[..., Any]:

@@ -18,6 +18,7 @@ from fastft.graph.passes.feed_forward import fusable_linears
 from fastft.graph.passes.lora import FP8_SCALE, active_adapters, is_fp8_linear, not_fp8
 from fastft.kernels import layer_norm, lora_glu, rms_norm
 from fastft.kernels.linear_ce import linear_cross_entropy
+from fastft.kernels.lora_glu.eight_bits import shapes
 from fastft.registry.spec import GluPoint, ModelSpec, NormPoint
 
 ROWS = 64
@@ -35,7 +36,7 @@ def first_calls(
     settings: Settings,
     fp8_head: bool = False,
 ) -> list[Callable[[], None]]:
-    """Return functions that call, forward and backward, fused operations that a training step of `model` will.
+    """Return functions that call fused operations, forward and backward, that a training step of `model` will call.
 
     Those of the gated feed-forwards of `layer`, of the first of `norms`, and of the loss head, unless that is to have
     fp8 factors, which take its whole weight; on the model's own weights, which stay as they are and get no gradient. Of
@@ -45,31 +46,64 @@ def first_calls(
     if dtype not in IN_16_BITS:
         return []
     found: list[Callable[[], None]] = []
-    fused = FEED_FORWARD not in settings.disable and settings.implementations[FEED_FORWARD] == "op"
-    gated, alone = list(layer.modules()) if fused else [], norms[:1] if settings.norm_alone == "op" else []
-    for points, modules, call in ((spec.glus, gated, _feed_forward), (spec.norms, alone, _norm)):
-        for point in points:
-            found += [partial(call, m, point, dtype, settings) for m in modules if is_instance_of(m, point.classes)]
+    if FEED_FORWARD not in settings.disable and settings.implementations[FEED_FORWARD] == "op":
+        for point in spec.glus:
+            for module in (m for m in layer.modules() if is_instance_of(m, point.classes)):
+                found += _feed_forwards(module, point, dtype, settings)
+    for point in spec.norms if settings.norm_alone == "op" else ():
+        found += [partial(_norm, m, point, dtype) for m in norms[:1] if is_instance_of(m, point.classes)]
     if not fp8_head and head_check(model).fused and plain_linear(find_head(model).module) is not None:
         found.append(partial(_head, model, dtype))
     return found
 
 
-def _feed_forward(module: nn.Module, point: GluPoint, dtype: torch.dtype, settings: Settings) -> None:
+def _feed_forwards(
+    module: nn.Module, point: GluPoint, dtype: torch.dtype, settings: Settings
+) -> Iterator[Callable[[], None]]:
+    """Yield calls of a gated feed-forward as a step has it, forward and backward apart, and as its proofs have it.
+
+    The kernels of the two ways take the longest to compile, and need not wait for each other.
+    """
     linears = fusable_linears(module, point)
     if not linears:
         return
+    given = _arguments(linears)
+    in_fp8 = settings.compute == "fp8" and not any(not_fp8(linear.base_layer, dtype) for linear in linears)
+    for eight_bits in (False, True)[: 1 + settings.eight_bits]:
+        for call in (_backward, _forward):
+            yield partial(call, *given, point.activation, dtype, in_fp8, eight_bits)
+
+
+def _arguments(
+    linears: Sequence[nn.Module],
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[float], list[list[Tensor]]]:
+    """Return (weights, a, b, scales, quant_states) of LoRA linears."""
     adapters = [active_adapters(linear)[0] for linear in linears]
-    a = [_trained(linear.lora_A[name].weight) for linear, name in zip(linears, adapters)]
-    b = [_trained(linear.lora_B[name].weight) for linear, name in zip(linears, adapters)]
+    a = [linear.lora_A[name].weight.detach() for linear, name in zip(linears, adapters)]
+    b = [linear.lora_B[name].weight.detach() for linear, name in zip(linears, adapters)]
     scales = [float(linear.scaling[name]) for linear, name in zip(linears, adapters)]
     bases = [linear.base_layer for linear in linears]
-    in_fp8 = settings.compute == "fp8" and not any(not_fp8(base, dtype) for base in bases)
-    x = _trained(a[0].new_zeros(1, ROWS, a[0].shape[1], dtype=dtype))
-    weights = [base.weight.detach() for base in bases]
-    states = [list(_states(base)) for base in bases]
-    y = lora_glu.feed_forward(x, weights, a, b, scales, states, point.activation, in_fp8, settings.eight_bits)
-    torch.autograd.grad(y, (x, *a, *b), torch.zeros_like(y))
+    return [base.weight.detach() for base in bases], a, b, scales, [list(_states(base)) for base in bases]
+
+
+def _forward(weights, a, b, scales, states, activation: str, dtype: torch.dtype, in_fp8: bool, eight_bits: bool):
+    x = a[0].new_zeros(ROWS, a[0].shape[1], dtype=dtype)
+    with torch.no_grad():
+        lora_glu.feed_forward(x, weights, a, b, scales, states, activation, in_fp8, eight_bits)
+
+
+def _backward(weights, a, b, scales, states, activation: str, dtype: torch.dtype, in_fp8: bool, eight_bits: bool):
+    b_gate, b_up = b[:2] if len(b) == 3 else b[0].chunk(2)  # two linears: the first gives gate and up side by side
+    (wide, r_gate), r_up, (narrow, r_down) = b_gate.shape, b_up.shape[1], b[-1].shape
+    zeros = partial(b_gate.new_zeros, dtype=dtype)
+    kept = [zeros((ROWS, wide)), zeros((ROWS, wide))]
+    if eight_bits:
+        of_q, of_scale = shapes(ROWS, wide)
+        kept = [zeros(of_q, dtype=torch.uint8), zeros(of_scale, dtype=torch.float32)]
+    torch.ops.fastft.lora_glu_down_backward(
+        zeros((ROWS, narrow)), kept, zeros((ROWS, r_gate + r_up)), zeros((ROWS, r_down)), b_gate, b_up, a[-1], b[-1],
+        weights[-1], states[-1], [scales[0], scales[-2], scales[-1]], activation, in_fp8,
+    )  # fmt: skip
 
 
 def _states(base: nn.Module) -> Iterator[Tensor]:
@@ -79,7 +113,7 @@ def _states(base: nn.Module) -> Iterator[Tensor]:
         yield base._buffers[FP8_SCALE]
 
 
-def _norm(norm: nn.Module, point: NormPoint, dtype: torch.dtype, settings: Settings) -> None:
+def _norm(norm: nn.Module, point: NormPoint, dtype: torch.dtype) -> None:
     weight = norm._parameters["weight"]
     x = _trained(weight.new_zeros(1, ROWS, weight.shape[0], dtype=dtype))
     weight = weight.detach().requires_grad_(weight.requires_grad)

@@ -25,7 +25,12 @@ class JointPass(CustomGraphPass):
         tag(graph, self.level)
 
     def uuid(self) -> bytes:
-        """Return what identifies this pass in Inductor's cache key: the level, and the sources of what is done."""
+        """Return what identifies this pass in Inductor's cache key: the level, and the sources of what is done.
+
+        Those of all kernels too, as the bodies of custom operations are no part of that key. (A tag on the key would
+        do as well, but Inductor's worker processes do not know it, and the launch configurations that were timed are
+        kept under the tag: a later process would not find them.)
+        """
         return sources_hash() + self.level.encode()
 
 

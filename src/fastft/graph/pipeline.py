@@ -56,8 +56,17 @@ def rewrite(
     for step in PASSES:
         if step.name not in disable:
             done += step.rewrite(new, context)
+    _drop_bodies(new)
     # No dead-code elimination here: Dynamo's nodes for context managers have effects and no users.
     new.graph.lint()
     new.recompile()
     before, after = len(graph_module.graph.nodes), len(new.graph.nodes)
     return new, GraphReport("graph" if unit is None else type(unit).__name__, before, after, tuple(done))
+
+
+def _drop_bodies(graph_module: fx.GraphModule) -> None:
+    """Drop the bodies of functions that were replaced, as of bitsandbytes' products: later passes go through each."""
+    for node in list(graph_module.graph.nodes):
+        if node.op == "get_attr" and not node.users:
+            graph_module.graph.erase_node(node)
+    graph_module.delete_all_unused_submodules()
