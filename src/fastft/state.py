@@ -47,6 +47,18 @@ def get_state(model: Any) -> ModelState:
     return base_model(model).__dict__.get(ATTRIBUTE) or ModelState()
 
 
+def quant_of(model: Any) -> str | None:
+    """Return what the weights are quantised to, as `ModelState.quant`; of a model loaded otherwise, as they tell."""
+    quant = get_state(model).quant
+    for parameter in () if quant else base_model(model).parameters():
+        state = getattr(parameter, "quant_state", None)
+        if state is not None:
+            return str(state.quant_type)
+        if getattr(parameter, "SCB", None) is not None:
+            return "int8"
+    return quant
+
+
 def planned_of(model: Any) -> Any:
     """Return the memory plan of a compiled model's layers (`fastft.graph.planned.PlannedLayers`), None without one."""
     return getattr(get_state(model).compiled, "planned", None)

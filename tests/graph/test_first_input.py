@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny import batch, make, run
 from torch._dynamo.utils import counters
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import fastft
 from fastft.graph.attention import only_causal
@@ -13,6 +14,7 @@ from fastft.graph.compile import decoder_layers
 from fastft.graph.first_input import FirstInput, structure
 from fastft.registry.resolve import find
 from fastft.state import base_model
+from fastft.train import step
 
 
 def compiled(apart=False, backend="aot_eager", **changes):
@@ -142,3 +144,17 @@ def test_an_input_that_needs_no_gradient_any_more_is_captured_anew(shown):
     model.disable_input_require_grads()
     run(model, batch(1))
     assert len(shown) == 1 and shown[0].grad is None
+
+
+def test_nothing_but_what_is_saved_holds_the_first_layers_input(shown):
+    """The shown input's place in the autograd graph would hold it to the end of the backward, wherever else it is."""
+    model, held = compiled(), []
+    base_model(model).get_input_embeddings().register_forward_hook(
+        lambda module, args, output: held.append(StorageWeakRef(output.untyped_storage()))
+    )
+    step.loss(model, batch(0)).backward()
+    shown.clear()
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: None, lambda packed: packed):
+        loss = step.loss(model, batch(0))
+        shown.clear()
+    assert loss.requires_grad and held[1].expired()

@@ -82,8 +82,18 @@ class FirstInput:
         return new
 
     def choose(self, whole: Callable[..., Any], detached: Callable[..., Any]) -> Callable[..., Any]:
-        """Return what runs the one form or the other, as the call under way has it."""
-        return lambda *inputs: (whole if self.shown is None else detached)(*inputs)
+        """Return what runs the one form or the other, as the call under way has it.
+
+        The second gets the input as it is: one that needs a gradient has a place in the autograd graph, which would
+        hold it on the device to the end of the backward.
+        """
+
+        def run(*inputs: Any) -> Any:
+            if self.shown is None:
+                return whole(*inputs)
+            return detached(*(given.detach() if given is self.shown else given for given in inputs))
+
+        return run
 
 
 def _hooked(layer: nn.Module) -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from fastft.memory.estimate import Setup
 from fastft.memory.shape import shape_of
 from fastft.registry.spec import ModelSpec
-from fastft.state import base_model, get_state
+from fastft.state import base_model, quant_of
 
 # AdamW: two numbers a trained parameter, in its own dtype.
 OPTIMIZER_NUMBERS = 2
@@ -33,7 +33,7 @@ def setup_of_model(model: nn.Module, spec: ModelSpec) -> Setup:
     element = hidden.element_size()
     return Setup(
         shape, 0, 0, everything if full else everything - bytes_trained, 0 if full else bytes_trained,
-        bytes_trained, OPTIMIZER_NUMBERS * bytes_trained, max(ranks, default=0), full, get_state(model).quant, element,
+        bytes_trained, OPTIMIZER_NUMBERS * bytes_trained, max(ranks, default=0), full, quant_of(model), element,
         norm="eager",
     )  # fmt: skip
 

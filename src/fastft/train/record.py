@@ -15,7 +15,7 @@ from fastft.environment import version_of
 from fastft.errors import SaveError
 from fastft.graph.head import find_spec
 from fastft.memory.measure import host_peak
-from fastft.state import get_state
+from fastft.state import get_state, quant_of
 from fastft.train import card, checkpoint, flops, lineage, memory, plots, step
 from fastft.train.spent import Spent, Tally, tells
 
@@ -227,7 +227,7 @@ def describe_run(args: Any, model: Any, dataset: Any, work: flops.Work) -> dict[
         "model": {
             "name": state.source or getattr(model.config, "_name_or_path", "") or type(model).__name__,
             "family": getattr(find_spec(step.base_model(model)), "name", None),
-            "quant": state.quant,
+            "quant": quant_of(model),
             "dtype": str(dtype).removeprefix("torch."),
             "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
             "lora": adapters(model),
