@@ -1,6 +1,7 @@
 """The first calls of fused operations: those that training makes, without a trace in the model."""
 
 import contextlib
+import copy
 import subprocess
 import sys
 import threading
@@ -93,6 +94,14 @@ def test_they_have_the_forms_that_a_step_has(compute, plan, forms, head, monkeyp
     model = make("llama", torch.bfloat16, True, **sizes)
     made = made_by(calls_of(model, compute=compute, plan=plan))
     assert seen == backward == forms and ("fastft::linear_cross_entropy" in made) is head
+
+
+def test_of_many_feed_forwards_of_one_size_one_is_called():
+    model = make("llama", torch.bfloat16, True)
+    expected = len(calls_of(model))
+    layer = get_state(model).compiled.layers[0]
+    layer.experts = torch.nn.ModuleList([layer.mlp, *(copy.deepcopy(layer.mlp) for _ in range(3))])
+    assert len(calls_of(model)) == expected
 
 
 def test_there_are_none_in_fp32_nor_on_a_cpu():

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
+from attrs import frozen
 from torch import Tensor, nn
 
 from fastft.graph.backend import Settings
@@ -48,7 +49,8 @@ def first_calls(
     found: list[Callable[[], None]] = []
     if FEED_FORWARD not in settings.disable and settings.implementations[FEED_FORWARD] == "op":
         for point in spec.glus:
-            for module in (m for m in layer.modules() if is_instance_of(m, point.classes)):
+            gated = [m for m in layer.modules() if is_instance_of(m, point.classes)]
+            for module in {tuple(p.shape for p in m.parameters()): m for m in gated}.values():  # one of each size
                 found += _feed_forwards(module, point, dtype, settings)
     for point in spec.norms if settings.norm_alone == "op" else ():
         found += [partial(_norm, m, point, dtype) for m in norms[:1] if is_instance_of(m, point.classes)]
@@ -60,50 +62,61 @@ def first_calls(
 def _feed_forwards(
     module: nn.Module, point: GluPoint, dtype: torch.dtype, settings: Settings
 ) -> Iterator[Callable[[], None]]:
-    """Yield calls of a gated feed-forward as a step has it, forward and backward apart, and as its proofs have it.
+    """Yield calls of a gated feed-forward as a step has it, and as its proofs have it, forward and backward apart.
 
     The kernels of the two ways take the longest to compile, and need not wait for each other.
     """
     linears = fusable_linears(module, point)
     if not linears:
         return
-    given = _arguments(linears)
-    in_fp8 = settings.compute == "fp8" and not any(not_fp8(linear.base_layer, dtype) for linear in linears)
-    for eight_bits in (False, True)[: 1 + settings.eight_bits]:
-        for call in (_backward, _forward):
-            yield partial(call, *given, point.activation, dtype, in_fp8, eight_bits)
-
-
-def _arguments(
-    linears: Sequence[nn.Module],
-) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[float], list[list[Tensor]]]:
-    """Return (weights, a, b, scales, quant_states) of LoRA linears."""
     adapters = [active_adapters(linear)[0] for linear in linears]
     a = [linear.lora_A[name].weight.detach() for linear, name in zip(linears, adapters)]
     b = [linear.lora_B[name].weight.detach() for linear, name in zip(linears, adapters)]
     scales = [float(linear.scaling[name]) for linear, name in zip(linears, adapters)]
     bases = [linear.base_layer for linear in linears]
-    return [base.weight.detach() for base in bases], a, b, scales, [list(_states(base)) for base in bases]
+    weights, states = [base.weight.detach() for base in bases], [list(_states(base)) for base in bases]
+    in_fp8 = settings.compute == "fp8" and not any(not_fp8(base, dtype) for base in bases)
+    for eight_bits in (False, True)[: 1 + settings.eight_bits]:
+        call = _FeedForward(weights, a, b, scales, states, point.activation, dtype, in_fp8, eight_bits)
+        yield from (call.backward, call.forward)
 
 
-def _forward(weights, a, b, scales, states, activation: str, dtype: torch.dtype, in_fp8: bool, eight_bits: bool):
-    x = a[0].new_zeros(ROWS, a[0].shape[1], dtype=dtype)
-    with torch.no_grad():
-        lora_glu.feed_forward(x, weights, a, b, scales, states, activation, in_fp8, eight_bits)
+@frozen(eq=False)
+class _FeedForward:
+    """What `lora_glu.feed_forward` takes beside its input, of which a call has `ROWS` rows of zeros."""
 
+    weights: list[Tensor]
+    a: list[Tensor]
+    b: list[Tensor]
+    scales: list[float]
+    states: list[list[Tensor]]
+    activation: str
+    dtype: torch.dtype
+    in_fp8: bool
+    eight_bits: bool
 
-def _backward(weights, a, b, scales, states, activation: str, dtype: torch.dtype, in_fp8: bool, eight_bits: bool):
-    b_gate, b_up = b[:2] if len(b) == 3 else b[0].chunk(2)  # two linears: the first gives gate and up side by side
-    (wide, r_gate), r_up, (narrow, r_down) = b_gate.shape, b_up.shape[1], b[-1].shape
-    zeros = partial(b_gate.new_zeros, dtype=dtype)
-    kept = [zeros((ROWS, wide)), zeros((ROWS, wide))]
-    if eight_bits:
-        of_q, of_scale = shapes(ROWS, wide)
-        kept = [zeros(of_q, dtype=torch.uint8), zeros(of_scale, dtype=torch.float32)]
-    torch.ops.fastft.lora_glu_down_backward(
-        zeros((ROWS, narrow)), kept, zeros((ROWS, r_gate + r_up)), zeros((ROWS, r_down)), b_gate, b_up, a[-1], b[-1],
-        weights[-1], states[-1], [scales[0], scales[-2], scales[-1]], activation, in_fp8,
-    )  # fmt: skip
+    def forward(self) -> None:
+        x = self._zeros(ROWS, self.a[0].shape[1])
+        weights = (self.weights, self.a, self.b, self.scales, self.states)
+        with torch.no_grad():
+            lora_glu.feed_forward(x, *weights, self.activation, self.in_fp8, self.eight_bits)
+
+    def backward(self) -> None:
+        # Where there are two linears, the first gives gate and up side by side.
+        b_gate, b_up = self.b[:2] if len(self.b) == 3 else self.b[0].chunk(2)
+        (wide, r_gate), r_up, (narrow, r_down) = b_gate.shape, b_up.shape[1], self.b[-1].shape
+        kept = [self._zeros(ROWS, wide), self._zeros(ROWS, wide)]
+        if self.eight_bits:
+            of_q, of_scale = shapes(ROWS, wide)
+            kept = [self._zeros(*of_q).to(torch.uint8), self._zeros(*of_scale).to(torch.float32)]
+        torch.ops.fastft.lora_glu_down_backward(
+            self._zeros(ROWS, narrow), kept, self._zeros(ROWS, r_gate + r_up), self._zeros(ROWS, r_down),
+            b_gate, b_up, self.a[-1], self.b[-1], self.weights[-1], self.states[-1],
+            [self.scales[0], self.scales[-2], self.scales[-1]], self.activation, self.in_fp8,
+        )  # fmt: skip
+
+    def _zeros(self, *shape: int) -> Tensor:
+        return self.b[0].new_zeros(shape, dtype=self.dtype)
 
 
 def _states(base: nn.Module) -> Iterator[Tensor]:
