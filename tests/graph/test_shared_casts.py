@@ -7,6 +7,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import fastft
 from fastft.graph import joint
+from fastft.graph.backend import Settings, lower
 from fastft.graph.compile import uncompile
 from fastft.graph.twin import tiny_model
 from fastft.kernels.lora import casts
@@ -139,3 +140,17 @@ def test_what_the_pass_does_is_part_of_the_caches_key(monkeypatch):
     monkeypatch.setattr(joint.shared_casts, "__file__", joint.recompute.__file__)  # another text of that file
     assert joint.JointPass("keep").uuid() != keep
     joint.sources_hash.cache_clear()
+
+
+def test_the_pass_alone_tells_caches_apart(monkeypatch):
+    """A tag beside it would be unknown to Inductor's workers, who save under it what later processes look for."""
+    seen = []
+
+    def lowering(graph_module, inputs, config_patches):
+        seen.append((torch.compiler.config.cache_key_tag, config_patches["joint_custom_pre_pass"].uuid()))
+        return graph_module.forward
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", lowering)
+    with torch.compiler.config.patch(cache_key_tag="the user's"):
+        lower(torch.fx.symbolic_trace(torch.nn.Identity()), [torch.ones(2)], Settings(level="min"))
+    assert seen == [("the user's", joint.JointPass("min").uuid())]
