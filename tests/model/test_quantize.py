@@ -4,10 +4,13 @@ import pytest
 import torch
 
 from fastft.errors import LoadError
+from fastft.graph.capture import quant_state_tensors
+from fastft.kernels.lora.gemm import dense
 from fastft.model import quantize
 from fastft.model.adapters import add_lora
 from fastft.model.generate import generate
 from fastft.model.load import load
+from fastft.state import get_state
 
 IDS = torch.tensor([[1, 7, 20, 33, 150, 260, 9, 12, 40, 77], [1, 8, 21, 34, 151, 261, 10, 13, 41, 78]])
 
@@ -140,3 +143,20 @@ def test_int8_gradients_are_the_same_after_evaluation(tiny, rms):
     expected, got = gradients(fresh), gradients(asked)
     assert got.keys() == expected.keys() and got
     assert all(rms(got[name], expected[name]) < 1e-6 for name in got)
+
+
+def test_layers_that_bitsandbytes_computes_wrongly_on_a_cpu_are_told(tiny):
+    """If the first half fails, its kernels have been mended: the note may go."""
+    model, _ = load(tiny(intermediate_size=96), quant="nf4", device="cpu", dtype="bfloat16")
+    told = [note for note in get_state(model).notes if "wrongly on a CPU" in note]
+    right, wrong = (model.get_submodule(f"model.layers.0.mlp.{name}_proj") for name in ("up", "down"))
+    off = []
+    for layer in (right, wrong):
+        state = list(quant_state_tensors(layer).values())
+        weight = dense(layer.weight.data, state, layer.out_features, layer.in_features, torch.float32)
+        made = layer(torch.eye(layer.in_features, dtype=torch.bfloat16)).float().t()
+        off.append(((made - weight).norm() / weight.norm()).item())
+    assert off[0] < 0.01 < 0.1 < off[1]
+    assert len(told) == 1 and "computes 2 of the 4-bit layers" in told[0] and "layers.0.mlp.down_proj" in told[0]
+    model, _ = load(tiny(), quant="nf4", device="cpu")
+    assert not any("wrongly" in note for note in get_state(model).notes)
