@@ -43,7 +43,7 @@ def test_json(tmp_path):
     path.write_text('[{"text": "a"},\n {"text" "b"}]')
     assert file_told(path)[0].startswith(f"{path}, line 2, column 10: expected JSON, got ")
     path.write_text('[{"text": "a"}, 3, "x"]')
-    assert [line.split(":")[0] for line in file_told(path)] == [f"{path}, row 1", f"{path}, row 2"]
+    assert [line.split(":")[0] for line in file_told(path)] == [f"{path}, row 1", f"{path}, row 2", "For these 2"]
     path.write_text('{\n "data": [{"text": "a"}]\n}')
     assert "Save the list under 'data' as a file of its own." in file_told(path)[0]
     path.write_text("")
@@ -65,7 +65,7 @@ def test_a_broken_json_list_is_told_once(tmp_path):
     path.write_text('[{"text": "a"}, 3]')
     assert [line.split(":")[0] for line in file_told(path)] == [f"{path}, row 1"]
     path.write_text('["a"]\n["b"]\n')  # lines, each of which is no row
-    assert [line.split(":")[0] for line in file_told(path)] == [f"{path}, line 1", f"{path}, line 2"]
+    assert [line.split(":")[0] for line in file_told(path)] == [f"{path}, line 1", f"{path}, line 2", "For these 2"]
 
 
 def test_utf8(tmp_path):
@@ -111,7 +111,11 @@ def test_csv(tmp_path):
     rows = load_rows(path)
     with pytest.raises(DataError) as caught:
         canonical(rows, recognise(rows))
-    assert [line.split(":")[0] for line in str(caught.value).splitlines()] == ["row 0, question", "row 1, answer"]
+    assert str(caught.value).splitlines() == [
+        "row 0, question: expected a text that is not empty, got ''",
+        "row 1, answer: expected a text that is not empty, got ''",
+        "For these 2: Remove the row or give it text.",
+    ]
 
 
 @pytest.mark.parametrize("separator", [";", "\t", "|"])
@@ -156,9 +160,8 @@ def test_rows_of_files_are_named_by_file_and_line(tmp_path, build_tokenizer):
         for read in (chat_dataset, partial(tokenised, train_on="assistant", name="eval"), fastft.preview):
             with pytest.raises(DataError) as caught:
                 read(source, tokenizer)
-            assert [line.split(": expected")[0] for line in str(caught.value).splitlines()] == [
-                f"{place}, completion" for place in wanted
-            ]
+            assert [problem.where for problem in caught.value.problems] == [f"{place}, completion" for place in wanted]
+            assert str(caught.value).splitlines() == caught.value.lines()
             # a traceback shows the list once: it comes with no other error
             assert (caught.value.__cause__, caught.value.__context__) == (None, None)
     one = tables / "1.parquet"
