@@ -5,6 +5,7 @@ import pickle
 import pytest
 
 from fastft.cli.main import main
+from fastft.demo import MODEL_FOLDER
 from fastft.errors import DataError, FastftError, Problem, UsageError
 
 EMPTY, NAME = "Give it text.", "did you mean 'text'?"
@@ -42,7 +43,7 @@ def test_single_mistakes_come_with_what_to_do(kind):
 def test_the_command_line_tells_the_same_lines(tmp_path, capsys):
     path = tmp_path / "rows.json"
     path.write_text('[{"text": "a"}, 3, 4]')
-    assert main(["preview", str(path), "--tokenizer", "x"]) == 1
+    assert main(["preview", str(path), "--model", str(MODEL_FOLDER)]) == 1
     assert capsys.readouterr().err.splitlines() == [
         f"error: {path}, row 1: expected a JSON object, one row, got 3",
         f"error: {path}, row 2: expected a JSON object, one row, got 4",

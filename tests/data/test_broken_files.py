@@ -93,11 +93,9 @@ def test_csv(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text('question,answer\nq,a\nq,a,b\n"q\nr",a\nq\n')
     assert file_told(path) == [
-        f"{path}, line 3: expected 2 cells, as in the header, got '3 cells'. Its cells are ['q', 'a', 'b']; a "
-        "cell with "
-        "the separator in it stands in quotes.",
-        f"{path}, line 6: expected 2 cells, as in the header, got '1 cells'. Its cells are ['q']; a cell with the "
-        "separator in it stands in quotes.",
+        f"{path}, line 3: expected 2 cells, as in the header, got \"3 cells, ['q', 'a', 'b']\"",
+        f"{path}, line 6: expected 2 cells, as in the header, got \"1 cells, ['q']\"",
+        "For these 2: A cell with the separator in it stands in quotes.",
     ]
     path.write_text('question,answer\nq,a\n"q,a\nq,a\n')
     assert file_told(path)[0].startswith(f"{path}, line 3: expected cells in CSV, got 'unexpected end of data'")
@@ -125,7 +123,9 @@ def test_a_table_with_another_separator(tmp_path, separator):
     path.write_text("\n" + "\n".join(separator.join(line) for line in lines))
     assert load_rows(path) == [{"question": "What, then?", "answer": 'a "b";\t|'}, {"question": "", "answer": "x"}]
     path.write_text(path.read_text() + f"\na{separator}b{separator}c")
-    assert file_told(path)[0].startswith(f"{path}, line 5: expected 2 cells, as in the header, got '3 cells'")
+    assert file_told(path)[0].startswith(
+        f"{path}, line 5: expected 2 cells, as in the header, got \"3 cells, ['a', 'b', 'c']\""
+    )
 
 
 def test_separators_that_are_not_clear(tmp_path):

@@ -1,4 +1,4 @@
-"""What is left out or not learnt is told once, in the same words of a set and of a stream, wherever it first comes up."""
+"""What is left out or not learnt is told once, in the same words of a set and of a stream, where it first comes up."""
 
 import pytest
 from datasets import Dataset, IterableDataset
@@ -70,9 +70,9 @@ def test_a_large_set_and_its_cache(case, capsys):
 def test_of_rows_that_are_left_out_nothing_else_is_told(build_tokenizer, capsys):
     tokenizer = get_chat_template(build_tokenizer(), "qwen-2.5")
     long = {"messages": [{**USER, "content": [{"type": "text", "text": "q" * 200}, IMAGE]}, BOT]}
-    cut = {"max_length": 60, "overlong": "truncate", "max_unlearnable": 0.5}
+    cut = {"max_length": 100, "overlong": "truncate", "max_unlearnable": 0.5}
     assert len(chat_dataset([long, PLAIN], tokenizer, **cut)) == 1
-    assert lines_of(capsys) == ["fastft: 1 of 2 rows have nothing left to learn within max_length=60: left out."]
+    assert lines_of(capsys) == ["fastft: 1 of 2 rows have nothing left to learn within max_length=100: left out."]
 
 
 def test_a_format_written_by_hand_is_settled_by_the_first_rows_of_a_stream(build_tokenizer, capsys):

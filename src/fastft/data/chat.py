@@ -70,7 +70,8 @@ def chat_dataset(
     are errors, and so are images in an answer; others become the template's markers, which is said. So is, in one line
     a kind, what is mostly not meant: special tokens in texts, a last turn without an answer, an answer or a tool's
     result behind nothing (docs/how-to/chat-data.md). An answer with `weight: 0` bears no loss; nor does an earlier
-    answer where the template leaves out the reasoning before it, which is said.
+    answer where the template leaves out the reasoning before it, which is said. Each of these is said once: of a stream
+    about its first rows, or as soon as a row of the kind is read.
 
     Large sets are tokenised over `num_proc` processes (default: all that this one may use) with a `progress` bar and
     kept on disk by content, so that the same set is not tokenised twice. A `datasets.IterableDataset` becomes another

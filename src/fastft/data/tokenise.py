@@ -254,8 +254,9 @@ class Encoder:
 
 def _nothing_left(row: "Row", size: int, limit: int) -> Problem:
     """Return the problem of a row of `size` tokens that has nothing to learn among the first `limit`."""
-    remedy = f"Cutting its {size} tokens left none that bears loss: raise max_length."
-    return Problem(f"{row.where}, labels", "nothing to learn", f"some within max_length={limit}", remedy)
+    remedy = "Cutting left no token that bears loss: raise max_length."
+    got = f"nothing to learn, cut from {size} tokens"
+    return Problem(f"{row.where}, labels", got, f"some within max_length={limit}", remedy)
 
 
 @frozen
