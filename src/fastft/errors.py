@@ -6,7 +6,7 @@ from difflib import SequenceMatcher, get_close_matches
 from pathlib import Path
 from typing import Any
 
-from attrs import frozen
+from attrs import evolve, frozen
 
 _SHOWN = 10  # parts of a value that an error shows
 
@@ -35,7 +35,22 @@ class FastftError(Exception):
     def tell(self, *problems: Problem | str) -> None:
         """Set the mistakes and the text that is made of them."""
         self.problems = problems
-        self.args = ("\n".join(str(problem) for problem in problems),)
+        self.args = ("\n".join(self.lines()),)
+
+    def lines(self) -> list[str]:
+        """Return the lines of the text; mistakes with the same remedy stand together, and it comes once behind them."""
+        alike: dict[str | int, list[Problem | str]] = {}
+        for number, problem in enumerate(self.problems):
+            remedy = problem.remedy if isinstance(problem, Problem) else ""
+            alike.setdefault(remedy or number, []).append(problem)
+        lines = []
+        for remedy, group in alike.items():
+            if len(group) == 1:
+                lines.append(str(group[0]))
+            else:
+                lines += [str(evolve(problem, remedy="")) for problem in group]
+                lines.append(f"For these {len(group)}: {remedy}")
+        return lines
 
 
 class UsageError(FastftError, ValueError):

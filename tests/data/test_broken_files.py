@@ -43,7 +43,7 @@ def test_json(tmp_path):
     path.write_text('[{"text": "a"},\n {"text" "b"}]')
     assert file_told(path)[0].startswith(f"{path}, line 2, column 10: expected JSON, got ")
     path.write_text('[{"text": "a"}, 3, "x"]')
-    assert [line.split(":")[0] for line in file_told(path)] == [f"{path}, row 1", f"{path}, row 2"]
+    assert [line.split(":")[0] for line in file_told(path)] == [f"{path}, row 1", f"{path}, row 2", "For these 2"]
     path.write_text('{\n "data": [{"text": "a"}]\n}')
     assert "Save the list under 'data' as a file of its own." in file_told(path)[0]
     path.write_text("")
@@ -65,7 +65,7 @@ def test_a_broken_json_list_is_told_once(tmp_path):
     path.write_text('[{"text": "a"}, 3]')
     assert [line.split(":")[0] for line in file_told(path)] == [f"{path}, row 1"]
     path.write_text('["a"]\n["b"]\n')  # lines, each of which is no row
-    assert [line.split(":")[0] for line in file_told(path)] == [f"{path}, line 1", f"{path}, line 2"]
+    assert [line.split(":")[0] for line in file_told(path)] == [f"{path}, line 1", f"{path}, line 2", "For these 2"]
 
 
 def test_utf8(tmp_path):
@@ -93,11 +93,9 @@ def test_csv(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text('question,answer\nq,a\nq,a,b\n"q\nr",a\nq\n')
     assert file_told(path) == [
-        f"{path}, line 3: expected 2 cells, as in the header, got '3 cells'. Its cells are ['q', 'a', 'b']; a "
-        "cell with "
-        "the separator in it stands in quotes.",
-        f"{path}, line 6: expected 2 cells, as in the header, got '1 cells'. Its cells are ['q']; a cell with the "
-        "separator in it stands in quotes.",
+        f"{path}, line 3: expected 2 cells, as in the header, got \"3 cells, ['q', 'a', 'b']\"",
+        f"{path}, line 6: expected 2 cells, as in the header, got \"1 cells, ['q']\"",
+        "For these 2: A cell with the separator in it stands in quotes.",
     ]
     path.write_text('question,answer\nq,a\n"q,a\nq,a\n')
     assert file_told(path)[0].startswith(f"{path}, line 3: expected cells in CSV, got 'unexpected end of data'")
@@ -111,7 +109,11 @@ def test_csv(tmp_path):
     rows = load_rows(path)
     with pytest.raises(DataError) as caught:
         canonical(rows, recognise(rows))
-    assert [line.split(":")[0] for line in str(caught.value).splitlines()] == ["row 0, question", "row 1, answer"]
+    assert str(caught.value).splitlines() == [
+        "row 0, question: expected a text that is not empty, got ''",
+        "row 1, answer: expected a text that is not empty, got ''",
+        "For these 2: Remove the row or give it text.",
+    ]
 
 
 @pytest.mark.parametrize("separator", [";", "\t", "|"])
@@ -121,7 +123,9 @@ def test_a_table_with_another_separator(tmp_path, separator):
     path.write_text("\n" + "\n".join(separator.join(line) for line in lines))
     assert load_rows(path) == [{"question": "What, then?", "answer": 'a "b";\t|'}, {"question": "", "answer": "x"}]
     path.write_text(path.read_text() + f"\na{separator}b{separator}c")
-    assert file_told(path)[0].startswith(f"{path}, line 5: expected 2 cells, as in the header, got '3 cells'")
+    assert file_told(path)[0].startswith(
+        f"{path}, line 5: expected 2 cells, as in the header, got \"3 cells, ['a', 'b', 'c']\""
+    )
 
 
 def test_separators_that_are_not_clear(tmp_path):
@@ -156,9 +160,8 @@ def test_rows_of_files_are_named_by_file_and_line(tmp_path, build_tokenizer):
         for read in (chat_dataset, partial(tokenised, train_on="assistant", name="eval"), fastft.preview):
             with pytest.raises(DataError) as caught:
                 read(source, tokenizer)
-            assert [line.split(": expected")[0] for line in str(caught.value).splitlines()] == [
-                f"{place}, completion" for place in wanted
-            ]
+            assert [problem.where for problem in caught.value.problems] == [f"{place}, completion" for place in wanted]
+            assert str(caught.value).splitlines() == caught.value.lines()
             # a traceback shows the list once: it comes with no other error
             assert (caught.value.__cause__, caught.value.__context__) == (None, None)
     one = tables / "1.parquet"

@@ -180,8 +180,7 @@ OTHERS = {
     "pair, turns among texts": (
         PAIR,
         TURNS,
-        "prompt: expected a text, as in the first rows, got [{'role': 'user', 'content': 'q'}]. Make both texts, "
-        "or both lists of messages, in every row.",
+        "prompt: expected a text, as in the first rows, got [{'role': 'user', 'content': 'q'}]",
     ),
     "pair, text among turns": (TURNS, PAIR, "prompt: expected a list of messages, got 'p'"),
     "pair, two answers": (
@@ -226,8 +225,14 @@ def test_other_kinds(good, bad, line):
 def test_all_mistakes_are_counted_and_some_shown():
     bad = {"messages": [{"role": "user", "content": ""}, {"content": "y"}, 3]}
     lines = told([GOOD] * 5 + [bad] * 1000 + [GOOD] * 5)
-    assert len(lines) == SHOWN + 1
-    assert lines[0].startswith("row 5, messages[0].content") and lines[3].startswith("row 6, ")
+    assert [line.partition(":")[0] for line in lines[:-1]] == [
+        *(f"row {row}, messages[0].content" for row in (5, 6, 7, 8)),
+        "For these 4",
+        *(f"row {row}, messages[1].role" for row in (5, 6, 7)),
+        "For these 3",
+        *(f"row {row}, messages[2]" for row in (5, 6, 7)),
+    ]
+    assert lines[4] == f"For these 4: {EMPTY}"
     assert lines[-1] == "and 996 more rows: 1,000 of 1,010 rows cannot be used (3,000 mistakes)"
     lines = told([GOOD, {"messages": [3] * 50}])
     assert lines[-1] == "and 40 more mistakes in these rows: 1 of 2 rows cannot be used (50 mistakes)"
@@ -257,7 +262,7 @@ def test_a_data_set_tells_the_same_as_a_list_and_a_stream_at_the_row():
     assert next(stream) == GOOD
     with pytest.raises(DataError) as caught:
         next(stream)
-    assert str(caught.value) == lines[0]
+    assert str(caught.value) == f"{lines[0]}. {EMPTY}"  # alone, it comes with what to do
 
 
 def test_values_are_shortened():

@@ -127,7 +127,8 @@ def test_lengths_are_never_cut_unasked():
     with pytest.raises(DataError, match="row 0: expected at most max_length=4, got '6 tokens'"):
         chat_dataset(rows, made, max_length=4)
     with pytest.raises(
-        DataError, match=r"row 0, labels.*max_length=4.*nothing to learn.*Cutting its 6.*\n.*max_unlearnable=0.51"
+        DataError,
+        match=r"row 0, labels.*max_length=4.*nothing to learn, cut from 6 tokens.*: raise.*\n.*max_unlearnable=0.51",
     ) as told:
         chat_dataset(rows, made, max_length=4, overlong="truncate")
     assert "train_on='all'" not in str(told.value)

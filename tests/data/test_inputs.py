@@ -54,8 +54,11 @@ def test_other_names_of_the_roles_are_mapped_wherever_they_stand(build_tokenizer
     for rows in ([named, GOOD], [GOOD, named], iter([named, named]), Dataset.from_list([named, named])):
         assert learnt(rows, tokenizer) == ["a<|im_end|>"] * 2
         assert capsys.readouterr().out == "fastft: ShareGPT conversations (column 'messages', role/content), 2 rows\n"
-    line, _ = told([GOOD] * SAMPLE + [named], tokenizer)
-    assert line.startswith(f"row {SAMPLE}, messages[0].role: expected 'user', got 'human'.")
+    assert told([GOOD] * SAMPLE + [named], tokenizer) == [
+        f"row {SAMPLE}, messages[0].role: expected 'user', got 'human'",
+        f"row {SAMPLE}, messages[1].role: expected 'assistant', got 'gpt'",
+        "For these 2: fastft.standardize_sharegpt(rows) renames the roles.",
+    ]
 
 
 def test_it_is_said_once_and_of_an_endless_source(build_tokenizer, capsys):

@@ -141,7 +141,7 @@ def test_broken_documents():
     with pytest.raises(DataError) as caught:
         text_dataset(rows, tokenizer())
     lines = str(caught.value).splitlines()
-    places = ["row 1, text", "row 2, text", "row 3, fields", "row 4, fields", "row 5, text"]
+    places = ["row 1, text", "row 2, text", "For these 2", "row 3, fields", "row 4, fields", "row 5, text"]
     assert [line.split(":")[0] for line in lines] == places
     with pytest.raises(DataError, match="row 1, text"):
         list(text_dataset(iter(rows), tokenizer(), stream=True))

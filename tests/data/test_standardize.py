@@ -184,7 +184,7 @@ def test_broken_cells():
     with pytest.raises(DataError) as caught:
         to_sharegpt([*ALPACA, {**ALPACA[0], "output": ""}], "{instruction} {input}")
     places = [line.split(":")[0] for line in str(caught.value).splitlines()]
-    assert places == ["row 1, input", "row 2, input", "row 4, output"]
+    assert places == ["row 1, input", "row 2, input", "row 4, output", "For these 3"]
     with pytest.raises(DataError, match=r"conversations already.*standardize_sharegpt"):
         to_sharegpt([{"conversations": []}])
 

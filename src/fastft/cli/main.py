@@ -80,8 +80,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         command.main(args=arguments, prog_name="fastft")
     except FastftError as error:
-        for problem in error.problems:
-            print(f"error: {problem}", file=sys.stderr)
+        for line in error.lines():
+            print(f"error: {line}", file=sys.stderr)
         return WRONG_USAGE if isinstance(error, ArgumentsError) else ERROR
     except CheckFailed as failure:
         if str(failure):

@@ -5,9 +5,8 @@ cut without being asked for: a row that cannot be used is an error that names it
 """
 
 import itertools
-import json
 import pickle
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -24,7 +23,7 @@ from fastft.data.check import (
 )
 from fastft.data.control import find_control
 from fastft.data.files import told_by_file, told_of
-from fastft.data.notes import Notes
+from fastft.data.notes import Notes, unpacked
 from fastft.data.rendering import templates_of
 from fastft.data.sources import open_named
 from fastft.data.tokenise import Encoder, Row, Unlearnable
@@ -71,7 +70,8 @@ def chat_dataset(
     are errors, and so are images in an answer; others become the template's markers, which is said. So is, in one line
     a kind, what is mostly not meant: special tokens in texts, a last turn without an answer, an answer or a tool's
     result behind nothing (docs/how-to/chat-data.md). An answer with `weight: 0` bears no loss; nor does an earlier
-    answer where the template leaves out the reasoning before it, which is said.
+    answer where the template leaves out the reasoning before it, which is said. Each of these is said once: of a stream
+    about its first rows, or as soon as a row of the kind is read.
 
     Large sets are tokenised over `num_proc` processes (default: all that this one may use) with a `progress` bar and
     kept on disk by content, so that the same set is not tokenised twice. A `datasets.IterableDataset` becomes another
@@ -95,8 +95,7 @@ def chat_dataset(
     with told_by_file(given.files):
         found = _sound_rows(whole, max_length, max_unlearnable)
     _need_stops(found, encoder)
-    _tell(found)
-    _tell_notes(whole, encoder)
+    _tell(_noted(whole), len(whole), encoder)
     return found.select_columns(["input_ids", "labels"])
 
 
@@ -127,7 +126,8 @@ def _is_stream(rows: Any) -> bool:
 def _streamed(rows: Any, encoder: Encoder) -> Any:
     """Return an `IterableDataset` that encodes as it is read, and raises at the first batch with a row it cannot.
 
-    Whether stop tokens are learnt is asked of its first rows, and what is told of rows is told of these.
+    Whether stop tokens are learnt is asked of its first rows. What is told of rows is told of these now, and of later
+    ones, where they are the first of their kind, as they are read.
     """
     head = list(itertools.islice(iter(rows), STREAMED))
     if not head:
@@ -136,10 +136,8 @@ def _streamed(rows: Any, encoder: Encoder) -> Any:
     made = encoder.encode(head, range(len(head)))
     _need_stops_of_head(made, encoder)
     notes = Notes()
-    for number, row in enumerate(made):
-        notes.add(number, row.notes)
+    _tell_more(notes, made, range(len(head)), encoder)
     needed, files = set(encoder.given.recognised.fields.values()), encoder.given.files
-    _print(notes.lines(len(head), files, streamed=True, written=_is_written(encoder)))
 
     def encode(batch: Mapping[str, Any], indices: list[int]) -> dict[str, Any]:
         # `datasets` gives every row of a batch the fields of all; the first row's need not be those of all others
@@ -151,6 +149,7 @@ def _streamed(rows: Any, encoder: Encoder) -> Any:
             mistakes.add([getattr(problem, "problem", problem) for problem in row.problems])
         with told_by_file(files):
             mistakes.refuse()
+        _tell_more(notes, made, indices, encoder)
         labels = [np.full(len(row.ids), -100) for row in made]
         for row, learnt in zip(made, labels, strict=True):
             for start, end in row.spans:
@@ -208,42 +207,39 @@ def _told_cut(count: int, total: int, max_length: int | None, allowed: float) ->
     return ()
 
 
-def _tell(found: Any) -> None:
-    """Print how many earlier answers bear no loss and how many images are not seen, if there are any."""
-    names = ["unlearnt", "media"]
-    tables = found.with_format("arrow").select_columns(names).iter(100_000)
-    count, media = sum(np.array([np.sum(table[name].to_numpy()) for name in names]) for table in tables).tolist()
-    if media:
-        print(f"fastft: {media:,} images or the like become the chat template's markers: the model sees none of them.")
-    if count:
-        print(
-            f"fastft: {count:,} earlier answers bear no loss: the chat template leaves out the reasoning that a model "
-            "writes before them."
-        )
-
-
-def _tell_notes(found: Any, encoder: Encoder) -> None:
-    """Print what was noted of rows, which are numbered as they came where they are from no file."""
+def _noted(found: Any) -> Notes:
+    """Return what was noted of rows, which are numbered as they came; those that are left out are told as such."""
     notes, first = Notes(), 0
-    for table in found.with_format("arrow").select_columns(["notes"]).iter(10_000):
-        column = table["notes"]
+    for table in found.with_format("arrow").select_columns(["notes", "problems"]).iter(10_000):
+        column, problems = table["notes"], table["problems"]
         if column.null_count < len(column):
-            for number, data in enumerate(column.to_pylist()):
-                if data:
-                    notes.add(first + number, json.loads(data))
+            for number, (data, wrong) in enumerate(
+                zip(column.to_pylist(), problems.is_valid().to_pylist(), strict=True)
+            ):
+                if data and not wrong:
+                    notes.add(first + number, unpacked(data))
         first += len(column)
-    _print(notes.lines(len(found), encoder.given.files, written=_is_written(encoder)))
+    return notes
+
+
+def _tell_more(notes: Notes, rows: Sequence[Row], numbers: Sequence[int], encoder: Encoder) -> None:
+    """Note more rows of a stream, and print what was not told before; rows with problems are refused elsewhere."""
+    for number, row in zip(numbers, rows, strict=True):
+        if not row.problems:
+            notes.add(number, row.notes)
+    _tell(notes, numbers[-1] + 1, encoder, streamed=True)
+
+
+def _tell(notes: Notes, total: int, encoder: Encoder, streamed: bool = False) -> None:
+    """Print what was noted of `total` rows."""
+    for line in notes.lines(total, encoder.given.files, streamed=streamed, written=_is_written(encoder)):
+        print(f"fastft: {line}")
 
 
 def _is_written(encoder: Encoder) -> bool:
     """Return whether rows are texts that no template renders."""
     what = encoder.given.recognised
     return what.kind == "text" or (what.kind == "prompt_completion" and what.keys is None)
-
-
-def _print(lines: Iterable[str]) -> None:
-    for line in lines:
-        print(f"fastft: {line}")
 
 
 def _need_stops(found: Any, encoder: Encoder) -> None:

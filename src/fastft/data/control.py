@@ -13,7 +13,7 @@ from typing import Any
 
 from attrs import frozen
 
-from fastft.data.notes import Notes
+from fastft.data.notes import Note, Notes
 from fastft.data.template import own_templates, render_all, render_errors
 
 _TURNS = [{"role": role, "content": "text"} for role in ("system", "user", "assistant")]
@@ -34,7 +34,7 @@ def tell_control(rows: Any, columns: Sequence[str], tokenizer: Any, name: str, f
         for parts in zip(*(batch[column] for column in columns), strict=True):
             spoken = [message for part in parts if isinstance(part, list) for message in part]
             found = control.in_messages(spoken)
-            notes.add(number, {"control": found} if found else {})
+            notes.add(number, {"control": Note(found)} if found else {})
             number += 1
     for line in notes.lines(number, files):
         print(f"fastft: {name}: {line}")

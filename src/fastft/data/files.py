@@ -285,8 +285,8 @@ def _csv(path: Path, tell: Told) -> Iterator[Placed]:
             header = _header(path, cells)
         elif len(cells) != len(header):
             expected = f"{len(header)} cells, as in the header"
-            remedy = f"Its cells are {short(cells)}; a cell with the separator in it stands in quotes."
-            tell(Problem(f"{path}, line {started}", f"{len(cells)} cells", expected, remedy))
+            remedy = "A cell with the separator in it stands in quotes."
+            tell(Problem(f"{path}, line {started}", f"{len(cells)} cells, {short(cells)}", expected, remedy))
         else:
             yield f"{path}, line {started}", dict(zip(header, cells, strict=True))
     if header is None:

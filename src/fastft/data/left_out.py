@@ -33,10 +33,13 @@ def is_plain(messages: Messages) -> bool:
     return all(len(message) == 2 and type(message.get("content")) is str for message in messages)
 
 
-def count_media(where: str, messages: Messages) -> int:
-    """Return how many parts are no texts. Raises `DataError` for one in an assistant's turn: a model writes text."""
+def media_types(where: str, messages: Messages) -> list[str]:
+    """Return the types of the parts that are no texts.
+
+    Raises `DataError` for one in an assistant's turn: a model writes text.
+    """
     if is_plain(messages):
-        return 0
+        return []
     parts = [
         (number, place, part)
         for number, message in enumerate(messages)
@@ -51,7 +54,7 @@ def count_media(where: str, messages: Messages) -> int:
     ]
     if wrong:
         raise DataError(*wrong)
-    return len(parts)
+    return [part["type"] for _, _, part in parts]
 
 
 def refused_parts(where: str, messages: Messages, error: str = "") -> list[Problem]:

@@ -124,8 +124,7 @@ def features() -> Any:
     from datasets import List as ListOf
 
     ids = ListOf(Value("int32"))
-    counts = {"unlearnt": Value("int32"), "media": Value("int32")}
-    told = {"problems": Value("binary"), "turns": Value("bool"), **counts, "notes": Value("string")}
+    told = {"problems": Value("binary"), "turns": Value("bool"), "notes": Value("string")}
     return Features({"input_ids": ids, "labels": ids, **told})
 
 

@@ -1,6 +1,5 @@
 """Batches of rows to token ids and labels: rendered together, tokenised in one call, masked by character spans."""
 
-import json
 import pickle
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
@@ -14,8 +13,9 @@ from fastft.data.check import row_problem
 from fastft.data.control import Control
 from fastft.data.inputs import Input
 from fastft.data.kinds import SYSTEM_COLUMNS
-from fastft.data.left_out import count_media, is_plain, unsaid
+from fastft.data.left_out import is_plain, media_types, unsaid
 from fastft.data.mask import IGNORE, Scaffold, Span
+from fastft.data.notes import Note, packed
 from fastft.data.order import odd_order
 from fastft.data.rendering import Renderer, Templates
 from fastft.data.template import render_errors
@@ -71,8 +71,7 @@ class Encoder:
             return [self._plain_text(row, content["text"])]
         if kind != "prompt_completion":
             self._refuse_templates(row.where, content["messages"], self.train_on != "all")
-            row.media = count_media(f"{row.where}, messages", content["messages"])
-            row.notes = self._notes(content["messages"], 0)
+            row.notes = self._notes(f"{row.where}, messages", content["messages"], 0)
             return [Text(row, _finish_messages, content["messages"], content)]
         prompt, completion = content["prompt"], content["completion"]
         if isinstance(prompt, str):
@@ -85,8 +84,7 @@ class Encoder:
         several = len(completion) > 1 and self.train_on != "all"
         whole = [*prompt, *completion]
         self._refuse_templates(row.where, whole, several)
-        row.media = count_media(f"{row.where}, prompt + completion", whole)
-        row.notes = self._notes(whole, len(prompt))
+        row.notes = self._notes(f"{row.where}, prompt + completion", whole, len(prompt))
         given = Text(row, _finish_nothing, prompt, content, name="prompt", opened=True)
         return [given, Text(row, _finish_turns, whole, content, name="prompt + completion", given=given)]
 
@@ -107,15 +105,17 @@ class Encoder:
         row.notes = self._text_notes((text, True, True))
         return Text(row, _finish_text, text=text, start=starts_anew(self.tokenizer, text))
 
-    def _notes(self, messages: Sequence[Mapping[str, Any]], given: int) -> dict[str, str]:
+    def _notes(self, where: str, messages: Sequence[Mapping[str, Any]], given: int) -> dict[str, Note]:
         """Return what is to be told of a conversation, by `notes`' kinds; `given` of its messages are a prompt's."""
-        notes, control = odd_order(messages, self.train_on, given), self.control.in_messages(messages)
-        return {**notes, "control": control} if control else notes
+        media, control = media_types(where, messages), self.control.in_messages(messages)
+        notes = {kind: Note(found) for kind, found in odd_order(messages, self.train_on, given).items()}
+        notes |= {"media": Note(media[0], len(media))} if media else {}
+        return notes | ({"control": Note(control)} if control else {})
 
-    def _text_notes(self, *texts: tuple[str, bool, bool]) -> dict[str, str]:
+    def _text_notes(self, *texts: tuple[str, bool, bool]) -> dict[str, Note]:
         """Return what is to be told of texts, each with whether it starts and whether it ends its row."""
         found = [self.control.in_text(text, starts=starts, ends=ends) for text, starts, ends in texts]
-        return next(({"control": control} for control in found if control), {})
+        return next(({"control": Note(control)} for control in found if control), {})
 
     def _refuse_templates(self, where: str, messages: Sequence[Mapping[str, Any]], marked: bool) -> None:
         if self.templates.problem is not None:
@@ -150,7 +150,10 @@ class Encoder:
                 text.text, text.spans = rendered.text, rendered.spans
                 if unsaid(text.messages, rendered.text):
                     alone.append(text)
-        for text in alone:
+        # Prompts come behind the whole conversations they begin: what is wrong with both is told once, of the whole.
+        for text in sorted(alone, key=lambda text: text.opened):
+            if text.row.problems:
+                continue
             settings = [text.content.get(name) or None for name in ("tools", "chat_template_kwargs")]
             try:
                 where = f"{text.row.where}, {text.name}"
@@ -194,7 +197,8 @@ class Encoder:
         """
         light, thought = unlearnt(f"{text.row.where}, {text.name}", messages, text.text, spans, self.templates.rules)
         first = len(spans) - 1 if last else 0
-        text.row.unlearnt = len([number for number in thought if number >= first])
+        silent = [text.text[slice(*spans[number])] for number in sorted(thought) if number >= first]
+        text.row.notes |= {"unlearnt": Note(short(silent[0], 40), len(silent))} if silent else {}
         ranges, problems, offsets = [], [], self.offsets(text)
         for number, span in enumerate(spans):
             if number < first or number in light | thought:
@@ -250,8 +254,9 @@ class Encoder:
 
 def _nothing_left(row: "Row", size: int, limit: int) -> Problem:
     """Return the problem of a row of `size` tokens that has nothing to learn among the first `limit`."""
-    remedy = f"Cutting its {size} tokens left none that bears loss: raise max_length."
-    return Problem(f"{row.where}, labels", "nothing to learn", f"some within max_length={limit}", remedy)
+    remedy = "Cutting left no token that bears loss: raise max_length."
+    got = f"nothing to learn, cut from {size} tokens"
+    return Problem(f"{row.where}, labels", got, f"some within max_length={limit}", remedy)
 
 
 @frozen
@@ -269,10 +274,8 @@ class Row:
     ids: list[int] = field(factory=list)
     spans: list[Span] = field(factory=list)
     problems: list[Problem | str | Unlearnable] = field(factory=list)
-    unlearnt: int = 0  # earlier answers that bear no loss, for the reasoning before them is left out
-    media: int = 0  # images and other parts that are no text: the template's markers stand for them
     turns: bool = True  # whether the model is to learn when to stop: not asked of plain text
-    notes: dict[str, str] = field(factory=dict)  # what is told of it, though it is used as it is: kind -> found
+    notes: dict[str, Note] = field(factory=dict)  # what is told of it, though it is used, by its kind
 
 
 @define
@@ -368,10 +371,10 @@ def starts_anew(tokenizer: Any, text: str) -> bool:
 
 
 def to_table(rows: Sequence[Row]) -> Any:
-    """Return a `pyarrow.Table` with `input_ids`, `labels` (lists of int32), `problems`, `turns` (bool), and two counts.
+    """Return a `pyarrow.Table` with `input_ids`, `labels` (lists of int32), `problems`, `turns` (bool) and `notes`.
 
     `problems` is null, or a pickled list of what is wrong with the row; such a row has no ids. `notes` is null, or what
-    is told of the row as JSON.
+    is told of the row (`notes.packed`).
     """
     import pyarrow
 
@@ -389,8 +392,6 @@ def to_table(rows: Sequence[Row]) -> Any:
         "labels": pyarrow.ListArray.from_arrays(ends, labels),
         "problems": pyarrow.array(problems, pyarrow.binary()),
         "turns": pyarrow.array([row.turns for row in rows], pyarrow.bool_()),
-        "unlearnt": pyarrow.array([row.unlearnt for row in rows], pyarrow.int32()),
-        "media": pyarrow.array([row.media for row in rows], pyarrow.int32()),
-        "notes": pyarrow.array([json.dumps(row.notes) if row.notes else None for row in rows], pyarrow.string()),
+        "notes": pyarrow.array([packed(row.notes) for row in rows], pyarrow.string()),
     }
     return pyarrow.table(columns)

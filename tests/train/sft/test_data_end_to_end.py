@@ -111,7 +111,9 @@ def test_a_stream_is_cut_with_a_line(build_model, tokenizer, tmp_path, capsys):
 def test_two_answers_in_a_row(build_model, tokenizer, tmp_path):
     turns = [("user", "w1"), ("assistant", "w2"), ("assistant", "w3")]
     rows = [{"messages": [{"role": role, "content": text} for role, text in turns]}] * 4
-    with pytest.raises(DataError, match=r"train row 0, messages\[2\].role.*alternate=False takes both"):
+    with pytest.raises(
+        DataError, match=r"train row 0, messages\[2\].role: (.*\n){4}For these 4: .*alternate=False takes both"
+    ):
         sft(build_model(), tokenizer, rows, output_dir=tmp_path, **QUIET)
     result = sft(build_model(), tokenizer, rows, output_dir=tmp_path, alternate=False, **QUIET)
     assert result.record["tokens"]["loss_bearing"] == 2 * 4 * 4  # two steps of four rows: two words, two stop tokens
