@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Optional
 
 from fastft.environment import installed
-from fastft.errors import Problem, UsageError, did_you_mean
+from fastft.errors import Problem, UsageError, did_you_mean, unknown_arguments
 from fastft.memory.estimate import COMPUTE
 
 # What older scripts pass to the trainer itself -> the field of the config it has become.
@@ -37,16 +37,17 @@ PLAIN = {
     "label_smoothing": "label_smoothing_factor",
 }
 
-# Fields that had another name in earlier versions of transformers or TRL.
+# Fields that had another name in earlier versions of transformers or TRL, or have one elsewhere.
 RENAMED = {
     "evaluation_strategy": "eval_strategy",
     "no_cuda": "use_cpu",
     "group_by_length": "train_sampling_strategy='group_by_length'",
+    "lr": "learning_rate",
 }
 ELSEWHERE = {
     name: f"fastft.compile(model, {name}=...) takes it, before"
     for name in ("plan", "backend", "disable", "implementations")
-} | {"lr": "did you mean 'learning_rate'?"}
+}
 
 
 class DefaultLength(int):
@@ -74,18 +75,9 @@ def with_length(args: Any, loaded: int | None) -> Any:
     return args
 
 
-def refuse_unknown(owner: str, names: Iterable[str], known: Iterable[str]) -> None:
-    """Raise `UsageError` that names every one of `names` that is not in `known`, with the nearest that is."""
-    known = sorted(known)
-    problems = []
-    for name in names:
-        if name in known:
-            continue
-        near = (
-            f"it is called {RENAMED[name]} now" if name in RENAMED else ELSEWHERE.get(name) or did_you_mean(name, known)
-        )
-        problems.append(f"{owner}: unknown argument {name!r}" + (f"; {near}" if near else ""))
-    if problems:
+def refuse_unknown(owner: str, names: Iterable[str], known: Iterable[str], unlisted: Iterable[str] = ()) -> None:
+    """Raise `UsageError` that tells every one of `names` that `owner` does not know, with what it is called here."""
+    if problems := unknown_arguments(owner, names, known, RENAMED, ELSEWHERE, unlisted):
         raise UsageError(*problems)
 
 
@@ -101,7 +93,7 @@ def config_fields(
 
     Raises `UsageError` for unknown names, and for a field given under both names.
     """
-    refuse_unknown(owner, options, {*known, *plain})
+    refuse_unknown(owner, options, [*known, *plain])
     doubled = [
         Problem(
             f"{owner}: {short} and {name}", (options[short], options[name]), "one of the two: they are the same setting"
