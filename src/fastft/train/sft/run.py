@@ -12,10 +12,9 @@ from fastft.data.files import told_of
 from fastft.data.sources import Source, open_named
 from fastft.errors import Problem, UsageError
 from fastft.train import arguments
-from fastft.train.best import refuse_unmeasured
 from fastft.train.record import curve, ends
 from fastft.train.resume import to_resume
-from fastft.train.sft.config import MEASURED, SFTConfig, make_config, settle_length
+from fastft.train.sft.config import SFTConfig, make_config, settle_length
 from fastft.train.sft.reading import reading_of
 from fastft.train.sft.trainer import SFTTrainer
 from fastft.train.words import in_words_of
@@ -71,8 +70,6 @@ def sft(
     given = {"train": train} | ({} if eval is None else {"eval": eval})
     with in_words_of("sft", SFTTrainer, SFTConfig, config, options, arguments.PLAIN):
         args = make_config(config, options, str(output_dir), model, eval is not None)  # before any data are read
-        if compute_metrics is None:
-            refuse_unmeasured(args, MEASURED, eval)
         resume_from = to_resume(resume, args)
         sources = {name: open_named(data, name) for name, data in given.items()}
         reading = evolve(reading_of(args, None), must=config is None)
