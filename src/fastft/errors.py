@@ -1,14 +1,16 @@
 """Errors that name the thing, its value, what is allowed, and the remedy; several mistakes are told together."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from difflib import SequenceMatcher, get_close_matches
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
 
 from attrs import evolve, frozen
 
 _SHOWN = 10  # parts of a value that an error shows
+_LISTED = 30  # arguments of a function that an error lists; a config has hundreds
 
 
 @frozen
@@ -91,11 +93,37 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
     return f"did you mean {near[0]!r}?" if near else ""
 
 
-def unknown_argument(owner: str, name: str, known: Iterable[str], renamed: Mapping[str, str] | None = None) -> str:
-    """Return what to say to an argument that `owner` does not take; `renamed`: what others call what it takes."""
-    known = list(known)
-    hint = f"here it is {renamed[name]}" if name in (renamed or {}) else did_you_mean(name, known)
-    return f"{owner}: unknown argument {name!r}; {hint or 'it takes ' + ', '.join(known)}"
+def unknown_arguments(
+    owner: str,
+    names: Iterable[str],
+    known: Iterable[str],
+    renamed: Mapping[str, str] | None = None,
+    elsewhere: Mapping[str, str] | None = None,
+    unlisted: Iterable[str] = (),
+) -> list[str]:
+    """Return what to say to each of `names` that is not among the `known` ones, which `owner` takes.
+
+    `renamed`: what others call what it takes; `elsewhere`: what to say of names that mean something, but not to it;
+    `unlisted`: names that it knows as well, and does not put forward.
+    """
+    known, renamed, elsewhere = list(known), renamed or {}, elsewhere or {}
+    all_known = [*known, *unlisted]
+    problems = []
+    for name in names:
+        if name in all_known:
+            continue
+        near = elsewhere.get(name) or did_you_mean(name, all_known)
+        hint = f"here it is {renamed[name]}" if name in renamed else near
+        if not hint and len(known) <= _LISTED:
+            hint = f"it takes {', '.join(known)}"
+        problems.append(f"{owner}: unknown argument {name!r}" + (f"; {hint}" if hint else ""))
+    return problems
+
+
+def argument_names(function: Callable[..., Any]) -> list[str]:
+    """Return the names of a function's arguments, but for what takes any further ones."""
+    open_ended = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
+    return [name for name, one in signature(function).parameters.items() if one.kind not in open_ended]
 
 
 def did_you_mean_path(path: Path) -> str:

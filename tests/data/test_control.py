@@ -94,6 +94,32 @@ def test_an_assistants_own_markers_are_meant(tokenizer, told):
     assert told([chat("<|call|>look()")], tokenizer) == [LINE.format("1 of 1 row", "0, '<|call|>'")]
 
 
+def test_markers_are_nobody_elses(tokenizer):
+    for other in ({"role": "system", "content": "<|call|>"}, {"role": "tool", "content": "<|call|>"}):
+        assert find_control(tokenizer).in_messages([USER, BOT, other]) == "<|call|>"
+
+
+def test_what_ends_an_answer_is_of_the_frame(tokenizer):
+    answer = [{**BOT, "content": "a<|call|>b"}]
+    stop = tokenizer.convert_tokens_to_ids("<|call|>")
+    assert find_control(tokenizer).in_messages(answer) is None
+    assert find_control(tokenizer, [stop]).in_messages(answer) == "<|call|>"
+
+
+def test_streams_and_columns_of_texts_are_left_alone(tokenizer, capsys):
+    import datasets
+
+    rows = datasets.Dataset.from_list([{**chat(f"x{END}"), "text": f"y{END}"}])
+    line = LINE.format("1 of 1 row", f"0, {END!r}").replace("fastft: ", "fastft: train: ")
+    for data, columns, expected in (
+        (rows, ["messages", "text", "missing"], [line]),
+        (rows, ["text"], []),
+        (rows.to_iterable_dataset(), ["messages"], []),
+    ):
+        tell_control(data, columns, tokenizer, "train")
+        assert capsys.readouterr().out.splitlines() == expected
+
+
 def test_texts_may_begin_and_end_with_them(tokenizer, told):
     tokenizer.bos_token = "<|im_start|>"
     pairs = [{"prompt": "<|im_start|>q", "completion": f"a{END}"}, {"prompt": "q", "completion": "a"}]
@@ -113,6 +139,8 @@ def test_a_token_that_starts_texts_is_told_behind_their_start(tokenizer, told):
     plain = {"prompt": "q", "completion": "a"}
     for row in ({"prompt": "q", "completion": "<|im_start|>a"}, {"prompt": " <|im_start|>q", "completion": "a"}):
         assert told([plain, plain, row], tokenizer) == [LINE.format("1 of 3 rows", "2, '<|im_start|>'")]
+    other = {"prompt": "<|call|>q", "completion": "a"}  # at the start, and not the one that starts texts
+    assert told([plain, plain, other], tokenizer) == [LINE.format("1 of 3 rows", "2, '<|call|>'")]
 
 
 def test_the_frame_of_turns_is_told_in_an_answer_too(build_tokenizer):

@@ -165,6 +165,13 @@ def test_picture_leaves_pyplot_alone(tmp_path):
     assert ("matplotlib.pyplot" in sys.modules) == had and (tmp_path / "loss.png").stat().st_size > 1000
 
 
+def test_what_the_last_evaluation_found():
+    lines = [{"eval_loss": 2.0, "eval_perplexity": 7.4, "step": 1}, {"eval_loss": 1.0, "step": 2}, {"loss": 3.0}]
+    assert record.last_evaluation(lines) == {"eval_loss": 1.0}
+    assert record.last_evaluation(lines[:1]) == {"eval_loss": 2.0, "eval_perplexity": 7.4}
+    assert record.last_evaluation(lines[2:]) == {}
+
+
 def test_a_result_is_shown_in_a_line():
     long, big = tuple((step, 1 / step) for step in range(1, 900)), {"rows": "x" * 9999}
     shown = [

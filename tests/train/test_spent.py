@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from attrs import evolve
 
 from fastft.errors import OutOfMemoryError
-from fastft.train import spent
+from fastft.train import flops, spent
 from fastft.train.record import kept_lines
 from fastft.train.sft.config import SFTConfig
 from fastft.train.sft.trainer import SFTTrainer
@@ -125,6 +126,95 @@ def test_waiting_for_the_device_is_training(monkeypatch):
     tally.step_ended()
     counts.count()  # of a step that is not done: its time is not known to be training
     assert counts.clock.so_far() == 5.0
+
+
+@pytest.fixture
+def timed(monkeypatch):
+    """What is spent in steps of 6 tokens each, on a clock that goes on when it is told to."""
+    now = [0.0]
+    monkeypatch.setattr(spent.time, "perf_counter", lambda: now[0])
+    made = spent.Spent(spent.Tally(), lambda counts: counts)
+    made.begin(flops.Work(1000, 0, 0, False, 0, ()), {})  # 4000 operations a token
+    made.clock.start()
+    batch = {"input_ids": torch.ones(1, 6, dtype=torch.int64), "labels": torch.ones(1, 6, dtype=torch.int64)}
+
+    def wait(seconds):
+        now[0] += seconds
+
+    def step(seconds):
+        made.clock.step_began()
+        made.tally.add(batch)
+        wait(seconds)
+        made.clock.step_ended()
+        made.tally.step_ended()
+
+    return made, step, wait
+
+
+def test_speeds_leave_the_first_line_out_where_there_are_more(timed):
+    made, step, _ = timed
+    device = {"peak_flops": 1000.0, "count": 2}
+    assert made.speeds(device) == {
+        "tokens_per_second": dict.fromkeys(spent.TOKENS, 0.0),
+        "tokens_per_second_after_first_log": dict.fromkeys(spent.TOKENS, 0.0), "mfu": None,
+    }  # fmt: skip
+    step(10.0)
+    assert made.line()["tokens_per_second"]["all"] == 0.6
+    first = made.speeds(device)  # there is no other line yet
+    assert first["tokens_per_second"]["all"] == first["tokens_per_second_after_first_log"]["all"] == 0.6
+    step(2.0)
+    made.line()
+    step(1.0)
+    made.count()
+    found = made.speeds(device)
+    assert found["tokens_per_second"]["all"] == 18 / 13 and found["tokens_per_second_after_first_log"]["all"] == 4.0
+    assert found["mfu"] == 12 * 4000 / 3.0 / 2000.0  # of both devices' peaks
+    assert made.speeds({"peak_flops": None, "count": 1})["mfu"] is None
+    made.work = evolve(made.work, experts=True)  # of which the count does not know how many a token goes through
+    assert made.speeds(device)["mfu"] is None
+
+
+def test_a_run_that_begins_has_spent_nothing(timed):
+    made, step, _ = timed
+    for line in (True, False):
+        step(10.0)
+        (made.line if line else made.count)()
+        made.begin(made.work, {})
+        made.clock.start()
+        assert made.so_far() == {"tokens": dict.fromkeys(spent.TOKENS, 0), "train_seconds": 0.0, "flops": 0.0}
+
+
+def test_counts_without_a_time_have_no_speed(timed):
+    made, step, _ = timed
+    step(0.0)
+    made.count()
+    found = made.speeds({"peak_flops": 1000.0, "count": 1})
+    assert found["mfu"] is None and found["tokens_per_second"]["all"] == 0.0 and made.so_far()["flops"] == 24_000
+
+
+def test_pauses_add_up_and_a_line_that_comes_later_ends_when_it_was_sent(timed):
+    made, step, wait = timed
+    step(4.0)
+    for pause in (2.0, 3.0):
+        wait(pause)
+        made.clock.leave_out()
+    assert made.clock.so_far() == 4.0
+    made.send()
+    wait(1.0)
+    assert made.line()["train_seconds"] == 4.0
+    step(6.0)  # the second since the line was sent is the next one's
+    assert made.line()["train_seconds"] == 7.0
+
+
+def test_the_time_behind_a_step_is_training_where_counts_had_to_be_waited_for(timed):
+    made, step, wait = timed
+    step(2.0)
+    wait(3.0)
+    made.count()
+    assert made.clock.so_far() == 5.0
+    wait(4.0)
+    made.count()  # of no step: nothing was waited for
+    assert made.clock.so_far() == 5.0
 
 
 def test_what_a_run_that_was_broken_off_counted_is_not_the_next_ones():

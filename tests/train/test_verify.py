@@ -1,12 +1,14 @@
 """`verify` tells a right model from a wrong one, and leaves it as it was. The layers are compiled with aot_eager."""
 
+import math
+
 import pytest
 import torch
 
 from fastft.data.collate import collate
 from fastft.errors import DataError, UsageError
 from fastft.train import step
-from fastft.train.verify import verify
+from fastft.train.verify import Comparison, _report, verify
 
 
 def test_compiled_model_agrees_and_is_left_alone(build_model, build_rows):
@@ -35,6 +37,32 @@ def test_a_wrong_loss_is_found(factor, build_model, build_rows, monkeypatch):
     assert not found.ok and "DIFFERS from transformers" in str(found)
     if factor == factor:
         assert found.mean_loss_residual == pytest.approx(1e-3, rel=1e-2)  # signed: the bias shows
+
+
+def test_what_rounding_allows_of_a_mean_is_that_of_independent_errors(build_model):
+    """Of four batches of one budget half of it, whatever the signs; NaN is a failure."""
+    model = build_model()
+
+    def found(loss=(0.0,) * 4, norm=(0.0,) * 4, budgets=(0.0, 0.0)):
+        pairs = [Comparison(1 + a, 1.0, 2 * (1 + b), 2.0, *budgets) for a, b in zip(loss, norm, strict=True)]
+        return _report(model, tuple(pairs))
+
+    allowed = (1e-3, 4e-2)  # of losses and gradient norms: of their means 5e-4 and 2e-2
+    assert found(budgets=allowed).budgets == pytest.approx((*allowed, 5e-4, 2e-2))
+    unequal = [Comparison(1.0, 1.0, 1.0, 1.0, loss, 2 * loss) for loss in (3e-3, 4e-3)]
+    assert _report(model, tuple(unequal)).budgets == pytest.approx((4e-3, 8e-3, 2.5e-3, 5e-3))
+    for part, (within, beyond) in {"loss": (4.9e-4, 5.1e-4), "norm": (1.9e-2, 2.1e-2)}.items():
+        for sign in (1, -1):
+            assert found(**{part: (sign * within,) * 4}, budgets=allowed).ok
+            assert not found(**{part: (sign * beyond,) * 4}, budgets=allowed).ok
+        # noise: as far off, and no bias
+        assert found(**{part: (beyond, -beyond) * 2}, budgets=allowed).ok
+        assert not found(**{part: (0.0, 0.0, 0.0, math.nan)}, budgets=allowed).ok
+    # without budgets: the thresholds of fp32, 1e-5 of losses and 1e-4 of norms, half of it of their mean
+    for part, mean in (("loss", 1e-5), ("norm", 5e-5)):
+        assert found(**{part: (0.98 * mean,) * 4}).ok and not found(**{part: (1.02 * mean,) * 4}).ok
+    assert found(norm=(9e-5, -9e-5) * 2).ok and not found(norm=(1.1e-4, -1.1e-4) * 2).ok
+    assert not found(loss=(1.1e-5, -1.1e-5) * 2).ok
 
 
 def test_no_batches(build_model):

@@ -1,6 +1,7 @@
 """Mistakes are told by the names that the caller wrote, in what is expected and to be done as well."""
 
 import pytest
+from transformers.trainer_utils import SchedulerType
 
 import fastft
 from fastft.errors import LoadError, Problem, UsageError
@@ -106,7 +107,29 @@ def test_a_schedule_without_a_warm_up_has_none(name, told):
         )
     for given in ({"warmup_steps": 0}, {}):
         assert told(name, schedule="constant", learning_rate=-1, **given).keys() == {"learning_rate"}
+    both = told(name, schedule="constant", warmup_steps=2, warmup_ratio=0.1)
+    assert both.keys() == {"warmup_steps", "warmup_ratio"}
     assert told(name, schedule="constant_with_warmup", warmup_steps=5, learning_rate=-1).keys() == {"learning_rate"}
+
+
+@pytest.mark.parametrize("kind", ["SFTConfig", "DPOConfig", "KTOConfig", "ORPOConfig", "CPOConfig", "GRPOConfig"])
+def test_a_schedule_without_a_warm_up_has_none_in_a_config(kind, tmp_path):
+    config, folder = getattr(fastft, kind), str(tmp_path)
+    for schedule in ("constant", SchedulerType.CONSTANT):
+        for given in ({"warmup_steps": 5}, {"warmup_steps": 0.1}, {"warmup_ratio": 0.1}):
+            with pytest.raises(UsageError) as caught:
+                config(folder, lr_scheduler_type=schedule, **given)
+            ((name, value),) = given.items()
+            assert str(caught.value) == (
+                f"{kind} {name}: expected no warm-up beside lr_scheduler_type='constant', got {value}. "
+                "That schedule has none: 'constant_with_warmup' has."
+            )
+        for given in ({}, {"warmup_steps": 0}, {"warmup_ratio": 0.0}):
+            assert config(folder, lr_scheduler_type=schedule, **given).warmup_steps == 0
+    assert config(folder, lr_scheduler_type="constant_with_warmup", warmup_ratio=0.1).warmup_steps == 0.1
+    with pytest.raises(UsageError) as caught:  # which is no number, and no contradiction
+        config(folder, lr_scheduler_type="constant", warmup_steps="5")
+    assert [problem.expected for problem in caught.value.problems] == ["a whole number"]
 
 
 @pytest.mark.parametrize("name", DATA)
@@ -242,6 +265,9 @@ def test_choices_and_metrics_of_sft(told, tmp_path):
         (found,) = told("sft", eval=DATA["sft"], metric_for_best_model="accuracy", **more).values()
         where = "sft metric_for_best_model"
         assert str(found).startswith(f"{where}: expected what an evaluation gives: {measured}, got 'accuracy'")
+    parted = {"validation": DATA["sft"]}  # of which one is taken: its numbers have no name of their own
+    found = told("sft", eval=parted, metric_for_best_model="accuracy")["metric_for_best_model"]
+    assert found.expected == f"what an evaluation gives: {measured}"
     for metric, greater in (("perplexity", False), ("eval_perplexity", False), ("mean_token_accuracy", True)):
         made = fastft.SFTConfig(str(tmp_path), metric_for_best_model=metric, early_stopping_patience=1, **EVERY_STEP)
         assert made.greater_is_better is greater

@@ -1,13 +1,12 @@
 """`FastLanguageModel.get_peft_model`: arguments checked together, translated, and handed to `fastft.add_lora`."""
 
 from collections.abc import Mapping, Sequence
-from inspect import signature
 from typing import Any
 
 from attrs import evolve
 from torch import nn
 
-from fastft.errors import Problem, UsageError
+from fastft.errors import Problem, UsageError, argument_names
 from fastft.facade.methods import with_methods
 from fastft.facade.names import IDLE_IN_ADAPTERS, REFUSED_IN_ADAPTERS, plan_for, sort_out
 from fastft.model.adapters import DEFAULT_SEED, PASSED_ON, add_lora, linear_names, problems_of
@@ -75,7 +74,7 @@ def get_peft_model(
     names, whole = _whole_embeddings(model, target_modules, modules_to_save, lines)
     parts = (finetune_language_layers, finetune_attention_modules, finetune_mlp_modules)
     targets, wrong_parts = _parts(model, names, *parts)
-    known = signature(get_peft_model).parameters
+    known = argument_names(get_peft_model)
     rest = sort_out(OWNER, options, known, PASSED_ON, IDLE_IN_ADAPTERS, REFUSED_IN_ADAPTERS)
     wrong = [*rest.problems, wrong_plan, wrong_layers, *wrong_parts, _task_problem(task_type)]
     wrong += _loftq(loftq_config, init_lora_weights, lines)

@@ -1,13 +1,12 @@
 """`FastLanguageModel.from_pretrained`: arguments checked together, translated, and handed to `fastft.load`."""
 
 from collections.abc import Mapping
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastft.errors import Problem, UsageError
+from fastft.errors import Problem, UsageError, argument_names
 from fastft.facade.inference import choose_fast_inference
 from fastft.facade.methods import with_methods
 from fastft.facade.names import IDLE_IN_LOADING, OF_ENGINE, REFUSED_IN_LOADING, plan_for, sort_out
@@ -70,7 +69,7 @@ def from_pretrained(
     quant, wrong_quant = _quant(asked, full_finetuning, quantization_config, lines)
     dtype, wrong_dtype = _dtype(dtype, torch_dtype)
     of_engine = {name: options.pop(name) for name in OF_ENGINE if fast_inference and name in options}
-    known = signature(from_pretrained).parameters
+    known = argument_names(from_pretrained)
     rest = sort_out(OWNER, options, known, PASSED_ON, {**IDLE_IN_LOADING, **OF_ENGINE}, REFUSED_IN_LOADING)
     wrong = [*rest.problems, *wrong_quant, wrong_plan, wrong_device, wrong_dtype, _length_problem(max_seq_length)]
     problems = [problem for problem in wrong if problem is not None]

@@ -1,11 +1,11 @@
 """Arguments that scripts pass and fastft has no use for, or cannot serve yet: what to say about each."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from attrs import frozen
 
-from fastft.errors import Problem, did_you_mean
+from fastft.errors import Problem, did_you_mean, unknown_arguments
 
 _VLLM = "it sets up vLLM, which fast_inference=True asks for"
 _STANDBY = "the engine always sleeps while training steps run"
@@ -89,14 +89,12 @@ class Sorted:
 def sort_out(
     owner: str,
     options: Mapping[str, Any],
-    known: Iterable[str],
-    passed_on: Iterable[str],
+    known: Collection[str],
+    passed_on: Collection[str],
     idle: Mapping[str, str],
     refused: Mapping[str, str],
 ) -> Sorted:
     """Tell apart what `owner` passes on, has no use for, cannot serve and does not know."""
-    passed_on = tuple(passed_on)
-    choices = sorted({*known, *passed_on, *idle, *refused})
     passed, lines, problems = {}, [], []
     for name, value in options.items():
         if name in passed_on:
@@ -109,8 +107,7 @@ def sort_out(
             if not _asks_nothing(name, value):
                 problems.append(Problem(f"{owner} {name}", value, "to be left out", refused[name]))
         else:
-            near = did_you_mean(name, choices)
-            problems.append(f"{owner}: unknown argument {name!r}" + (f"; {near}" if near else ""))
+            problems += unknown_arguments(owner, [name], [*known, *passed_on], unlisted=[*idle, *refused])
     return Sorted(passed, tuple(lines), tuple(problems))
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from fastft.errors import Problem, UsageError, did_you_mean
+from fastft.errors import Problem, UsageError, argument_names, did_you_mean
 from fastft.facade.names import sort_out
 
 _MEMORY = "tensors are read, merged and written one at a time"
@@ -183,9 +183,7 @@ METHODS: tuple[Callable[..., Any], ...] = (
 
 def _say(owner: str, options: Mapping[str, Any], function: Callable[..., Any]) -> None:
     """Print a line for each idle argument; raise `UsageError` for those that are unknown or cannot be served."""
-    from inspect import signature
-
-    rest = sort_out(owner, options, signature(function).parameters, (), IDLE, REFUSED)
+    rest = sort_out(owner, options, argument_names(function), (), IDLE, REFUSED)
     if rest.problems:
         raise UsageError(*rest.problems)
     for line in rest.lines:

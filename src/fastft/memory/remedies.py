@@ -66,10 +66,11 @@ def changes(setup: Setup) -> Iterator[tuple[str, Callable[[Setup], Setup]]]:
 
 def lower_ranks(setup: Setup) -> list[int]:
     """Return the ranks below LoRA's that a step may have, the highest first; below 16 where LoRA is a change itself."""
-    ranks = [(setup.rank or 16) // 2]
-    while ranks[-1] >= 2 * LEAST_RANK:
-        ranks.append(ranks[-1] // 2)
-    return [rank for rank in ranks if rank >= LEAST_RANK]
+    ranks, rank = [], (setup.rank or 16) // 2
+    while rank >= LEAST_RANK:
+        ranks.append(rank)
+        rank //= 2
+    return ranks
 
 
 def fewer_rows(setup: Setup, rows: int) -> Setup:

@@ -4,13 +4,12 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from difflib import get_close_matches
-from inspect import signature
 from typing import Any
 
 import torch
 from torch import nn
 
-from fastft.errors import Problem, UsageError, did_you_mean, unknown_argument
+from fastft.errors import Problem, UsageError, argument_names, did_you_mean, unknown_arguments
 from fastft.model.loftq import start_from_residual
 from fastft.noise import between_libraries, quiet
 from fastft.state import ModelState, base_model, get_state, update_state
@@ -305,18 +304,9 @@ def _target_problems(base: Any, targets: Targets) -> list[Problem]:
 def _option_problems(options: Mapping[str, Any]) -> list[str]:
     from peft import LoraConfig
 
-    known = [name for name in signature(add_lora).parameters if name != "options"] + list(PASSED_ON)
-    theirs = {field.name for field in fields(LoraConfig)}
-    problems = []
-    for name in options:
-        if name in PASSED_ON:
-            continue
-        if name in theirs and name not in _RENAMED:
-            hint = "PEFT knows it but add_lora does not pass it on; build the adapter with peft.get_peft_model"
-            problems.append(f"add_lora: unknown argument {name!r}; {hint}")
-        else:
-            problems.append(unknown_argument("add_lora", name, known, _RENAMED))
-    return problems
+    known = [*argument_names(add_lora), *PASSED_ON]
+    hint = "PEFT knows it but add_lora does not pass it on; build the adapter with peft.get_peft_model"
+    return unknown_arguments("add_lora", options, known, _RENAMED, {field.name: hint for field in fields(LoraConfig)})
 
 
 def _matching(names: list[str], wanted: str) -> list[str]:

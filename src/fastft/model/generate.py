@@ -5,12 +5,11 @@ import queue
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from inspect import signature
 from typing import Any
 
 import torch
 
-from fastft.errors import DataError, Problem, UsageError, did_you_mean
+from fastft.errors import DataError, Problem, UsageError, argument_names, unknown_arguments
 from fastft.noise import quiet
 from fastft.state import get_state
 
@@ -91,14 +90,10 @@ def _check(max_new_tokens: Any, temperature: Any, top_p: Any, options: Mapping[s
         problems.append(Problem("temperature", temperature, "a number of at least 0"))
     if top_p is not None and not (isinstance(top_p, (int, float)) and 0 < top_p <= 1):
         problems.append(Problem("top_p", top_p, "a number above 0 and up to 1"))
-    if "do_sample" in options:
-        problems.append("generate: unknown argument 'do_sample'; temperature above 0 samples, 0 does not")
-    ours = [name for name in signature(generate).parameters if name != "options"]
-    theirs = [name for name in vars(GenerationConfig()) if not name.startswith("_")]
-    for name in options:
-        if name not in theirs:
-            hint = did_you_mean(name, ours + theirs) or "it takes " + ", ".join(ours)
-            problems.append(f"generate: unknown argument {name!r}; {hint}")
+    ours = argument_names(generate)
+    instead = {"do_sample": "temperature above 0 samples, 0 does not"}
+    theirs = [name for name in vars(GenerationConfig()) if not name.startswith("_") and name not in instead]
+    problems += unknown_arguments("generate", options, ours, elsewhere=instead, unlisted=theirs)
     if problems:
         raise UsageError(*problems)
 

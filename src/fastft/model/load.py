@@ -1,7 +1,6 @@
 """Load a causal language model and its tokenizer, ready to be trained or asked."""
 
 from collections.abc import Mapping
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ import torch
 from attrs import frozen
 
 from fastft.environment import local_rank
-from fastft.errors import LoadError, Problem, UsageError, unknown_argument
+from fastft.errors import LoadError, Problem, UsageError, argument_names, unknown_arguments
 from fastft.model import files
 from fastft.model.adapters import DEFAULT_SEED, cuda_devices
 from fastft.model.config import choose_dtype, device_problem, dtype_problem, widen_positions
@@ -131,8 +130,8 @@ def _check_arguments(
     if full and quant is not None:
         remedy = "Quantised weights cannot be trained: leave quant out, or leave full out and train an adapter."
         problems.append(Problem("full", full, f"False together with quant={quant!r}", remedy))
-    names = [name for name in signature(load).parameters if name != "options"] + list(PASSED_ON)
-    problems += [unknown_argument("load", name, names, _RENAMED) for name in options if name not in PASSED_ON]
+    names = [*argument_names(load), *PASSED_ON]
+    problems += unknown_arguments("load", options, names, _RENAMED)
     found = [problem for problem in problems if problem is not None]
     if found:
         raise UsageError(*found)

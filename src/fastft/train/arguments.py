@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Optional
 
 from fastft.environment import installed
-from fastft.errors import Problem, UsageError, did_you_mean
+from fastft.errors import Problem, UsageError, did_you_mean, unknown_arguments
 from fastft.memory.estimate import COMPUTE
 
 # What older scripts pass to the trainer itself -> the field of the config it has become.
@@ -37,16 +37,17 @@ PLAIN = {
     "label_smoothing": "label_smoothing_factor",
 }
 
-# Fields that had another name in earlier versions of transformers or TRL.
+# Fields that had another name in earlier versions of transformers or TRL, or have one elsewhere.
 RENAMED = {
     "evaluation_strategy": "eval_strategy",
     "no_cuda": "use_cpu",
     "group_by_length": "train_sampling_strategy='group_by_length'",
+    "lr": "learning_rate",
 }
 ELSEWHERE = {
     name: f"fastft.compile(model, {name}=...) takes it, before"
     for name in ("plan", "backend", "disable", "implementations")
-} | {"lr": "did you mean 'learning_rate'?"}
+}
 
 
 class DefaultLength(int):
@@ -74,18 +75,9 @@ def with_length(args: Any, loaded: int | None) -> Any:
     return args
 
 
-def refuse_unknown(owner: str, names: Iterable[str], known: Iterable[str]) -> None:
-    """Raise `UsageError` that names every one of `names` that is not in `known`, with the nearest that is."""
-    known = sorted(known)
-    problems = []
-    for name in names:
-        if name in known:
-            continue
-        near = (
-            f"it is called {RENAMED[name]} now" if name in RENAMED else ELSEWHERE.get(name) or did_you_mean(name, known)
-        )
-        problems.append(f"{owner}: unknown argument {name!r}" + (f"; {near}" if near else ""))
-    if problems:
+def refuse_unknown(owner: str, names: Iterable[str], known: Iterable[str], unlisted: Iterable[str] = ()) -> None:
+    """Raise `UsageError` that tells every one of `names` that `owner` does not know, with what it is called here."""
+    if problems := unknown_arguments(owner, names, known, RENAMED, ELSEWHERE, unlisted):
         raise UsageError(*problems)
 
 
@@ -101,7 +93,7 @@ def config_fields(
 
     Raises `UsageError` for unknown names, and for a field given under both names.
     """
-    refuse_unknown(owner, options, {*known, *plain})
+    refuse_unknown(owner, options, [*known, *plain])
     doubled = [
         Problem(
             f"{owner}: {short} and {name}", (options[short], options[name]), "one of the two: they are the same setting"
@@ -163,16 +155,27 @@ def _unwatched(args: Any) -> list[Problem]:
 
 
 def _two_for_one(args: Any) -> list[Problem]:
-    """Return where two fields say the same thing, each in its way."""
+    """Return where two fields say the same thing, each in its way, or contradict each other in it."""
     problems, owner = [], type(args).__name__
+    warmups = {name: getattr(args, name) for name in ("warmup_steps", "warmup_ratio")}
+    warmups = {name: value for name, value in warmups.items() if _is_above_zero(value)}
     if args.bf16 is True and args.fp16 is True:
         remedy = "Leave both out: the model's own dtype decides."
         problems.append(Problem(f"{owner} bf16 and fp16", (True, True), "one of the two", remedy))
-    if args.warmup_steps and args.warmup_ratio:
-        both = (args.warmup_steps, args.warmup_ratio)
+    if text_of(args.lr_scheduler_type) == "constant":  # a warm-up that is left out is 0
+        remedy = "That schedule has none: 'constant_with_warmup' has."
+        expected = "no warm-up beside lr_scheduler_type='constant'"
+        problems += [Problem(f"{owner} {name}", value, expected, remedy) for name, value in warmups.items()]
+    elif len(warmups) == 2:
         remedy = "Leave warmup_ratio out: it is the older name of a warmup_steps below 1."
+        both = tuple(warmups.values())
         problems.append(Problem(f"{owner} warmup_steps and warmup_ratio", both, "one of the two", remedy))
     return problems
+
+
+def _is_above_zero(value: Any) -> bool:
+    """Say whether it is a number above 0; what is no number is told as such."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
 
 
 # The least that a field may be: of those that count, which are whole numbers, and of the others.
@@ -368,14 +371,9 @@ def contradictions(
         both = (steps, fields["num_train_epochs"])
         remedy = "Steps end the run whatever the epochs say: leave one of them out."
         problems.append(Problem(f"{owner} max_steps and num_train_epochs", both, "one of the two", remedy))
-    constant = text_of(fields.get("lr_scheduler_type", defaults.get("lr_scheduler_type"))) == "constant"
-    for name in ("warmup_steps", "warmup_ratio") if constant else ():
-        if fields.get(name):
-            remedy = "That schedule has none: 'constant_with_warmup' has."
-            expected = "no warm-up beside lr_scheduler_type='constant'"
-            problems.append(Problem(f"{owner} {name}", fields[name], expected, remedy))
+    warms = text_of(fields.get("lr_scheduler_type", defaults.get("lr_scheduler_type"))) != "constant"
     counts = isinstance(warmup, int | float) and warmup >= 1  # below, it is a share of all steps
-    if counted and counts and not constant and warmup >= steps:
+    if counted and counts and warms and warmup >= steps:  # who warms up where there is none, the config tells
         remedy = "The learning rate would never be reached: a number below 1, such as 0.1, is a share of all steps."
         problems.append(Problem(f"{owner} warmup_steps", warmup, f"fewer than max_steps={steps}", remedy))
     for name, strategy in EVERY.items():

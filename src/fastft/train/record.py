@@ -27,6 +27,12 @@ def curve(history: Sequence[Mapping[str, Any]], name: str) -> tuple[tuple[int, f
     return tuple((row["step"], row[name]) for row in history if row.get(name) is not None)
 
 
+def last_evaluation(history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Return what the last evaluation in a trainer's `log_history` found, empty without one."""
+    row = next((row for row in reversed(history) if "eval_loss" in row), {})
+    return {name: value for name, value in row.items() if name.startswith("eval_")}
+
+
 def ends(curve: Sequence[tuple[int, float]]) -> str:
     """Return the first and the last (step, value) of a curve, which is what the repr of a result shows of it."""
     shown = dict.fromkeys(f"{value:.4f} (step {step})" for step, value in (*curve[:1], *curve[-1:]))
@@ -173,15 +179,12 @@ class RecordCallback(TrainerCallback):
         """Return speed, memory and losses of the run so far."""
         losses = [row["loss"] for row in self.rows if "loss" in row]
         rewards = [row["reward"] for row in self.rows if row.get("reward") is not None]
-        evaluations = [row for row in self.rows if "eval_loss" in row]
         return {
             "steps": state.global_step,
             "epochs": state.epoch,
             "loss": {"first": losses[0] if losses else None, "last": losses[-1] if losses else None},
             **({"reward": {"first": rewards[0], "last": rewards[-1]}} if rewards else {}),
-            "evaluation": {key: value for key, value in evaluations[-1].items() if key.startswith("eval_")}
-            if evaluations
-            else None,
+            "evaluation": last_evaluation(self.rows) or None,
             **self.spent.so_far(),
             **self.spent.speeds(self.record.get("device", {})),
             "memory": {**self.predicted, "measured_peak_bytes": peak_memory(), "kind": memory_kind()},

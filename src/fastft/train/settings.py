@@ -12,7 +12,7 @@ import torch
 from transformers import TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 
-from fastft.errors import Problem, UsageError
+from fastft.errors import Problem, UsageError, argument_names
 from fastft.state import base_model
 from fastft.train import arguments, best, recomputing
 
@@ -121,8 +121,8 @@ def take_older_arguments(
     `legacy` maps such arguments to fields of `config`; `own` are arguments that fastft adds to TRL's. Raises
     `UsageError`.
     """
-    known = [name for name in inspect.signature(trainer.__init__).parameters if name != "self"]
-    arguments.refuse_unknown(trainer.__name__, kwargs, [*known, "tokenizer", *own, *legacy])
+    known = [*argument_names(trainer.__init__)[1:], "tokenizer", *own]
+    arguments.refuse_unknown(trainer.__name__, kwargs, known, legacy)
     kwargs = dict(kwargs)
     if "tokenizer" in kwargs:
         if kwargs.get("processing_class") is not None:

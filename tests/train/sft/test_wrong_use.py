@@ -196,7 +196,7 @@ def test_what_was_taken_without_a_word_before(build_model, tokenizer, build_rows
     for name in ("adam", "adamw"):
         with pytest.raises(UsageError, match="did you mean 'adamw_torch'"):
             SFTConfig(output_dir=str(tmp_path), optim=name)
-    with pytest.raises(UsageError, match="unknown argument 'lr'; did you mean 'learning_rate'"):
+    with pytest.raises(UsageError, match="unknown argument 'lr'; here it is learning_rate"):
         sft(build_model(), tokenizer, build_rows(), tmp_path, lr=1e-4)
 
 

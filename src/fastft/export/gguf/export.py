@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from attrs import evolve, frozen
 from torch import nn
 
-from fastft.errors import Problem, UsageError, did_you_mean, unknown_argument
+from fastft.errors import Problem, UsageError, argument_names, did_you_mean, unknown_arguments
 from fastft.export.folder import base_folder, find_weights
 from fastft.export.gguf import mixture as mixtures
 from fastft.export.gguf.architecture import Architecture, architecture_of, check_supported, heads_of
@@ -257,8 +256,7 @@ _RENAMED = {
 
 
 def _check_arguments(unknown: Mapping[str, Any], device: Any) -> None:
-    known = [name for name in signature(export_gguf).parameters if name != "unknown"]
-    problems: list[Any] = [unknown_argument("export_gguf", name, known, _RENAMED) for name in unknown]
+    problems: list[Any] = unknown_arguments("export_gguf", unknown, argument_names(export_gguf), _RENAMED)
     if wrong := device_problem(device, ""):
         problems.append(evolve(wrong, where="export_gguf device"))
     if problems:

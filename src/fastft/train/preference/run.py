@@ -11,7 +11,7 @@ from fastft.errors import Problem, UsageError
 from fastft.train import arguments
 from fastft.train.preference import data as preference_data
 from fastft.train.preference.config import PLAIN, make_config
-from fastft.train.record import curve, ends
+from fastft.train.record import curve, ends, last_evaluation
 from fastft.train.resume import to_resume
 from fastft.train.words import in_words_of
 
@@ -117,6 +117,5 @@ def preference(
     trainer.create_model_card()
     history = trainer.state.log_history
     curves = [curve(history, name) for name in ("loss", "rewards/accuracies", "rewards/margins")]
-    evaluated = next((row for row in reversed(history) if "eval_loss" in row), {})
-    metrics = {**output.metrics, **{name: value for name, value in evaluated.items() if name.startswith("eval_")}}
+    metrics = {**output.metrics, **last_evaluation(history)}
     return PreferenceResult(*curves, metrics, args.output_dir, trainer.recorder.record)

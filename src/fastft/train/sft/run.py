@@ -12,10 +12,9 @@ from fastft.data.files import told_of
 from fastft.data.sources import Source, open_named
 from fastft.errors import Problem, UsageError
 from fastft.train import arguments
-from fastft.train.best import refuse_unmeasured
-from fastft.train.record import curve, ends
+from fastft.train.record import curve, ends, last_evaluation
 from fastft.train.resume import to_resume
-from fastft.train.sft.config import MEASURED, SFTConfig, make_config, settle_length
+from fastft.train.sft.config import SFTConfig, make_config, settle_length
 from fastft.train.sft.reading import reading_of
 from fastft.train.sft.trainer import SFTTrainer
 from fastft.train.words import in_words_of
@@ -71,8 +70,6 @@ def sft(
     given = {"train": train} | ({} if eval is None else {"eval": eval})
     with in_words_of("sft", SFTTrainer, SFTConfig, config, options, arguments.PLAIN):
         args = make_config(config, options, str(output_dir), model, eval is not None)  # before any data are read
-        if compute_metrics is None:
-            refuse_unmeasured(args, MEASURED, eval)
         resume_from = to_resume(resume, args)
         sources = {name: open_named(data, name) for name, data in given.items()}
         reading = evolve(reading_of(args, None), must=config is None)
@@ -96,7 +93,7 @@ def sft(
     trainer.save_model()
     trainer.create_model_card()
     losses = curve(trainer.state.log_history, "loss")
-    metrics = {**output.metrics, **_last_evaluation(trainer.state.log_history)}
+    metrics = {**output.metrics, **last_evaluation(trainer.state.log_history)}
     final = losses[-1][1] if losses else None
     return SftResult(losses, final, metrics, args.output_dir, trainer.recorder.record)
 
@@ -113,8 +110,3 @@ def _refuse_overlong(made: Mapping[str, Any], sources: Mapping[str, Source], lim
         if limit is not None and hasattr(rows, "__len__"):
             with told_of(name, sources[name].files):
                 check.refuse_overlong(rows, limit)
-
-
-def _last_evaluation(history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    rows = [row for row in history if "eval_loss" in row]
-    return {key: value for key, value in rows[-1].items() if key.startswith("eval_")} if rows else {}

@@ -1,0 +1,58 @@
+"""What is said to an argument that a function, a trainer or a config does not take."""
+
+import pytest
+
+import fastft
+from fastft.errors import UsageError, argument_names, unknown_arguments
+from fastft.facade.names import sort_out
+
+
+def test_an_unknown_argument_is_told_what_it_is_here():
+    known, elsewhere = ["rows", "length"], {"dose": "fastft.measure takes it", "rows": "never said: it is known"}
+    names = ["rows", "hidden", "size", "dose", "lenght", "hiden", "zzz"]
+    assert unknown_arguments("f", names, known, {"size": "length"}, elsewhere, ["hidden"]) == [
+        "f: unknown argument 'size'; here it is length",
+        "f: unknown argument 'dose'; fastft.measure takes it",
+        "f: unknown argument 'lenght'; did you mean 'length'?",
+        "f: unknown argument 'hiden'; did you mean 'hidden'?",
+        "f: unknown argument 'zzz'; it takes rows, length",
+    ]
+    many = [f"field_{number}" for number in range(100)]
+    assert unknown_arguments("f", ["zzz", "length"], many) == [
+        "f: unknown argument 'zzz'",
+        "f: unknown argument 'length'",
+    ]
+
+
+def test_the_name_of_what_takes_further_arguments_is_none():
+    """It would be taken, and dropped."""
+
+    def function(rows, *more, length=1, **options):
+        return rows, more, length, options
+
+    known = argument_names(function)
+    assert known == ["rows", "length"]
+    found = sort_out("f", {"options": 1, "resumed": 1}, known, ["seed"], {"idle": "no use"}, {"refused": "no"}).problems
+    assert found == (
+        "f: unknown argument 'options'; it takes rows, length, seed",
+        "f: unknown argument 'resumed'; did you mean 'refused'?",
+    )
+    with pytest.raises(UsageError, match="unknown argument 'options'; it takes model, tokenizer, prompts"):
+        fastft.generate(None, None, "a", options=1)
+
+
+def test_configs_and_trainers_say_it_alike(tmp_path):
+    def told(function, **options):
+        with pytest.raises(UsageError) as caught:
+            function(**options)
+        return list(caught.value.problems)
+
+    assert told(fastft.SFTConfig, output_dir=str(tmp_path), zzzz=1, lr=1, evaluation_strategy="no", plan="min") == [
+        "SFTConfig: unknown argument 'zzzz'",
+        "SFTConfig: unknown argument 'lr'; here it is learning_rate",
+        "SFTConfig: unknown argument 'evaluation_strategy'; here it is eval_strategy",
+        "SFTConfig: unknown argument 'plan'; fastft.compile(model, plan=...) takes it, before",
+    ]
+    (problem,) = told(fastft.SFTTrainer, zzzz=1)
+    assert problem.startswith("SFTTrainer: unknown argument 'zzzz'; it takes model, args, ")
+    assert problem.endswith(", tokenizer, compile")
