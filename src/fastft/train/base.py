@@ -87,6 +87,7 @@ class Trained(LateLog):
     _staging: Path | None = None
     _to_push: str | None = None
     _told_of_plan = ""  # what was said of a memory plan that cannot be met
+    _optimizer_given = False  # by the user, whatever the config says
 
     def equip(
         self,
@@ -107,6 +108,7 @@ class Trained(LateLog):
             base_model(self.model).__dict__.pop("forward", None)
         if compile:
             self._compile(recompute)
+        self._optimizer_given = self.optimizer is not None or self.optimizer_cls_and_kwargs is not None
         self.tally = Tally(windows={window for window in flops.work_of(self.model).windows if window is not None})
         self.recorder = RecordCallback(
             self.args.output_dir,
@@ -376,8 +378,12 @@ class Trained(LateLog):
     # ---- saving
 
     def resume_problems(self, folder: Path) -> list[Problem | str]:
-        """Return what of a checkpoint's own files this trainer cannot go on with."""
-        return []
+        """Return what of a checkpoint's own files this trainer cannot go on with. The same in every process."""
+        if self._optimizer_given:
+            return []
+        record = lineage.record_of(folder)
+        there = {**(record.get("config") or {}), **(record.get("held") or {})}
+        return [*optimizers.unlike(self.args, there, folder)]
 
     def save_extra(self, folder: Path) -> None:
         """Write into a checkpoint what this trainer needs besides to go on with the same curve."""

@@ -455,18 +455,18 @@ class GRPOTrainer(Trained, trl.GRPOTrainer):
 
         The same in every process: one that stops alone would leave the others waiting.
         """
-        damaged = kept_rollouts.damages(folder)
-        if damaged:
+        if damaged := kept_rollouts.damages(folder):
             return damaged
+        problems = super().resume_problems(folder)
         kept = kept_rollouts.of_process(folder, self.args.process_index)
         if kept is None:
-            return []
+            return problems
         now = self._batching | {"world_size": self.args.world_size}
         line = batching.told(kept, now, folder)
         if line is not None and self.is_world_process_zero():
             print(f"fastft: {line}")
         files = [kept_rollouts.file_of(folder, number) for number in range(self.args.world_size)]
-        return batching.problems(kept, now, folder, [path for path in files if not path.is_file()])
+        return [*problems, *batching.problems(kept, now, folder, [path for path in files if not path.is_file()])]
 
     def _on_device(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         device = self.accelerator.device
