@@ -3,8 +3,9 @@
 One contract. A trainer is `class XTrainer(Trained, trl.XTrainer)` in a file of its own. Its constructor
 
 1. takes `recompute = take_recompute(args, compile)`, which changes its copy of the user's `args`,
-2. calls TRL's constructor within `built(model)`,
-3. calls `self.equip(...)` once its `train_dataset` stands,
+2. calls `self.check_evaluations(...)` before its data are tokenised,
+3. calls TRL's constructor within `built(model)`,
+4. calls `self.equip(...)` once its `train_dataset` stands,
 
 and its loss adds every micro-batch to `self.tally`. `args` are a `fastft.train.settings.Settings`. What a trainer may
 override besides is `settle_batches`, `largest_batch` and `head_use` (what the memory plan is made for), `end_training`
@@ -13,7 +14,7 @@ and `begin_evaluation` (to let go of what training alone needs), `save_extra` (f
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,8 @@ from fastft.noise import between_libraries, quiet
 from fastft.state import base_model, get_state, planned_of
 from fastft.train import card, checkpoint, earlier, flops, hygiene, lineage, memory, optimizers, recomputing, telling
 from fastft.train import resume as resuming
-from fastft.train.best import BestWeights
+from fastft.train.arguments import refuse_unevaluated
+from fastft.train.best import BestWeights, Measured, refuse_unmeasured
 from fastft.train.compiling import CompileCallback
 from fastft.train.finite import FiniteLosses
 from fastft.train.interrupt import Interruption, Stopped
@@ -88,6 +90,16 @@ class Trained(LateLog):
     _to_push: str | None = None
     _told_of_plan = ""  # what was said of a memory plan that cannot be met
     _optimizer_given = False  # by the user, whatever the config says
+
+    def check_evaluations(self, args: Any, kwargs: Mapping[str, Any], measured: Measured | None) -> None:
+        """Raise `UsageError` for evaluations without data, and for best weights by a metric that they do not give.
+
+        What a subclass or `compute_metrics` adds is not known before; neither is all where `measured` is None.
+        """
+        data, own = kwargs.get("eval_dataset"), type(self).__module__.startswith("fastft.")
+        refuse_unevaluated(args, data)
+        if measured is not None and own and kwargs.get("compute_metrics") is None:
+            refuse_unmeasured(args, measured, data)
 
     def equip(
         self,
