@@ -166,18 +166,16 @@ class Trained(LateLog):
         """Compile the layers; with `recompute` so that least is kept, by transformers where nothing is compiled."""
         from fastft.graph.compile import compile as compile_layers
 
-        state, ours = get_state(self.model), False
+        state = get_state(self.model)
         if state.compiled is None:
             with quiet():
                 plan = "min" if recompute else "auto"
                 compile_layers(self.model, plan=plan, compute=self.args.compute or "exact")
-            state, ours = get_state(self.model), True
+            state = get_state(self.model)
         planned = state.compiled.planned
         if planned is not None:
-            where = next(state.compiled.layers[0].parameters()).device
-            self.settle_batches(planned, where)
-            with planned.told_to(self._tell_plan):
-                planned.expect(*self.head_use(), self.largest_batch() if ours else None, where)
+            self.settle_batches(planned, next(state.compiled.layers[0].parameters()).device)
+            self._plan_run()  # so that what cannot be met is said before anything else is made ready
         have = state.compiled.base_report.compute
         if self.args.compute not in (None, have) and state.compiled.layers:
             remedy = f"It was compiled before with compute={have!r}; say it there, fastft.compile(model, compute=...)."
@@ -202,6 +200,14 @@ class Trained(LateLog):
         if not self._told_of_plan and self.is_world_process_zero():
             tqdm.write(f"fastft: {text}")
         self._told_of_plan = self._told_of_plan or text
+
+    def _plan_run(self) -> None:
+        """Have the memory plan made for this run, whatever ran on the model before, and tell what cannot be met."""
+        planned = planned_of(self.model)
+        if planned is not None:
+            where = next(get_state(self.model).compiled.layers[0].parameters()).device
+            with self._telling_of_plan():
+                planned.begin(*self.head_use(), self.largest_batch(), where)
 
     def _telling_of_plan(self) -> contextlib.AbstractContextManager[None]:
         planned = planned_of(self.model)
@@ -233,6 +239,7 @@ class Trained(LateLog):
         begun = resuming.check(resume, self.args, self.model, self.recorder.method, self.resume_problems)
         self._own, self.recorder.begun = () if begun is None else (begun,), begun
         self._put_aside(begun)
+        self._plan_run()
         kwargs["resume_from_checkpoint"] = None if begun is None else str(begun)
         try:
             with (
