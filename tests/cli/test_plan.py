@@ -294,11 +294,53 @@ def test_configs_that_cannot_be_read(tmp_path, capsys):
     assert "no spec is known" in told(capsys, tmp_path, "--gpu", "24GB")[1].err
 
 
-def test_it_needs_no_torch(folder):
+@pytest.fixture
+def adapter(folder):
+    """A run's folder beside its base model, which it names by the way there."""
+    made = Path(folder) / "run"
+    made.mkdir()
+    (made / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": f"../../{Path(folder).name}"}))
+    (made / "run.json").write_text("{}")
+    return made
+
+
+@pytest.mark.parametrize("beside", [True, False], ids=["beside", "by its path"])
+def test_an_adapter_is_planned_as_its_base(beside, adapter, folder, capsys):
+    if not beside:
+        (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": folder}))
+    given = ("--gpu", "24GB", "--length", 8192)
+    whole = json.loads(told(capsys, folder, *given, "--json")[1].out)
+    code, out = told(capsys, adapter, *given, "--json")
+    found = json.loads(out.out)
+    note = f"{adapter} is an adapter: the step is that of its base model {folder} with a new one"
+    assert code == 0 and found == {**whole, "model": str(adapter), "notes": [note]}
+    assert f"note:           {note}\n" in told(capsys, adapter, *given)[1].out
+
+
+def test_an_adapter_whose_base_tells_nothing(adapter, folder, capsys):
+    (Path(folder) / "config.json").unlink()
+    code, out = told(capsys, adapter, "--gpu", "24GB")
+    named = f"no config.json in this folder, which {adapter} names as the base model of its adapter"
+    assert code == 1 and out.err == f"error: {folder}: {named}\n"
+    for wrong, said in (("/gone/base", "its base model is not at /gone/base any more"), (3, "names no base model")):
+        (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": wrong}))
+        code, out = told(capsys, adapter, "--gpu", "24GB")
+        assert code == 1 and said in out.err
+    (adapter / "adapter_config.json").unlink()
+    code, out = told(capsys, adapter, "--gpu", "24GB")
+    expected = "give the folder of a whole model, of an adapter, or of a run that has ended"
+    assert code == 1
+    assert out.err == f"error: {adapter}: no config.json and no adapter_config.json in this folder; {expected}\n"
+    (adapter / "checkpoint-7").mkdir()
+    said = f"; its newest checkpoint is {str(adapter / 'checkpoint-7')!r}\n"
+    assert told(capsys, adapter, "--gpu", "24GB")[1].err.endswith(said)
+
+
+def test_it_needs_no_torch(folder, adapter):
     code = (
         "import sys; sys.modules['torch'] = None\n"
         "from fastft.cli.main import main\n"
-        f"assert main(['plan', {folder!r}, '--gpu', '24GB']) == 0"
+        f"assert [main(['plan', name, '--gpu', '24GB']) for name in ({folder!r}, {str(adapter)!r})] == [0, 0]"
     )
     env = {"PYTHONPATH": str(Path(fastft.__file__).parents[1])}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)

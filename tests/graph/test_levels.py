@@ -109,6 +109,27 @@ def test_a_budget_is_solved_for_the_largest_batch_seen():
     assert planned.modes == modes and planned.largest == (8, 64)
 
 
+@pytest.mark.parametrize("given", [None, (2, 32)])
+def test_every_run_has_its_own_largest_batch(given):
+    """Unless the plan was asked for one, which stands."""
+    model = make("llama", torch.bfloat16, True, num_hidden_layers=4)
+    model = fastft.compile(model, plan="4MB", backend="aot_eager", batch=given)
+    planned, where, told = get_state(model).compiled.planned, torch.device("cpu"), []
+    with planned.told_to(told.append):
+        planned.begin("loss", None, (4, 64), where)
+        assert planned.largest == (given or (4, 64))
+        planned.see(8, 64, where)
+        planned.begin("loss", None, (1, 16), where)
+        assert planned.largest == (given or (1, 16))
+        rows, length = planned.largest
+        assert told[-1] == planned.unmet and f": a step of {rows} x {length} tokens " in planned.unmet
+        said = list(told)
+        planned.begin("loss", None, (1, 16), where)
+        assert told == said  # nothing has come between
+        planned.begin("loss", None, None, where)
+    assert planned.largest == (given or (0, 0)) and bool(planned.unmet) is bool(given)
+
+
 def test_a_plan_that_is_none_is_refused_together_with_other_mistakes():
     model = make("llama", torch.float32, True)
     with pytest.raises(UsageError, match=r"plan: .*'24GB'.* got '24GX'") as caught:

@@ -152,3 +152,30 @@ def test_a_plan_that_is_met_is_not_told_of(build_model, tokenizer, dataset, sett
     trainer(build_model, tokenizer, dataset, settings, max_steps=1).train()
     record = json.loads((Path(settings["output_dir"]) / "run.json").read_text())
     assert record["notes"] == record["rewrites"]["notes"] == [] and "memory plan" not in capsys.readouterr().out
+
+
+def test_a_second_run_on_a_model_tells_of_its_own_batches(build_model, tokenizer, dataset, settings, capsys):
+    """Of which the smaller ones fit into the budget; the first run's did not."""
+    where = torch.device("cpu")
+    asked = get_state(compile_layers(build_model(), plan="20MB", backend="eager")).compiled.planned
+    large, small = (asked.foreseen("loss", None, (rows, 23), where).estimate.peak for rows in (8, 1))
+    budget, said = (large + small) // 2, []
+    model = compile_layers(build_model(), plan=budget, backend="eager")
+    trainers = [
+        SFTTrainer(
+            model,
+            SFTConfig(**{**settings, "max_steps": 1, "per_device_train_batch_size": rows}),
+            train_dataset=dataset,
+            processing_class=tokenizer,
+        )
+        for rows in (8, 1)
+    ]
+    for rows, trainer in zip((8, 1, 8), (*trainers, trainers[0]), strict=True):
+        trainer.train()
+        record = json.loads((Path(settings["output_dir"]) / "run.json").read_text())
+        step = f"memory plan {budget!r}: a step of 8 x 23 tokens is predicted to take at least "
+        assert record["memory"]["predicted_for"] == {"rows": rows, "length": 23}
+        for notes in (record["notes"], record["rewrites"]["notes"]):
+            assert [note[: len(step)] for note in notes] == [step] * (rows == 8)
+        said.append(step in capsys.readouterr().out)
+    assert said == [True, False, False]  # a trainer says it once

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import TrainerCallback
 
 from fastft.errors import LoadError, SaveError, UsageError
@@ -314,6 +315,73 @@ def test_other_settings_are_told(run, build_model, tokenizer, dataset, settings,
     ]
     assert rates(made)[2:] == [0.0, 1e-2]
     assert [group["weight_decay"] for group in made.optimizer.param_groups] == [0.0, 0.0]
+
+
+def test_another_optimizer_is_refused_before_anything_is_loaded(run, build_model, tokenizer, dataset, settings):
+    """torch itself takes the state of any optimizer with as many parameters, and fails in the first step."""
+    there, model = run / "checkpoint-2", build_model(seed=5)
+    made = trainer(model, tokenizer, dataset, settings, max_steps=3, optim="sgd", loraplus_ratio=4.0)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    with pytest.raises(UsageError) as caught:
+        made.train(resume_from_checkpoint=True)
+    weights = f"fastft.load({str(there)!r}) takes the weights alone, for a new run."
+    default = SFTConfig(**settings).optim.value
+    assert str(caught.value) == (
+        f"SFTConfig optim: expected {default!r}, whose state {there} has, got 'sgd'. Say optim={default!r} to go on "
+        f"from it. {weights}\n"
+        f"SFTConfig loraplus_ratio: expected None, by which the optimizer of {there} has its groups of parameters, got "
+        f"4.0. Leave loraplus_ratio out to go on from it. {weights}"
+    )
+    assert made.optimizer is None and all(parameter.equal(before[name]) for name, parameter in model.named_parameters())
+
+
+def test_another_optimizer_is_told_in_the_words_of_the_function(run, build_model, tokenizer, dataset, settings):
+    given = {"use_cpu": True, "batch_size": 2, "max_length": 64, "compile": False}
+    with pytest.raises(UsageError, match=r"^sft optimizer: expected .*got 'sgd'\. Say optimizer='adamw_torch"):
+        sft(build_model(), tokenizer, dataset, run, resume=True, steps=3, optimizer="sgd", **given)
+
+
+@pytest.mark.parametrize("name, value", [("loraplus_ratio", 4.0), ("embedding_learning_rate", 1e-3)])
+def test_groups_of_parameters_that_the_checkpoint_has_and_the_run_has_not(
+    name, value, build_model, tokenizer, dataset, settings, capsys
+):
+    def made(**changes):
+        return trainer(build_model(modules_to_save=["embed_tokens"]), tokenizer, dataset, settings, **changes)
+
+    made(**{name: value}).train()
+    refused = rf"^SFTConfig {name}: expected {value}, by .*, got None\. Say {name}={value} to go on"
+    with pytest.raises(UsageError, match=refused):
+        made(max_steps=3).train(resume_from_checkpoint=True)
+    capsys.readouterr()
+    going_on = made(max_steps=3, **{name: 2 * value})  # another one than none is held, and told
+    going_on.train(resume_from_checkpoint=True)
+    there = Path(settings["output_dir"]) / "checkpoint-2"
+    assert f"{name}={2 * value} is not used: the {value} of {there} goes on, with its optimizer." in told(capsys)
+    assert going_on.state.global_step == 3
+
+
+@pytest.mark.parametrize(
+    "earlier, later", [("adamw_torch", "adamw_torch_fused"), ("adamw_8bit", "paged_adamw_8bit")], ids=["fused", "paged"]
+)
+def test_an_optimizer_with_the_same_state_goes_on(earlier, later, build_model, tokenizer, dataset, settings, capsys):
+    trainer(build_model(), tokenizer, dataset, settings, optim=earlier).train()
+    made = trainer(build_model(), tokenizer, dataset, settings, max_steps=3, optim=later)
+    capsys.readouterr()
+    made.train(resume_from_checkpoint=True)
+    there = Path(settings["output_dir"]) / "checkpoint-2"
+    assert f"other settings than in {there}: optim is {later!r} (there {earlier!r})." in told(capsys)
+    assert made.state.global_step == 3
+
+
+def test_an_optimizer_of_the_users_own_is_not_the_configs(run, build_model, tokenizer, dataset, settings):
+    """What the config says of the optimizer means nothing then."""
+    model, args = build_model(), SFTConfig(**{**settings, **STEPS, "max_steps": 3, "optim": "sgd"})
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW([{"params": trained}, {"params": []}], lr=1e-2)
+    more = {"train_dataset": dataset, "processing_class": tokenizer, "compile": False}
+    made = SFTTrainer(model, args, optimizers=(optimizer, None), **more)
+    made.train(resume_from_checkpoint=True)
+    assert made.state.global_step == 3
 
 
 @pytest.mark.parametrize("schedule", ["linear", "constant", "constant_with_warmup"])

@@ -19,7 +19,9 @@ QUANTS = ("nf4", "int8", "fp8", "none")
 
 @app.command()
 def plan(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Model folder, config.json, or hub id.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Folder of a model, an adapter or a run, config.json, or hub id.")
+    ],
     gpu: Annotated[str, typer.Option(help="Its memory (24GB, 80GiB) or name (H100, RTX 4090).")],
     length: Annotated[int, typer.Option(help="Tokens in a row.", min=1)] = 4096,
     batch: Annotated[int, typer.Option(help="Rows in a micro-batch.", min=1)] = 1,
@@ -74,7 +76,7 @@ def collect(
     with checking_arguments():
         device = _check_arguments(gpu, quant, rank, full, optimizer, plan, compute)
     rank = 16 if rank is None else rank
-    config = read_config(model)
+    config, base = _config_and_base(model)
     spec = resolve(config)
     weights = None if quant == "none" else quant
     shape = shape_of(config, spec)
@@ -85,6 +87,7 @@ def collect(
     made = plans.planned(setup, plan, limit, device)
     positions = positions_of(config)
     notes = (
+        f"{model} is an adapter: the step is that of its base model {base} with a new one" if base else "",
         plans.fast_is_keep(plan, made.modes, plans.NO_NF4),
         plans.not_in_eight_bits(plan, "without adapters the rewrite that does so is not taken" if full else ""),
         _too_long(length, positions),
@@ -214,18 +217,45 @@ def _told(made: Any, eight_bits: bool, fp8: bool) -> dict[str, Any]:
 def read_config(model: str) -> dict[str, Any]:
     """Return the config.json of a folder, a file or a hub id as a mapping; of a hub id that file alone is fetched.
 
-    Raises LoadError.
+    Of an adapter it is that of its base. Raises LoadError.
     """
-    from json import loads
+    return _config_and_base(model)[0]
 
+
+def _config_and_base(model: str) -> tuple[dict[str, Any], str]:
+    """Return what `read_config` does, and where the base of an adapter is, "" for a whole model."""
     from fastft.model import files
 
-    path = Path(model).expanduser()
-    path = path / "config.json" if path.is_dir() else path
-    if not path.is_file():
-        if path.name == "config.json":
-            raise LoadError(f"{path.parent}: no config.json in this folder; give the folder of a whole model")
-        path = files.locate(model, part="config") / "config.json"
+    path, base = Path(model).expanduser(), ""
+    if path.is_file():
+        return _read_object(path), base
+    folder = path.parent if path.name == "config.json" else path
+    if not folder.is_dir():
+        folder = files.locate(model, part="config")
+    if not (folder / "config.json").is_file() and files.is_adapter(folder):
+        stored = _read_object(folder / files.ADAPTER_CONFIG)
+        base = files.base_of(folder, stored)
+        folder = files.locate(base, stored.get("revision"), part="config")
+    if not (folder / "config.json").is_file():
+        raise LoadError(_no_config(folder, model if base else ""))
+    return _read_object(folder / "config.json"), base
+
+
+def _no_config(folder: Path, adapter: str) -> str:
+    """Return what to say of a folder that does not tell its model; `adapter` is the one that it is the base of."""
+    from fastft.model import files
+
+    if adapter:
+        return f"{folder}: no config.json in this folder, which {adapter} names as the base model of its adapter"
+    expected = "give the folder of a whole model, of an adapter, or of a run that has ended"
+    if found := files.checkpoints(folder):
+        expected = f"its newest checkpoint is {str(found[-1])!r}"
+    return f"{folder}: no config.json and no {files.ADAPTER_CONFIG} in this folder; {expected}"
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    from json import loads
+
     try:
         config = loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -99,7 +99,9 @@ def chat_dataset(
     return found.select_columns(["input_ids", "labels"])
 
 
-def tokenised(data: Any, tokenizer: Any, train_on: str, name: str, alternate: bool = True) -> Any:
+def tokenised(
+    data: Any, tokenizer: Any, train_on: str, name: str, alternate: bool = True, num_proc: int | None = None
+) -> Any:
     """Return token ids: `data` itself after a check, or what `chat_dataset` makes of its rows; errors tell its `name`.
 
     Raises `UsageError` and `DataError`.
@@ -114,7 +116,7 @@ def tokenised(data: Any, tokenizer: Any, train_on: str, name: str, alternate: bo
         if "input_ids" in (getattr(rows, "column_names", None) or ()):
             check_tokenised(rows)
             return rows
-        return chat_dataset(source, tokenizer, train_on=train_on, alternate=alternate)
+        return chat_dataset(source, tokenizer, train_on=train_on, alternate=alternate, num_proc=num_proc)
 
 
 def _is_stream(rows: Any) -> bool:

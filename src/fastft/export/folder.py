@@ -112,12 +112,10 @@ def assumptions(found: Found) -> tuple[str, ...]:
 
 def base_folder(found: Found) -> Path:
     """Return the folder itself, or that of the base of the adapter in it. Raises `LoadError`."""
-    from fastft.model.load import _base_of
-
     if not found.adapter:
         return found.folder
     stored = files.read_json(found.folder / files.ADAPTER_CONFIG)
-    return files.locate(_base_of(found.folder, stored), stored.get("revision"))
+    return files.locate(files.base_of(found.folder, stored), stored.get("revision"))
 
 
 def _base_is_quantised(found: Found) -> bool:

@@ -52,7 +52,8 @@ class PlannedLayers:
     `dequantised`; `keepable` are the linears of each layer whose weights can be kept so, `why_not` what is in the way
     if there are none. `wants_eight_bits`: layers that keep gate and up are to keep them in 8 bits, which the `graphs`
     captured up to now may not do; None: they cannot. `sizes` do not say it, `setup` does. `unmet` says that the plan
-    does not fit, "" where it does; `tell` is told that as often as it changes.
+    does not fit, "" where it does; `tell` is told that as often as it changes. `given` is the batch that the plan was
+    asked for, (0, 0) if none was.
     """
 
     plan: str | int
@@ -71,6 +72,7 @@ class PlannedLayers:
     fp8: bool = False
     unmet: str = ""
     tell: Callable[[str], None] = _warn
+    given: tuple[int, int] = (0, 0)
 
     @classmethod
     def of(
@@ -107,7 +109,7 @@ class PlannedLayers:
         modes = named_modes(plan if budget is None else "keep", len(layers), any(keepable))
         made = cls(
             plan, modes, sizes, budget, find_device(name), keepable=keepable, why_not=why_not,
-            wants_eight_bits=eight_bits, fp8=compute != "exact",
+            wants_eight_bits=eight_bits, fp8=compute != "exact", given=batch or (0, 0),
         )  # fmt: skip
         if batch is not None:
             made.see(*batch, where)
@@ -156,6 +158,16 @@ class PlannedLayers:
         """Return how many layers have linears whose weights could be kept dequantised and that no rewrite took."""
         return sum(not all(self.weights.may_read(linear.weight) for linear in found) for found in self.keepable)
 
+    def begin(self, head: str, answers: int | None, batch: tuple[int, int] | None, where: torch.device) -> None:
+        """Plan for a run, with what `expect` takes; larger batches of an earlier run on the same model are forgotten.
+
+        A batch that the plan was asked for stands in the place of the run's own.
+        """
+        batch = batch if self.given == (0, 0) else self.given
+        if batch is None or _tokens(self.largest) > _tokens(batch):
+            self.largest, self.fits, self.unmet = (0, 0), True, ""
+        self.expect(head, answers, batch, where)
+
     def expect(self, head: str, answers: int | None, batch: tuple[int, int] | None, where: torch.device) -> None:
         """Take note of what a run asks of the model's head (`Setup`), and of its largest batch if that is known.
 
@@ -171,7 +183,7 @@ class PlannedLayers:
 
     def see(self, rows: int, length: int, where: torch.device) -> None:
         """Take note of a batch; one with more tokens than any before solves the budget anew."""
-        if rows * length <= self.largest[0] * self.largest[1]:
+        if rows * length <= _tokens(self.largest):
             return
         self.largest = (rows, length)
         if self.sizes is None:
@@ -278,6 +290,11 @@ def free_memory(where: torch.device) -> int:
     free, memory = torch.cuda.mem_get_info(where)
     others = memory - free - torch.cuda.memory_reserved(where)
     return max(0, usable(memory) - max(0, others - _own_context(memory)))
+
+
+def _tokens(batch: tuple[int, int]) -> int:
+    rows, length = batch
+    return rows * length
 
 
 def _element(sizes: Setup, where: torch.device) -> int:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,26 @@ def is_adapter(folder: Path) -> bool:
     return (folder / ADAPTER_CONFIG).is_file() and not (folder / WEIGHTS).exists() and not (folder / INDEX).exists()
 
 
+def base_of(folder: Path, stored: Mapping[str, Any]) -> str:
+    """Return where the base of the adapter in `folder` is, as its config says or relative to it. Raises `LoadError`."""
+    name = stored.get("base_model_name_or_path")
+    if not isinstance(name, str) or not name:
+        raise LoadError(
+            f"{folder / ADAPTER_CONFIG}: names no base model (base_model_name_or_path); write its path or id there"
+        )
+    if Path(name).expanduser().is_dir():
+        return str(name)
+    beside = (folder / name).resolve()
+    if beside.is_dir():
+        return str(beside)
+    if Path(name).is_absolute():
+        raise LoadError(
+            f"{folder}: its base model is not at {name} any more; put it back, or write its new path or hub id as "
+            f"base_model_name_or_path into {ADAPTER_CONFIG}"
+        )
+    return str(name)
+
+
 def has_tokenizer(folder: Path) -> bool:
     """Say whether `folder` holds a tokenizer's files."""
     return any((folder / name).is_file() for name in TOKENIZER_FILES)
@@ -191,14 +212,14 @@ def _copy_problems(folder: Path) -> list[str]:
 
 
 def _config_problems(folder: Path) -> list[str]:
-    return [] if (folder / "config.json").is_file() else ["no config.json"]
+    return [] if any((folder / name).is_file() for name in _PARTS["config"][0]) else ["no config.json"]
 
 
 # What is needed of a model -> the files of it that are fetched, and what says whether they are all there.
 _PARTS = {
     "model": (_WANTED, _copy_problems),
     "tokenizer": (tuple(pattern for pattern in _WANTED if pattern != "*.safetensors"), _tokenizer_problems),
-    "config": (("config.json",), _config_problems),
+    "config": (("config.json", ADAPTER_CONFIG), _config_problems),
 }
 
 

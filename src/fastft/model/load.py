@@ -301,7 +301,7 @@ def _load_adapter(request: _Request, folder: Path) -> tuple[Any, Any]:
         )
     files.check(folder)
     stored = files.read_json(folder / files.ADAPTER_CONFIG)
-    base_source = _base_of(folder, stored)
+    base_source = files.base_of(folder, stored)
     base_folder = request.folder(base_source, stored.get("revision"))
     files.check(base_folder)
     config = _read_config(request, base_folder)
@@ -336,27 +336,6 @@ def _for_base(request: _Request, source: str, revision: str | None) -> _Request:
     from attrs import evolve
 
     return evolve(request, source=source, revision=revision)
-
-
-def _base_of(folder: Path, stored: Mapping[str, Any]) -> str:
-    """Return where the adapter's base is: as written, or relative to the adapter's folder."""
-    name = stored.get("base_model_name_or_path")
-    if not name:
-        raise LoadError(
-            f"{folder / files.ADAPTER_CONFIG}: names no base model (base_model_name_or_path); write its path or "
-            "id there"
-        )
-    if Path(name).expanduser().is_dir():
-        return str(name)
-    beside = (folder / name).resolve()
-    if beside.is_dir():
-        return str(beside)
-    if Path(name).is_absolute():
-        raise LoadError(
-            f"{folder}: its base model is not at {name} any more; put it back, or write its new path or hub id as "
-            f"base_model_name_or_path into {files.ADAPTER_CONFIG}"
-        )
-    return str(name)
 
 
 def describe(model: Any) -> str:

@@ -3,8 +3,9 @@
 One contract. A trainer is `class XTrainer(Trained, trl.XTrainer)` in a file of its own. Its constructor
 
 1. takes `recompute = take_recompute(args, compile)`, which changes its copy of the user's `args`,
-2. calls TRL's constructor within `built(model)`,
-3. calls `self.equip(...)` once its `train_dataset` stands,
+2. calls `self.check_evaluations(...)` before its data are tokenised,
+3. calls TRL's constructor within `built(model)`,
+4. calls `self.equip(...)` once its `train_dataset` stands,
 
 and its loss adds every micro-batch to `self.tally`. `args` are a `fastft.train.settings.Settings`. What a trainer may
 override besides is `settle_batches`, `largest_batch` and `head_use` (what the memory plan is made for), `end_training`
@@ -13,7 +14,7 @@ and `begin_evaluation` (to let go of what training alone needs), `save_extra` (f
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,8 @@ from fastft.noise import between_libraries, quiet
 from fastft.state import base_model, get_state, planned_of
 from fastft.train import card, checkpoint, earlier, flops, hygiene, lineage, memory, optimizers, recomputing, telling
 from fastft.train import resume as resuming
-from fastft.train.best import BestWeights
+from fastft.train.arguments import refuse_unevaluated
+from fastft.train.best import BestWeights, Measured, refuse_unmeasured
 from fastft.train.compiling import CompileCallback
 from fastft.train.finite import FiniteLosses
 from fastft.train.interrupt import Interruption, Stopped
@@ -87,6 +89,17 @@ class Trained(LateLog):
     _staging: Path | None = None
     _to_push: str | None = None
     _told_of_plan = ""  # what was said of a memory plan that cannot be met
+    _optimizer_given = False  # by the user, whatever the config says
+
+    def check_evaluations(self, args: Any, kwargs: Mapping[str, Any], measured: Measured | None) -> None:
+        """Raise `UsageError` for evaluations without data, and for best weights by a metric that they do not give.
+
+        What a subclass or `compute_metrics` adds is not known before; neither is all where `measured` is None.
+        """
+        data, own = kwargs.get("eval_dataset"), type(self).__module__.startswith("fastft.")
+        refuse_unevaluated(args, data)
+        if measured is not None and own and kwargs.get("compute_metrics") is None:
+            refuse_unmeasured(args, measured, data)
 
     def equip(
         self,
@@ -107,6 +120,7 @@ class Trained(LateLog):
             base_model(self.model).__dict__.pop("forward", None)
         if compile:
             self._compile(recompute)
+        self._optimizer_given = self.optimizer is not None or self.optimizer_cls_and_kwargs is not None
         self.tally = Tally(windows={window for window in flops.work_of(self.model).windows if window is not None})
         self.recorder = RecordCallback(
             self.args.output_dir,
@@ -152,18 +166,16 @@ class Trained(LateLog):
         """Compile the layers; with `recompute` so that least is kept, by transformers where nothing is compiled."""
         from fastft.graph.compile import compile as compile_layers
 
-        state, ours = get_state(self.model), False
+        state = get_state(self.model)
         if state.compiled is None:
             with quiet():
                 plan = "min" if recompute else "auto"
                 compile_layers(self.model, plan=plan, compute=self.args.compute or "exact")
-            state, ours = get_state(self.model), True
+            state = get_state(self.model)
         planned = state.compiled.planned
         if planned is not None:
-            where = next(state.compiled.layers[0].parameters()).device
-            self.settle_batches(planned, where)
-            with planned.told_to(self._tell_plan):
-                planned.expect(*self.head_use(), self.largest_batch() if ours else None, where)
+            self.settle_batches(planned, next(state.compiled.layers[0].parameters()).device)
+            self._plan_run()  # so that what cannot be met is said before anything else is made ready
         have = state.compiled.base_report.compute
         if self.args.compute not in (None, have) and state.compiled.layers:
             remedy = f"It was compiled before with compute={have!r}; say it there, fastft.compile(model, compute=...)."
@@ -188,6 +200,14 @@ class Trained(LateLog):
         if not self._told_of_plan and self.is_world_process_zero():
             tqdm.write(f"fastft: {text}")
         self._told_of_plan = self._told_of_plan or text
+
+    def _plan_run(self) -> None:
+        """Have the memory plan made for this run, whatever ran on the model before, and tell what cannot be met."""
+        planned = planned_of(self.model)
+        if planned is not None:
+            where = next(get_state(self.model).compiled.layers[0].parameters()).device
+            with self._telling_of_plan():
+                planned.begin(*self.head_use(), self.largest_batch(), where)
 
     def _telling_of_plan(self) -> contextlib.AbstractContextManager[None]:
         planned = planned_of(self.model)
@@ -219,6 +239,7 @@ class Trained(LateLog):
         begun = resuming.check(resume, self.args, self.model, self.recorder.method, self.resume_problems)
         self._own, self.recorder.begun = () if begun is None else (begun,), begun
         self._put_aside(begun)
+        self._plan_run()
         kwargs["resume_from_checkpoint"] = None if begun is None else str(begun)
         try:
             with (
@@ -376,8 +397,12 @@ class Trained(LateLog):
     # ---- saving
 
     def resume_problems(self, folder: Path) -> list[Problem | str]:
-        """Return what of a checkpoint's own files this trainer cannot go on with."""
-        return []
+        """Return what of a checkpoint's own files this trainer cannot go on with. The same in every process."""
+        if self._optimizer_given:
+            return []
+        record = lineage.record_of(folder)
+        there = {**(record.get("config") or {}), **(record.get("held") or {})}
+        return [*optimizers.unlike(self.args, there, folder)]
 
     def save_extra(self, folder: Path) -> None:
         """Write into a checkpoint what this trainer needs besides to go on with the same curve."""

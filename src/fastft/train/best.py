@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from attrs import frozen
 from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.trainer_callback import CallbackHandler
 
@@ -54,21 +55,36 @@ def _is_multiple(save: Any, every: Any) -> bool:
     return (save * scale) % (every * scale) == 0
 
 
-def refuse_unmeasured(args: Any, measured: Sequence[str], eval_dataset: Any) -> None:
-    """Raise `UsageError` if `metric_for_best_model` is none of `measured`, which an evaluation of the data gives.
+@frozen
+class Measured:
+    """The metrics that an evaluation gives, without "eval_".
 
-    A name may be written with "eval_" or without; of several data sets each has its own.
+    Of several data sets each has those `of_each`, by its name; `logged` are without a name, those of the last. `remedy`
+    is what else there is to say to who asks for another.
+    """
+
+    of_each: Sequence[str]
+    logged: Sequence[str] = ()
+    remedy: str = ""
+
+
+def refuse_unmeasured(args: Any, measured: Measured, eval_dataset: Any) -> None:
+    """Raise `UsageError` if `metric_for_best_model` is none of what an evaluation of the data gives.
+
+    A name may be written with "eval_" or without.
     """
     name = args.metric_for_best_model
     if name is None or eval_dataset is None:
         return
     parts = [f"{part}_" for part in eval_dataset] if isinstance(eval_dataset, Mapping) else [""]
-    known = [f"eval_{part}{one}" for part in parts for one in measured]
+    known = [f"eval_{part}{one}" for part in parts for one in measured.of_each]
+    known += [f"eval_{one}" for one in measured.logged]
     if name in known or f"eval_{name}" in known:
         return
     near = did_you_mean(str(name), [*known, *(one.removeprefix("eval_") for one in known)])
     expected = f"what an evaluation gives: {', '.join(known)}"
-    raise UsageError(Problem(f"{type(args).__name__} metric_for_best_model", name, expected, near))
+    remedy = " ".join(filter(None, (near, measured.remedy)))
+    raise UsageError(Problem(f"{type(args).__name__} metric_for_best_model", name, expected, remedy))
 
 
 class BestWeights(TrainerCallback):

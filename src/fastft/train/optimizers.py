@@ -1,6 +1,10 @@
-"""Parameter groups: a learning rate of their own for embeddings, and LoRA+ (arXiv 2402.12354) for the B matrices."""
+"""Parameter groups: a learning rate of their own for embeddings, and LoRA+ (arXiv 2402.12354) for the B matrices.
 
-from collections.abc import Iterable, Sequence
+And whether the state of an optimizer fits another one, which is asked before a run goes on from a checkpoint.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,6 +12,19 @@ from torch import nn
 
 from fastft.errors import Problem, UsageError
 from fastft.state import base_model
+from fastft.train.arguments import text_of
+
+# Optimizers that differ in how they compute or where they keep a state, and not in what it holds.
+ALIKE = (
+    ("adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu_fused"),
+    ("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit"),
+    ("ademamix", "paged_ademamix_32bit"),
+    ("ademamix_8bit", "paged_ademamix_8bit"),
+    ("lion_32bit", "paged_lion_32bit"),
+    ("lion_8bit", "paged_lion_8bit"),
+)
+# Fields that put parameters into groups of their own where they are set, whatever rate they say.
+GROUPING = ("embedding_learning_rate", "loraplus_ratio")
 
 
 def embedding_parameters(model: Any) -> dict[str, nn.Parameter]:
@@ -110,3 +127,23 @@ def with_groups(
         loraplus_ratio=config.loraplus_ratio,
     )
     return kind, {**settings, "params": groups}
+
+
+def unlike(args: Any, there: Mapping[str, Any], folder: Path) -> list[Problem]:
+    """Return where an optimizer that `args` ask for cannot take up the state in the checkpoint `folder`.
+
+    `there` is the config that the checkpoint's record has; what it does not say is not compared.
+    """
+    owner, problems = type(args).__name__, []
+    weights = f"fastft.load({str(folder)!r}) takes the weights alone, for a new run."
+    made, asked = there.get("optim"), text_of(args.optim)
+    if made is not None and made != asked and not any({made, asked} <= set(names) for names in ALIKE):
+        expected, remedy = f"{made!r}, whose state {folder} has", f"Say optim={made!r} to go on from it. {weights}"
+        problems.append(Problem(f"{owner} optim", asked, expected, remedy))
+    for name in GROUPING:
+        if name not in there or (there[name] is None) == (getattr(args, name) is None):
+            continue
+        say = f"Leave {name} out" if there[name] is None else f"Say {name}={there[name]!r}"
+        expected = f"{there[name]!r}, by which the optimizer of {folder} has its groups of parameters"
+        problems.append(Problem(f"{owner} {name}", getattr(args, name), expected, f"{say} to go on from it. {weights}"))
+    return problems

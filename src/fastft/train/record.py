@@ -78,6 +78,7 @@ class RecordCallback(TrainerCallback):
         self.spent.begin(work, before)
         untold = f"tokens, train_seconds and flops are counted from step {state.global_step} on, which is what "
         untold += f"{self.begun} has: it does not tell what came before"
+        self.notes["plan"] = memory.notes(model)  # not those of an earlier run
         self.notes["spent"] = [] if self.begun is None or tells(before) else [untold]
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()

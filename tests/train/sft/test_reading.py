@@ -6,6 +6,7 @@ import pytest
 import trl
 from datasets import Dataset
 
+from fastft.data import pipeline
 from fastft.data.chat import chat_dataset
 from fastft.data.responses import train_on_responses_only
 from fastft.errors import DataError, UsageError
@@ -251,3 +252,31 @@ def test_what_is_longer_is_cut_with_a_line(trainer, capsys):
     assert max(len(ids) for ids, _ in rows_of(made.train_dataset)) == longest - 1
     told = f"{sizes.count(longest)} of 6 rows are longer than max_length={longest - 1}"
     assert told in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("how", ["rows", "field", "config", "trainer"])
+def test_many_rows_are_tokenised_over_as_many_processes_as_the_config_says(
+    how, monkeypatch, build_model, tokenizer, settings, trainer, tmp_path
+):
+    """Whoever tokenises them, for training and for evaluations."""
+    monkeypatch.setattr(pipeline, "LARGE", len(PAIRS))
+    monkeypatch.setattr(pipeline, "_cores", lambda: 7)
+    monkeypatch.setattr(pipeline, "cache_folder", lambda: tmp_path)
+    processes, theirs = [], Dataset.map
+
+    def counted(self, *args, num_proc=None, desc=None, **more):
+        if desc == "Tokenising":
+            processes.append(num_proc)
+        return theirs(self, *args, desc=desc, **more)
+
+    monkeypatch.setattr(Dataset, "map", counted)
+    data = Dataset.from_list(PAIRS), Dataset.from_list(PAIRS[::-1])
+    options = {**settings, "max_steps": 1, "dataset_num_proc": 3}
+    if how == "trainer":
+        trainer(*data, dataset_num_proc=3)
+    elif how == "config":
+        sft(build_model(), tokenizer, data[0], eval=data[1], config=SFTConfig(**options), compile=False)
+    else:
+        more = {"dataset_text_field": "prompt"} if how == "field" else {}
+        sft(build_model(), tokenizer, data[0], eval=data[1], compile=False, **options, **more)
+    assert processes == [3, 3]

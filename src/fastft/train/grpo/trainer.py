@@ -26,7 +26,7 @@ from fastft.rollout.base import Engine, Sampling
 from fastft.state import base_model, get_state
 from fastft.train import arguments, checkpoint, plots, settings
 from fastft.train.base import Trained, built, load_named, take_recompute
-from fastft.train.grpo import batching, checks, groups, prompts, rollouts, scored, telling
+from fastft.train.grpo import batching, checks, groups, measured, prompts, rollouts, scored, telling
 from fastft.train.grpo import kept as kept_rollouts
 from fastft.train.grpo.config import LEGACY, GRPOConfig
 from fastft.train.grpo.phases import Phases
@@ -85,7 +85,7 @@ class GRPOTrainer(Trained, trl.GRPOTrainer):
         checks.refuse_columns(functions, kwargs)
         checkpoint.make_folder(Path(args.output_dir))
         arguments.refuse_untrainable(model, kwargs.get("peft_config"))
-        arguments.refuse_unevaluated(args, kwargs.get("eval_dataset"))
+        self.check_evaluations(args, kwargs, measured.measured(args, checks.listed(reward_funcs), kwargs))
         recompute = take_recompute(args, compile)
         # With an adapter and a beta TRL would copy the adapter; the reference here is the model without it.
         adapted = hasattr(model, "peft_config") or kwargs.get("peft_config") is not None
@@ -455,18 +455,18 @@ class GRPOTrainer(Trained, trl.GRPOTrainer):
 
         The same in every process: one that stops alone would leave the others waiting.
         """
-        damaged = kept_rollouts.damages(folder)
-        if damaged:
+        if damaged := kept_rollouts.damages(folder):
             return damaged
+        problems = super().resume_problems(folder)
         kept = kept_rollouts.of_process(folder, self.args.process_index)
         if kept is None:
-            return []
+            return problems
         now = self._batching | {"world_size": self.args.world_size}
         line = batching.told(kept, now, folder)
         if line is not None and self.is_world_process_zero():
             print(f"fastft: {line}")
         files = [kept_rollouts.file_of(folder, number) for number in range(self.args.world_size)]
-        return batching.problems(kept, now, folder, [path for path in files if not path.is_file()])
+        return [*problems, *batching.problems(kept, now, folder, [path for path in files if not path.is_file()])]
 
     def _on_device(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         device = self.accelerator.device

@@ -14,7 +14,7 @@ from fastft.state import base_model, get_state
 from fastft.train import arguments, checkpoint, settings, step
 from fastft.train.base import Trained, built, load_named, take_recompute
 from fastft.train.preference import data as preference_data
-from fastft.train.preference.config import legacy_of
+from fastft.train.preference.config import MEASURED, legacy_of
 
 
 class Preferring(Trained):
@@ -48,7 +48,7 @@ class Preferring(Trained):
         checkpoint.make_folder(Path(args.output_dir))
         refuse_router(model, args)
         arguments.refuse_untrainable(model, kwargs.get("peft_config"))
-        arguments.refuse_unevaluated(args, kwargs.get("eval_dataset"))
+        self.check_evaluations(args, kwargs, MEASURED[self.METHOD])
         recompute = take_recompute(args, compile)
         self.before(model, args, kwargs)
         with built(model, kwargs.get("train_dataset"), kwargs.get("eval_dataset")), same_trainable(model):

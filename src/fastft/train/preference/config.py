@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from fastft.errors import Problem, UsageError, did_you_mean
 from fastft.train import arguments, settings
+from fastft.train.best import Measured
 
 # What older scripts pass to the trainers themselves -> the field of the config it has become.
 LEGACY = {
@@ -16,6 +17,20 @@ LEGACY = {
 }
 # Plain names of `preference` -> fields of the configs.
 PLAIN = {name: field for name, field in arguments.PLAIN.items() if name != "label_smoothing"}
+
+
+def _logged(*names: str) -> Measured:
+    both = [f"{kind}/{one}" for kind in ("rewards", "logps", "logits") for one in ("chosen", "rejected")]
+    return Measured(("loss",), ("rewards/margins", *both, *names))
+
+
+# Method -> what an evaluation gives.
+MEASURED = {
+    "dpo": _logged("rewards/accuracies", "entropy", "mean_token_accuracy"),
+    "kto": _logged("kl", "entropy"),
+    "orpo": _logged("rewards/accuracies", "nll_loss", "log_odds_ratio", "log_odds_chosen"),
+    "cpo": _logged("rewards/accuracies", "nll_loss"),
+}
 
 
 @dataclasses.dataclass

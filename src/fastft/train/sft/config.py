@@ -10,11 +10,12 @@ from fastft.data import columns
 from fastft.errors import Problem, did_you_mean
 from fastft.state import get_state
 from fastft.train import arguments, settings
+from fastft.train.best import Measured
 from fastft.train.cuda_graphs import MODES
 from fastft.train.words import renamed
 
-# What an evaluation gives, behind "eval_", unless the user has it compute something else.
-MEASURED = ("loss", "perplexity", "mean_token_accuracy")
+# What an evaluation gives, unless the user has it compute something else, and with a loss of the user's own.
+MEASURED, LOSS_ALONE = Measured(("loss", "perplexity", "mean_token_accuracy")), Measured(("loss",))
 # What fields may be, and older words for it that TRL takes.
 CHOICES = {
     "cuda_graphs": (MODES, ()),

@@ -80,7 +80,7 @@ class Reading:
             whole = given.recognised.kind == "text"
             if whole:
                 print(f"fastft: {name}: {given.recognised.statement}; {_LEARNT['all']}.")
-            return chat_dataset(given, tokenizer, "all" if whole else train_on)
+            return chat_dataset(given, tokenizer, "all" if whole else train_on, num_proc=self.processes)
 
     def _recognised(self, rows: Any) -> inputs.Input:
         """Return the rows as what they are: the named column as text, or what `recognise` says."""

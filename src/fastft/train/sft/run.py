@@ -1,6 +1,7 @@
 """The function `sft`: fine-tune on data, and leave everything in a folder."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -73,7 +74,8 @@ def sft(
         resume_from = to_resume(resume, args)
         sources = {name: open_named(data, name) for name, data in given.items()}
         reading = evolve(reading_of(args, None), must=config is None)
-        read = tokenised if reading.text_field is None else reading.column
+        whole_rows = partial(tokenised, num_proc=reading.processes)
+        read = whole_rows if reading.text_field is None else reading.column
         made = {name: read(source, tokenizer, train_on, name, alternate) for name, source in sources.items()}
         if config is None:
             settle_length(args, made.values())

@@ -22,10 +22,9 @@ from fastft.noise import quiet
 from fastft.state import get_state
 from fastft.train import arguments, checkpoint, memory, settings, step
 from fastft.train.base import Trained, built, load_named, take_recompute
-from fastft.train.best import refuse_unmeasured
 from fastft.train.cuda_graphs import Replayer, moves_activations
 from fastft.train.sft import preparation, reading
-from fastft.train.sft.config import MEASURED, SFTConfig
+from fastft.train.sft.config import LOSS_ALONE, MEASURED, SFTConfig
 
 
 class SFTTrainer(Trained, trl.SFTTrainer):
@@ -62,10 +61,7 @@ class SFTTrainer(Trained, trl.SFTTrainer):
         self._reading = reading.reading_of(args, kwargs.get("formatting_func"))
         given_ids = reading.is_token_ids(kwargs.get("train_dataset"))
         arguments.refuse_untrainable(model, kwargs.get("peft_config"))
-        arguments.refuse_unevaluated(args, kwargs.get("eval_dataset"))
-        if type(self) is SFTTrainer and kwargs.get("compute_metrics") is None:
-            measured = MEASURED if kwargs.get("compute_loss_func") is None else ("loss",)
-            refuse_unmeasured(args, measured, kwargs.get("eval_dataset"))
+        self.check_evaluations(args, kwargs, MEASURED if kwargs.get("compute_loss_func") is None else LOSS_ALONE)
         kwargs |= reading.datasets_of(kwargs, self._reading, args.chat_template_path)
         checkpoint.make_folder(Path(args.output_dir))
         recompute = take_recompute(args, compile)

@@ -1,0 +1,126 @@
+"""The best weights: by what an evaluation gives, which is known before it, in every trainer."""
+
+import json
+from pathlib import Path
+
+import pytest
+from grpo_runs import PROMPTS, GivenRollouts, even
+
+import fastft
+from fastft.errors import UsageError
+from fastft.train.grpo.measured import measured
+from fastft.train.preference.config import MEASURED
+from fastft.train.sft.config import MEASURED as OF_SFT
+
+WORDS = [("w1 w2", " w3", " w4 w5"), ("w6", " w7 w8", " w9"), ("w2 w4", " w8", " w1"), ("w3", " w5", " w7")]
+PAIRS = [{"prompt": prompt, "chosen": chosen, "rejected": rejected} for prompt, chosen, rejected in WORDS]
+COMMON = {"eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "eval_num_tokens", "eval_num_targets"}
+METHODS = ("dpo", "kto", "orpo", "cpo")
+TRAINERS = {
+    "dpo": (fastft.DPOTrainer, fastft.DPOConfig),
+    "kto": (fastft.KTOTrainer, fastft.KTOConfig),
+    "orpo": (fastft.ORPOTrainer, fastft.ORPOConfig),
+    "cpo": (fastft.CPOTrainer, fastft.CPOConfig),
+    "grpo": (fastft.GRPOTrainer, fastft.GRPOConfig),
+}
+
+
+@pytest.fixture
+def made(build_model, tokenizer, tmp_path):
+    """Make a trainer of a method that evaluates, with other settings or data."""
+
+    def make(method, kind=None, eval=None, rewards=(even,), more=None, **changes):
+        own, config = TRAINERS[method]
+        if method == "grpo":
+            changes = {"num_generations": 2, "max_completion_length": 4, **changes}
+            given, rows = (
+                {"reward_funcs": list(rewards), "engine": GivenRollouts()},
+                [{"prompt": prompt} for prompt in PROMPTS],
+            )
+        else:
+            given, rows = {}, PAIRS
+        args = config(
+            str(tmp_path / "run"), max_steps=1, per_device_train_batch_size=2, per_device_eval_batch_size=8, bf16=False,
+            use_cpu=True, eval_strategy="steps", eval_steps=1, logging_steps=1, save_strategy="no", disable_tqdm=True,
+            report_to="none", **changes,
+        )  # fmt: skip
+        return (kind or own)(
+            build_model(), args=args, train_dataset=rows, eval_dataset=eval or rows, processing_class=tokenizer,
+            compile=False, **given, **(more or {}),
+        )  # fmt: skip
+
+    return make
+
+
+def given_by(trainer):
+    """The metrics of an evaluation, without those of its speed."""
+    trainer.train()
+    lines = (Path(trainer.args.output_dir) / "metrics.jsonl").read_text().splitlines()
+    (row,) = (row for row in map(json.loads, lines) if "eval_loss" in row)
+    return {name.removeprefix("eval_") for name in row if name.startswith("eval_") and name not in COMMON}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_an_evaluation_of_preferences_gives_is_known_before(method, made):
+    assert given_by(made(method)) == {*MEASURED[method].of_each, *MEASURED[method].logged}
+
+
+@pytest.mark.parametrize("changes", [{}, {"beta": 0.1}, {"loss_type": "cispo"}], ids=["plain", "beta", "cispo"])
+def test_what_an_evaluation_of_grpo_gives_is_known_before(changes, made):
+    trainer = made("grpo", **changes)
+    known = measured(trainer.args, [even], {})
+    without = {"logprob_difference/mean", "logprob_difference/max", "logprob_difference/kl"}  # of given rollouts
+    assert given_by(trainer) | without == {*known.of_each, *known.logged}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_metric_that_no_evaluation_of_preferences_gives(method, made):
+    with pytest.raises(UsageError) as caught:
+        made(method, metric_for_best_model="rewards/margin")
+    known = ", ".join(f"eval_{name}" for name in ("loss", *MEASURED[method].logged))
+    assert str(caught.value) == (
+        f"{TRAINERS[method][1].__name__} metric_for_best_model: expected what an evaluation gives: {known}, got "
+        "'rewards/margin'. did you mean 'rewards/margins'?"
+    )
+    for name in ("rewards/margins", "eval_rewards/margins", "loss"):
+        made(method, metric_for_best_model=name)
+
+
+def test_a_metric_that_no_evaluation_of_grpo_gives(made):
+    with pytest.raises(UsageError, match=r"GRPOConfig metric_for_best_model: .*, got 'rewards'\. .*names log_metric"):
+        made("grpo", metric_for_best_model="rewards")
+    with pytest.raises(UsageError, match=r"got 'kl'"):  # nothing is measured against a reference
+        made("grpo", metric_for_best_model="kl")
+    made("grpo", metric_for_best_model="kl", beta=0.1)
+    made("grpo", metric_for_best_model="rewards/even/mean")
+
+
+def test_a_metric_that_a_reward_logs_itself(made):
+    def counting(completions, log_metric, **columns):
+        log_metric("words", float(len(completions)))
+        return [float(len(one)) for one in completions]
+
+    trainer = made("grpo", rewards=[counting], metric_for_best_model="words", greater_is_better=True)
+    assert "words" in given_by(trainer)
+
+
+def test_metrics_of_several_data_sets(made):
+    """The loss of each has its name; what TRL logs beside it has none."""
+    with pytest.raises(UsageError, match=r"gives: eval_a_loss, eval_b_loss, eval_rewards/margins, .*, got 'loss'"):
+        made("dpo", eval={"a": PAIRS, "b": PAIRS}, metric_for_best_model="loss")
+    named = made("dpo", eval={"a": PAIRS, "b": PAIRS}, metric_for_best_model="b_loss")
+    found = named.evaluate()
+    assert {"eval_a_loss", "eval_b_loss", "eval_rewards/margins"} < found.keys()
+
+
+def test_metrics_of_the_users_own_are_not_known_before(made):
+    class Own(fastft.DPOTrainer):
+        """May add metrics."""
+
+    made("dpo", kind=Own, metric_for_best_model="mine", greater_is_better=True)
+    computed = {"compute_metrics": lambda prediction: {"mine": 1.0}}
+    made("dpo", more=computed, metric_for_best_model="mine", greater_is_better=True)
+
+
+def test_what_sft_gives_has_the_name_of_its_data_set_throughout():
+    assert OF_SFT.of_each == ("loss", "perplexity", "mean_token_accuracy") and not OF_SFT.logged
