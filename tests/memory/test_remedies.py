@@ -58,8 +58,9 @@ def test_half_the_batch_has_half_the_answers():
     assert saved == estimate(asked, named_modes("min", 32)).peak - estimate(half, named_modes("min", 32)).peak
     assert fewer_rows(evolve(asked, answers=4097), 2).answers == 2049  # one more than half: none is lost
     assert fewer_rows(setup(), 1).answers is None
-    assert [batch_name(setup(rows=rows), to) for rows, to in ((4, 2), (3, 1), (4, 1))] == [
+    assert [batch_name(setup(rows=rows), to) for rows, to in ((4, 2), (5, 2), (3, 1), (4, 1))] == [
         "batch size 2 with twice the accumulation",
+        "batch size 2 with 2.5 times the accumulation",
         "batch size 1 with 3 times the accumulation",
         "batch size 1 with 4 times the accumulation",
     ]

@@ -81,8 +81,8 @@ def fewer_rows(setup: Setup, rows: int) -> Setup:
 
 def batch_name(setup: Setup, rows: int) -> str:
     """Return in words that a micro-batch has fewer rows."""
-    times = setup.rows // rows
-    return f"batch size {rows} with {'twice' if times < 3 else f'{times} times'} the accumulation"
+    times = setup.rows / rows
+    return f"batch size {rows} with {'twice' if times == 2 else f'{times:.3g} times'} the accumulation"
 
 
 def _in_eight_bits(setup: Setup) -> Setup:
