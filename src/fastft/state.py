@@ -54,7 +54,7 @@ def quant_of(model: Any) -> str | None:
         state = getattr(parameter, "quant_state", None)
         if state is not None:
             return str(state.quant_type)
-        if getattr(parameter, "SCB", None) is not None:
+        if type(parameter).__name__ == "Int8Params" and not parameter.is_floating_point():
             return "int8"
     return quant
 

@@ -48,6 +48,19 @@ def test_a_graph_holds_no_bodies_of_functions_that_were_replaced(monkeypatch):
     assert first == whole == norm == [] and len(apart[0]) == 2 * 7
 
 
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_bodies_within_bodies_stay(backend):
+    """A checkpointed layer is one body, in which those of bitsandbytes' products are."""
+    losses = []
+    for checkpointed in (False, True):
+        base = in_nf4(tiny_model("llama", dtype=torch.bfloat16, intermediate_size=128))
+        model = with_lora(base, torch.bfloat16).train()
+        if checkpointed:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        losses.append(run(fastft.compile(model, backend=backend), batch(0))[1].item())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
 def test_one_graph_serves_all_layers():
     model = fastft.compile(make("llama", torch.float32, True, num_hidden_layers=6), backend="eager")
     run(model, batch(0))

@@ -7,10 +7,12 @@ import sys
 import pytest
 import torch
 from tiny import in_nf4, with_lora
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from fastft.graph.twin import tiny_model
 from fastft.memory.measure import setup_of_model
 from fastft.registry.resolve import find
+from fastft.state import quant_of, update_state
 
 CHILD = """
 import json, resource
@@ -40,4 +42,17 @@ def test_the_quantisation_of_a_model_that_fastft_did_not_load_is_seen():
     model = tiny_model("llama", dtype=torch.bfloat16)
     spec = find(model.config)
     assert setup_of_model(model, spec).quant is None
-    assert setup_of_model(with_lora(in_nf4(model), torch.bfloat16), spec).quant == "nf4"
+    nf4 = with_lora(in_nf4(model), torch.bfloat16)
+    update_state(nf4, quant=None)
+    assert setup_of_model(nf4, spec).quant == "nf4"
+
+
+def test_int8_is_seen_before_and_after_a_forward(tmp_path):
+    """bitsandbytes takes the scales off the weights in the first one."""
+    tiny_model("llama", dtype=torch.float32).save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=BitsAndBytesConfig(load_in_8bit=True))
+    spec = find(model.config)
+    for _ in range(2):
+        assert setup_of_model(model, spec).quant == quant_of(model) == "int8"
+        with torch.no_grad():
+            model(torch.tensor([[1, 2, 3]]))

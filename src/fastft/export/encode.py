@@ -8,6 +8,7 @@ from attrs import frozen
 from torch import Tensor
 
 from fastft.errors import SaveError
+from fastft.model.quantize import dequantized_4bit
 
 DENSE = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 PRECISIONS = (*DENSE, "nf4", "fp8")
@@ -99,10 +100,10 @@ def decode(name: str, tensors: Mapping[str, Tensor]) -> Tensor:
         return value.float() * tensors[_scale_name(name)].float()
     if f"{name}.quant_map" not in tensors:
         return value.float()
-    from bitsandbytes.functional import QuantState, dequantize_4bit
+    from bitsandbytes.functional import QuantState
 
     parts = {key.removeprefix(f"{name}."): part for key, part in tensors.items() if key.startswith(f"{name}.")}
-    return dequantize_4bit(value, QuantState.from_dict(parts, device=value.device)).float()
+    return dequantized_4bit(value, QuantState.from_dict(parts, device=value.device)).float()
 
 
 def _finite(values: Tensor) -> bool:

@@ -65,8 +65,15 @@ def rewrite(
 
 
 def _drop_bodies(graph_module: fx.GraphModule) -> None:
-    """Drop the bodies of functions that were replaced, as of bitsandbytes' products: later passes go through each."""
-    for node in list(graph_module.graph.nodes):
-        if node.op == "get_attr" and not node.users:
-            graph_module.graph.erase_node(node)
-    graph_module.delete_all_unused_submodules()
+    """Drop the bodies of functions that were replaced, as of bitsandbytes' products: later passes go through each.
+
+    The copy lets go of them; what is within a body is the original's as well, and stays.
+    """
+    unused = [node for node in graph_module.graph.nodes if node.op == "get_attr" and not node.users]
+    for node in unused:
+        graph_module.graph.erase_node(node)
+    used = {node.target for node in graph_module.graph.nodes if node.op in ("get_attr", "call_module")}
+    bodies = dict(graph_module.named_children())
+    for name in {node.target for node in unused} - used:
+        if name in bodies:
+            delattr(graph_module, name)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fastft.errors import UsageError
 from fastft.model.fp8_linear import Fp8Linear
+from fastft.model.quantize import dequantized_4bit
 
 Reading = tuple[tuple[int, ...], torch.dtype | None, Callable[[], Tensor]]
 
@@ -63,10 +64,8 @@ def _to_float(value: Tensor) -> Tensor:
 
 
 def _from_4bit(module: Any) -> Tensor:
-    from bitsandbytes.functional import dequantize_4bit
-
     with torch.no_grad():
-        return dequantize_4bit(module.weight.data, module.weight.quant_state).float()
+        return dequantized_4bit(module.weight.data, module.weight.quant_state).float()
 
 
 def _from_int8(module: Any) -> Tensor:

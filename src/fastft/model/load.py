@@ -16,9 +16,9 @@ from fastft.model.fp8_linear import quantize_linears
 from fastft.model.quantize import (
     config_for,
     keep_weights_unpacked,
+    miscomputed,
     quant_of_checkpoint,
     quant_problem,
-    rows_across_blocks,
     settle_quant,
 )
 from fastft.model.tokenizer import load_tokenizer, settle_special_tokens
@@ -173,7 +173,7 @@ def _load_weights(request: _Request, folder: Path, config: Any) -> Any:
         arguments["device_map"] = "auto" if request.device == "auto" else {"": str(device)}
     model = _from_pretrained(folder, config, dtype, request.trust_remote_code, arguments)
     keep_weights_unpacked(model)
-    notes += rows_across_blocks(model)
+    notes += miscomputed(model)
     if in_fp8:
         quantize_linears(model, spec.keep_16bit if spec else (), device)
     # Adapters saved from this model name their base: the hub id rather than a folder of the hub's cache.

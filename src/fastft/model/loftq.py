@@ -8,6 +8,7 @@ import torch
 
 from fastft.errors import UsageError
 from fastft.model import files
+from fastft.model.quantize import dequantized_4bit
 
 
 def start_from_residual(model: Any, source: str, revision: str | None, adapter: str = "default") -> int:
@@ -18,7 +19,6 @@ def start_from_residual(model: Any, source: str, revision: str | None, adapter: 
     This is LoftQ (Li et al. 2023, arXiv 2310.08659, algorithm 1) with one step, whose Q is the plain quantisation: the
     adapter therefore fits any NF4 load of the same base. Raises `UsageError` if a weight is not in the files.
     """
-    from bitsandbytes.functional import dequantize_4bit
     from peft.tuners.lora.bnb import Linear4bit
 
     tensors = _index(files.locate(source, revision))
@@ -37,7 +37,7 @@ def start_from_residual(model: Any, source: str, revision: str | None, adapter: 
                 f"init='loftq': {source!r} holds {name} quantised, and LoftQ needs the 16-bit weights; load the 16-bit "
                 "checkpoint with quant='nf4', or take init=True"
             )
-        residual = true - dequantize_4bit(weight.data, weight.quant_state).float()
+        residual = true - dequantized_4bit(weight.data, weight.quant_state).float()
         u, s, vh = torch.linalg.svd(residual, full_matrices=False)
         r, root = layer.r[adapter], (s[: layer.r[adapter]] / layer.scaling[adapter]).sqrt()
         with torch.no_grad():

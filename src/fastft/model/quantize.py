@@ -1,6 +1,7 @@
 """Quantised loading: through bitsandbytes, or into fp8 (`fp8_linear`), with weights that stay as they were loaded."""
 
 from collections.abc import Iterable
+from copy import copy
 from typing import Any
 
 import torch
@@ -88,22 +89,43 @@ def linears_4bit(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
     return ((name, module) for name, module in model.named_modules() if isinstance(module, Linear4bit))
 
 
-def rows_across_blocks(model: nn.Module) -> list[str]:
-    """Return a note on the 4-bit layers on the CPU that bitsandbytes computes wrongly, if there are any.
+def dequantized_4bit(packed: torch.Tensor, state: Any) -> torch.Tensor:
+    """Return what 4-bit numbers stand for: bitsandbytes' `dequantize_4bit`, right for rows of any length.
 
-    Its kernels for a CPU (0.50.2) take every row to begin a block of weights. Where a row's length is no multiple of
-    the block, what they multiply by is about a quarter off the weight; on a GPU it is right.
+    On some CPUs its own (0.50.2) is wrong where a row's length is no multiple of a block of weights. Blocks know of no
+    rows, so it is given all weights as one.
     """
+    from bitsandbytes.functional import dequantize_4bit
+
+    flat = copy(state)
+    flat.shape = torch.Size([state.shape.numel()])
+    return dequantize_4bit(packed, flat).view(state.shape)
+
+
+def miscomputed(model: nn.Module) -> list[str]:
+    """Return a note on the 4-bit layers that bitsandbytes multiplies with other numbers than they hold, if any.
+
+    That is asked of one layer of each size (see `dequantized_4bit`), on the CPU alone, where some are.
+    """
+    from bitsandbytes.functional import dequantize_4bit
+
+    wrong: dict[tuple[object, ...], bool] = {}
     found = []
     for name, module in linears_4bit(model):
-        state = getattr(module.weight, "quant_state", None)
-        if state is not None and module.weight.device.type == "cpu" and module.in_features % state.blocksize:
+        weight, state = module.weight, getattr(module.weight, "quant_state", None)
+        if state is None or weight.device.type != "cpu" or module.in_features % state.blocksize == 0:
+            continue
+        size = (*state.shape, state.blocksize, state.quant_type, state.nested)
+        if size not in wrong:
+            made = dequantize_4bit(weight.data, state)
+            wrong[size] = not torch.equal(made.view(state.shape), dequantized_4bit(weight.data, state))
+        if wrong[size]:
             found.append(name)
     if not found:
         return []
     named = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
     return [
-        f"bitsandbytes computes {len(found)} of the 4-bit layers wrongly on a CPU ({named}): their rows are no "
+        f"bitsandbytes multiplies {len(found)} of the 4-bit layers wrongly on this CPU ({named}): their rows are no "
         "multiple of a block of weights. Load the model on a GPU, or with quant=None, where they are used."
     ]
 
