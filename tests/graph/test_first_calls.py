@@ -93,6 +93,7 @@ def test_they_have_the_forms_that_a_step_has(compute, plan, forms, head, monkeyp
     sizes = {"hidden_size": 64, "intermediate_size": 128}
     model = make("llama", torch.bfloat16, True, **sizes)
     made = made_by(calls_of(model, compute=compute, plan=plan))
+    assert ("fastft::linears_backward" in made) is (compute != "exact")
     assert seen == backward == forms and ("fastft::linear_cross_entropy" in made) is head
 
 
@@ -102,6 +103,23 @@ def test_of_many_feed_forwards_of_one_size_one_is_called():
     layer = get_state(model).compiled.layers[0]
     layer.experts = torch.nn.ModuleList([layer.mlp, *(copy.deepcopy(layer.mlp) for _ in range(3))])
     assert len(calls_of(model)) == expected
+    other = make("llama", torch.bfloat16, True, intermediate_size=128)
+    layer.shared_expert = base_model(other).model.layers[0].mlp
+    assert len(calls_of(model)) == expected + 2
+
+
+def test_projections_may_have_ranks_of_their_own(monkeypatch):
+    ranks = {"gate_proj": 3, "up_proj": 2, "down_proj": 5}
+    model = with_lora(tiny_model("llama", dtype=torch.bfloat16), torch.bfloat16, rank_pattern=ranks).train()
+    run, seen = torch.ops.fastft.lora_glu_down_backward, []
+
+    def watched(*given):
+        seen.append([tuple(tensor.shape) for tensor in given[2:8]])
+        return run(*given)
+
+    monkeypatch.setattr(torch.ops.fastft, "lora_glu_down_backward", watched)
+    made_by(calls_of(model))
+    assert seen == [[(64, 5), (64, 5), (96, 3), (96, 2), (5, 96), (64, 5)]]
 
 
 def test_there_are_none_in_fp32_nor_on_a_cpu():

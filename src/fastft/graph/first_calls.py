@@ -17,7 +17,7 @@ from fastft.graph.head import find_head, head_check, plain_linear
 from fastft.graph.passes.feed_forward import RULE as FEED_FORWARD
 from fastft.graph.passes.feed_forward import fusable_linears
 from fastft.graph.passes.lora import FP8_SCALE, active_adapters, is_fp8_linear, not_fp8
-from fastft.kernels import layer_norm, lora_glu, rms_norm
+from fastft.kernels import layer_norm, lora, lora_glu, rms_norm
 from fastft.kernels.linear_ce import linear_cross_entropy
 from fastft.kernels.lora_glu.eight_bits import shapes
 from fastft.registry.spec import GluPoint, ModelSpec, NormPoint
@@ -79,6 +79,8 @@ def _feed_forwards(
     for eight_bits in (False, True)[: 1 + settings.eight_bits]:
         call = _FeedForward(weights, a, b, scales, states, point.activation, dtype, in_fp8, eight_bits)
         yield from (call.backward, call.forward)
+    if in_fp8:  # otherwise its backward dequantises as its forward does
+        yield call.gradient_of_input
 
 
 @frozen(eq=False)
@@ -114,6 +116,11 @@ class _FeedForward:
             b_gate, b_up, self.a[-1], self.b[-1], self.weights[-1], self.states[-1],
             [self.scales[0], self.scales[-2], self.scales[-1]], self.activation, self.in_fp8,
         )  # fmt: skip
+
+    def gradient_of_input(self) -> None:
+        x, sizes = self._zeros(ROWS, self.a[0].shape[1]).requires_grad_(), [b.shape[0] for b in self.b[:-1]]
+        made = lora.linears(x, self.weights[:-1], self.a[:-1], self.states[:-1], sizes, self.in_fp8)
+        torch.autograd.grad(made, (x,), [torch.zeros_like(one) for one in made])
 
     def _zeros(self, *shape: int) -> Tensor:
         return self.b[0].new_zeros(shape, dtype=self.dtype)
