@@ -6,7 +6,7 @@ cut without being asked for: a row that cannot be used is an error that names it
 
 import itertools
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -23,7 +23,7 @@ from fastft.data.check import (
 )
 from fastft.data.control import find_control
 from fastft.data.files import told_by_file, told_of
-from fastft.data.notes import Notes, unpacked
+from fastft.data.notes import Notes, StreamNotes, unpacked
 from fastft.data.rendering import templates_of
 from fastft.data.sources import open_named
 from fastft.data.tokenise import Encoder, Row, Unlearnable
@@ -71,7 +71,8 @@ def chat_dataset(
     a kind, what is mostly not meant: special tokens in texts, a last turn without an answer, an answer or a tool's
     result behind nothing (docs/how-to/chat-data.md). An answer with `weight: 0` bears no loss; nor does an earlier
     answer where the template leaves out the reasoning before it, which is said. Each of these is said once: of a stream
-    about its first rows, or as soon as a row of the kind is read.
+    about its first rows, or as soon as a row of the kind is read; of rows further down that the workers of a loader
+    read, the first worker says its own, each time it is started.
 
     Large sets are tokenised over `num_proc` processes (default: all that this one may use) with a `progress` bar and
     kept on disk by content, so that the same set is not tokenised twice. A `datasets.IterableDataset` becomes another
@@ -95,7 +96,7 @@ def chat_dataset(
     with told_by_file(given.files):
         found = _sound_rows(whole, max_length, max_unlearnable)
     _need_stops(found, encoder)
-    _tell(_noted(whole), len(whole), encoder)
+    _print(_noted(whole).lines(len(whole), given.files, written=_is_written(encoder)))
     return found.select_columns(["input_ids", "labels"])
 
 
@@ -137,7 +138,7 @@ def _streamed(rows: Any, encoder: Encoder) -> Any:
     first = head[0]
     made = encoder.encode(head, range(len(head)))
     _need_stops_of_head(made, encoder)
-    notes = Notes()
+    notes = StreamNotes()
     _tell_more(notes, made, range(len(head)), encoder)
     needed, files = set(encoder.given.recognised.fields.values()), encoder.given.files
 
@@ -224,17 +225,14 @@ def _noted(found: Any) -> Notes:
     return notes
 
 
-def _tell_more(notes: Notes, rows: Sequence[Row], numbers: Sequence[int], encoder: Encoder) -> None:
+def _tell_more(notes: StreamNotes, rows: Sequence[Row], numbers: Sequence[int], encoder: Encoder) -> None:
     """Note more rows of a stream, and print what was not told before; rows with problems are refused elsewhere."""
-    for number, row in zip(numbers, rows, strict=True):
-        if not row.problems:
-            notes.add(number, row.notes)
-    _tell(notes, numbers[-1] + 1, encoder, streamed=True)
+    noted = [{} if row.problems else row.notes for row in rows]
+    _print(notes.lines(numbers, noted, encoder.given.files, written=_is_written(encoder)))
 
 
-def _tell(notes: Notes, total: int, encoder: Encoder, streamed: bool = False) -> None:
-    """Print what was noted of `total` rows."""
-    for line in notes.lines(total, encoder.given.files, streamed=streamed, written=_is_written(encoder)):
+def _print(lines: Iterable[str]) -> None:
+    for line in lines:
         print(f"fastft: {line}")
 
 

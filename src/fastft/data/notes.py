@@ -72,16 +72,21 @@ class Notes:
             self._found[kind] += note.count
             self._first.setdefault(kind, (number, note.found))
 
+    def anew(self) -> None:
+        """Forget what was counted, but not which kinds were told."""
+        for counted in (self._rows, self._found, self._first):
+            counted.clear()
+
     def lines(
-        self, total: int, files: Sequence[Path] = (), *, streamed: bool = False, written: bool = False
+        self, total: int, files: Sequence[Path] = (), *, whole: str | None = None, written: bool = False
     ) -> Iterator[str]:
-        """Yield a line for each kind that was not asked for before, of `total` rows, if `streamed` the first ones.
+        """Yield a line for each kind that was not asked for before, of `total` rows, which are named `whole`.
 
         Rows that came out of `files`, in their order, are named as in errors, by file and line. `written`: the rows are
         texts that are not rendered. Special tokens in half of them or more are the format that the user has written
         there, and no accident.
         """
-        whole = f"the first {total:,} rows" if streamed else f"{total:,} row{'s' * (total != 1)}"
+        whole = whole or f"{total:,} row{'s' * (total != 1)}"
         kinds = [kind for kind in _LINES if self._rows[kind] and kind not in self._settled]
         self._settled.update(kinds)
         if written and 2 * self._rows["control"] >= total:
@@ -92,3 +97,38 @@ class Notes:
             first = f"{places.get(number, f'row {number}')}, {found!r}"
             of = f"{self._rows[kind]:,} of {whole} (the first: {first})"
             yield _LINES[kind].format(of=of, count=f"{self._found[kind]:,}")
+
+
+class StreamNotes:
+    """Notes of a stream, told while it is read: each kind once, of the rows read since the reading began.
+
+    It begins with a look at the first rows, and anew where rows come that do not follow on those before: when the
+    stream is read from its start, goes on after a resume, or is read by a worker of a loader. A worker numbers its own
+    rows and has its own copy of this; only the first one tells.
+    """
+
+    def __init__(self) -> None:
+        self._notes = Notes()
+        self._begin = 0
+        self._next = (None, 0)  # the worker and the number of the row that goes on with those before
+
+    def lines(
+        self, numbers: Sequence[int], noted: Sequence[Mapping[str, Note]], files: Sequence[Path], *, written: bool
+    ) -> Iterator[str]:
+        """Yield as `Notes.lines` does, with what was `noted` of more rows, whose `numbers` follow one another."""
+        from torch.utils.data import get_worker_info
+
+        worker = getattr(get_worker_info(), "id", None)
+        if worker:
+            return
+        if (worker, numbers[0]) != self._next:
+            self._notes.anew()
+            self._begin = numbers[0]
+        end = numbers[-1] + 1
+        self._next = (worker, end)
+        for number, notes in zip(numbers, noted, strict=True):
+            self._notes.add(number, notes)
+        total, of = end - self._begin, "" if worker is None else " of one worker"
+        rows = f"{total:,} rows{of}"
+        whole = f"the {rows} from row {self._begin} on" if self._begin else f"the first {rows}"
+        yield from self._notes.lines(total, files, whole=whole, written=written)
