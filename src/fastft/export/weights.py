@@ -1,7 +1,7 @@
 """The weights of a trained model, one at a time: base and adapters merged in fp32, under their checkpoint names."""
 
 from collections.abc import Callable, Iterator, Mapping
-from copy import deepcopy
+from copy import copy, deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -142,12 +142,12 @@ def _check_peft(model: Any) -> None:
 
 def _plain_config(model: Any) -> Any:
     """Return a copy of the model's config that names its class and says nothing of quantisation."""
-    copy = deepcopy(model.config)
-    copy.architectures = [type(model).__name__]
+    config = deepcopy(model.config)
+    config.architectures = [type(model).__name__]
     for name in ("quantization_config", "_pre_quantization_dtype"):
-        if name in copy.__dict__:
-            delattr(copy, name)
-    return copy
+        if name in config.__dict__:
+            delattr(config, name)
+    return config
 
 
 def _walk(module: nn.Module, path: str, original: Mapping[str, StoredTensor] | None) -> Iterator[tuple[str, Weight]]:
@@ -252,23 +252,25 @@ def _factors(layer: Any) -> list[tuple[Any, ...]]:
 def _untied(weights: dict[str, Weight], model: Any, notes: list[str]) -> dict[str, Weight]:
     """Keep one of two weights that are the same tensor with the same adapters; note a tie that adapters have broken."""
     tied = {}
-    for copy, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
-        if copy in weights and source in weights:
-            if weights[copy].identity == weights[source].identity:
-                tied[copy] = source
-            elif weights[copy].identity[0] == weights[source].identity[0]:
+    for other, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+        if other in weights and source in weights:
+            if weights[other].identity == weights[source].identity:
+                tied[other] = source
+            elif weights[other].identity[0] == weights[source].identity[0]:
                 notes.append(
-                    f"{copy} and {source} shared one weight and their adapters differ: they are two weights now, and "
+                    f"{other} and {source} shared one weight and their adapters differ: they are two weights now, and "
                     "the config says so (tie_word_embeddings is False)"
                 )
             else:
-                notes.append(f"{copy} and {source} are two weights now; the config says so")
+                notes.append(f"{other} and {source} are two weights now; the config says so")
     return {name: weight for name, weight in weights.items() if name not in tied}
 
 
 def _as_checkpoint(model: Any, weights: dict[str, Weight]) -> dict[str, Weight]:
     """Give the weights the names and the layout that a checkpoint of this architecture has."""
     from transformers.core_model_loading import revert_weight_conversion
+
+    model = _as_dense(model)
 
     def stored(names: Mapping[str, Weight]) -> dict[str, Tensor]:
         with torch.device("meta"):
@@ -288,6 +290,28 @@ def _as_checkpoint(model: Any, weights: dict[str, Weight]) -> dict[str, Weight]:
             f"{min(set(found) ^ set(whole))}), which cannot be written tensor by tensor"
         )
     return found
+
+
+def _as_dense(model: Any) -> Any:
+    """Return the model without the conversions that read quantised numbers from its checkpoint, if it has any.
+
+    They have no reverse in transformers; what is written is dequantised and needs none. The model itself keeps them.
+    """
+    conversions = getattr(model, "_weight_conversions", None) or ()
+    kept = [conversion for conversion in conversions if _has_reverse(conversion)]
+    if len(kept) == len(conversions):
+        return model
+    dense = copy(model)
+    dense._weight_conversions = kept
+    return dense
+
+
+def _has_reverse(conversion: Any) -> bool:
+    try:
+        conversion.reverse_transform()
+    except NotImplementedError:
+        return False
+    return True
 
 
 def _converted(model: Any, name: str, new: str, read: Callable[[], Tensor]) -> Tensor:
