@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 import fastft
 from fastft.errors import LoadError
@@ -199,3 +200,19 @@ def test_a_merge_on_a_cpu_has_the_numbers_that_the_blocks_hold(tiny, tmp_path):
     fastft.merge(model, tmp_path / "merged", precision="fp32")
     merged, _ = load(tmp_path / "merged", dtype="float32", device="cpu")
     assert torch.equal(merged.get_submodule("model.layers.0.mlp.down_proj").weight, expected)
+
+
+def test_a_checkpoint_stored_in_4_bits_computes_in_the_dtype_asked_for(tiny, tmp_path):
+    """Not in the one that it names: a GPU here need not have that of its maker's."""
+    folder, ids = tiny(), torch.tensor([[1, 5, 9, 30]])
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                                  bnb_4bit_compute_dtype=torch.bfloat16)  # fmt: skip
+    given = {"quantization_config": settings, "device_map": {"": "cpu"}, "dtype": torch.float32}
+    AutoModelForCausalLM.from_pretrained(folder, **given).save_pretrained(tmp_path / "stored")
+    AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "stored")
+    made = []
+    for where, quant in ((folder, "nf4"), (tmp_path / "stored", None)):
+        model, _ = load(where, quant=quant, dtype="float32", device="cpu")
+        with torch.no_grad():
+            made.append(model(ids).logits)
+    assert torch.allclose(*made, rtol=0, atol=1e-5)

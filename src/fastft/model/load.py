@@ -14,6 +14,7 @@ from fastft.model.adapters import DEFAULT_SEED, cuda_devices
 from fastft.model.config import choose_dtype, device_problem, dtype_problem, widen_positions
 from fastft.model.fp8_linear import quantize_linears
 from fastft.model.quantize import (
+    compute_in,
     config_for,
     keep_weights_unpacked,
     miscomputed,
@@ -172,6 +173,7 @@ def _load_weights(request: _Request, folder: Path, config: Any) -> Any:
     if not in_fp8:
         arguments["device_map"] = "auto" if request.device == "auto" else {"": str(device)}
     model = _from_pretrained(folder, config, dtype, request.trust_remote_code, arguments)
+    compute_in(model, dtype)
     keep_weights_unpacked(model)
     notes += miscomputed(model)
     if in_fp8:

@@ -89,6 +89,12 @@ def linears_4bit(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
     return ((name, module) for name, module in model.named_modules() if isinstance(module, Linear4bit))
 
 
+def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
+    """Let 4-bit layers compute in `dtype`: a checkpoint stored in 4 bits names one of its own, that of its maker."""
+    for _, module in linears_4bit(model):
+        module.compute_dtype = dtype
+
+
 def dequantized_4bit(packed: torch.Tensor, state: Any) -> torch.Tensor:
     """Return what 4-bit numbers stand for: bitsandbytes' `dequantize_4bit`, right for rows of any length.
 
