@@ -56,3 +56,24 @@ def test_configs_and_trainers_say_it_alike(tmp_path):
     (problem,) = told(fastft.SFTTrainer, zzzz=1)
     assert problem.startswith("SFTTrainer: unknown argument 'zzzz'; it takes model, args, ")
     assert problem.endswith(", tokenizer, compile")
+
+
+TRAINERS = ("SFTTrainer", "DPOTrainer", "KTOTrainer", "ORPOTrainer", "CPOTrainer", "GRPOTrainer")
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_a_trainer_says_which_config_takes_a_field(trainer, tmp_path):
+    config = trainer.replace("Trainer", "Config")
+    given = {"learning_rate": 1, "lr": 1, "group_by_length": True, "compute": "fp8", "plan": "min"}
+    with pytest.raises(UsageError) as caught:
+        getattr(fastft, trainer)(**given)
+    assert list(caught.value.problems) == [
+        f"{trainer}: unknown argument 'learning_rate'; {config}(learning_rate=...) takes it",
+        f"{trainer}: unknown argument 'lr'; here it is {config}(learning_rate=...)",
+        f"{trainer}: unknown argument 'group_by_length'; here it is "
+        f"{config}(train_sampling_strategy='group_by_length')",
+        f"{trainer}: unknown argument 'compute'; {config}(compute=...) takes it",
+        f"{trainer}: unknown argument 'plan'; fastft.compile(model, plan=...) takes it, before",
+    ]
+    # and so it does
+    getattr(fastft, config)(str(tmp_path), learning_rate=1, compute="fp8", train_sampling_strategy="group_by_length")

@@ -315,6 +315,17 @@ def test_an_adapter_is_planned_as_its_base(beside, adapter, folder, capsys):
     note = f"{adapter} is an adapter: the step is that of its base model {folder} with a new one"
     assert code == 0 and found == {**whole, "model": str(adapter), "notes": [note]}
     assert f"note:           {note}\n" in told(capsys, adapter, *given)[1].out
+    file = adapter / "adapter_config.json"
+    code, out = told(capsys, file, *given, "--json")
+    assert code == 0 and json.loads(out.out) == {
+        **whole, "model": str(file), "notes": [note.replace(str(adapter), str(file), 1)],
+    }  # fmt: skip
+
+
+def test_no_new_adapter_is_told_of_where_every_weight_is_trained(adapter, folder, capsys):
+    code, out = told(capsys, adapter, "--gpu", "80GB", "--quant", "none", "--full", "--json")
+    note = f"{adapter} is an adapter: the step is that of its base model {folder}"
+    assert code == 0 and json.loads(out.out)["notes"] == [note]
 
 
 def test_an_adapter_whose_base_tells_nothing(adapter, folder, capsys):

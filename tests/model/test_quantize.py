@@ -175,6 +175,7 @@ def test_layers_that_bitsandbytes_multiplies_wrongly_are_told(tiny, monkeypatch)
     assert (
         "multiplies 2 of the 4-bit layers" in told and "layers.0.mlp.down_proj, model.layers.1.mlp.down_proj)" in told
     )
+    assert told.endswith("Load the model on a GPU, or its 16-bit checkpoint with quant=None, where they are used.")
     assert notes() == []
     monkeypatch.setattr(functional, "dequantize_4bit", sound)
     assert notes(intermediate_size=96) == []

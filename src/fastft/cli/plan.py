@@ -87,7 +87,9 @@ def collect(
     made = plans.planned(setup, plan, limit, device)
     positions = positions_of(config)
     notes = (
-        f"{model} is an adapter: the step is that of its base model {base} with a new one" if base else "",
+        f"{model} is an adapter: the step is that of its base model {base}{'' if full else ' with a new one'}"
+        if base
+        else "",
         plans.fast_is_keep(plan, made.modes, plans.NO_NF4),
         plans.not_in_eight_bits(plan, "without adapters the rewrite that does so is not taken" if full else ""),
         _too_long(length, positions),
@@ -227,9 +229,9 @@ def _config_and_base(model: str) -> tuple[dict[str, Any], str]:
     from fastft.model import files
 
     path, base = Path(model).expanduser(), ""
-    if path.is_file():
+    if path.is_file() and path.name != files.ADAPTER_CONFIG:
         return _read_object(path), base
-    folder = path.parent if path.name == "config.json" else path
+    folder = path.parent if path.name in ("config.json", files.ADAPTER_CONFIG) else path
     if not folder.is_dir():
         folder = files.locate(model, part="config")
     if not (folder / "config.json").is_file() and files.is_adapter(folder):

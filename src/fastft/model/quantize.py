@@ -132,7 +132,8 @@ def miscomputed(model: nn.Module) -> list[str]:
     named = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
     return [
         f"bitsandbytes multiplies {len(found)} of the 4-bit layers wrongly on this CPU ({named}): their rows are no "
-        "multiple of a block of weights. Load the model on a GPU, or with quant=None, where they are used."
+        "multiple of a block of weights. Load the model on a GPU, or its 16-bit checkpoint with quant=None, where "
+        "they are used."
     ]
 
 

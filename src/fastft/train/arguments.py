@@ -75,9 +75,23 @@ def with_length(args: Any, loaded: int | None) -> Any:
     return args
 
 
-def refuse_unknown(owner: str, names: Iterable[str], known: Iterable[str], unlisted: Iterable[str] = ()) -> None:
-    """Raise `UsageError` that tells every one of `names` that `owner` does not know, with what it is called here."""
-    if problems := unknown_arguments(owner, names, known, RENAMED, ELSEWHERE, unlisted):
+def refuse_unknown(
+    owner: str,
+    names: Iterable[str],
+    known: Iterable[str],
+    unlisted: Iterable[str] = (),
+    config: type | None = None,
+) -> None:
+    """Raise `UsageError` that tells every one of `names` that `owner` does not know, with what it is called here.
+
+    `config`: the class of the config beside `owner`'s own arguments, where fields belong into that.
+    """
+    renamed, elsewhere = RENAMED, ELSEWHERE
+    if config is not None:
+        place = config.__name__
+        renamed = {name: f"{place}({field if '=' in field else f'{field}=...'})" for name, field in RENAMED.items()}
+        elsewhere = {**ELSEWHERE, **{name: f"{place}({name}=...) takes it" for name in field_names(config)}}
+    if problems := unknown_arguments(owner, names, known, renamed, elsewhere, unlisted):
         raise UsageError(*problems)
 
 

@@ -89,7 +89,7 @@ class Trained(LateLog):
     _staging: Path | None = None
     _to_push: str | None = None
     _told_of_plan = ""  # what was said of a memory plan that cannot be met
-    _optimizer_given = False  # by the user, whatever the config says
+    _optimizer_made: torch.optim.Optimizer | None = None  # as the config says
 
     def check_evaluations(self, args: Any, kwargs: Mapping[str, Any], measured: Measured | None) -> None:
         """Raise `UsageError` for evaluations without data, and for best weights by a metric that they do not give.
@@ -120,7 +120,6 @@ class Trained(LateLog):
             base_model(self.model).__dict__.pop("forward", None)
         if compile:
             self._compile(recompute)
-        self._optimizer_given = self.optimizer is not None or self.optimizer_cls_and_kwargs is not None
         self.tally = Tally(windows={window for window in flops.work_of(self.model).windows if window is not None})
         self.recorder = RecordCallback(
             self.args.output_dir,
@@ -217,14 +216,20 @@ class Trained(LateLog):
 
     def create_optimizer(self, *args: Any) -> Any:
         """Make the optimizer; embeddings and LoRA's B matrices get rates of their own where the config asks."""
-        config = self.args
-        if self.optimizer is None and (config.embedding_learning_rate, config.loraplus_ratio) != (None, None):
+        if self.optimizer is not None:
+            return super().create_optimizer(*args)
+        config, given = self.args, self.optimizer_cls_and_kwargs
+        if (config.embedding_learning_rate, config.loraplus_ratio) != (None, None):
             model = args[0] if args else self.model
-            made = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(config, model)
+            made = given or self.get_optimizer_cls_and_kwargs(config, model)
             self.optimizer_cls_and_kwargs = optimizers.with_groups(
                 made, model, config, self.get_decay_parameter_names(model)
             )
-        return super().create_optimizer(*args)
+        try:
+            self._optimizer_made = super().create_optimizer(*args)
+        finally:
+            self.optimizer_cls_and_kwargs = given
+        return self._optimizer_made
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Go forward and backward through a micro-batch; return its loss for the log, without waiting for it."""
@@ -239,6 +244,7 @@ class Trained(LateLog):
         begun = resuming.check(resume, self.args, self.model, self.recorder.method, self.resume_problems)
         self._own, self.recorder.begun = () if begun is None else (begun,), begun
         self._put_aside(begun)
+        self.recorder.extra[optimizers.GIVEN] = optimizers.is_given(self, self._optimizer_made)
         self._plan_run()
         kwargs["resume_from_checkpoint"] = None if begun is None else str(begun)
         try:
@@ -398,11 +404,9 @@ class Trained(LateLog):
 
     def resume_problems(self, folder: Path) -> list[Problem | str]:
         """Return what of a checkpoint's own files this trainer cannot go on with. The same in every process."""
-        if self._optimizer_given:
+        if optimizers.is_given(self, self._optimizer_made):
             return []
-        record = lineage.record_of(folder)
-        there = {**(record.get("config") or {}), **(record.get("held") or {})}
-        return [*optimizers.unlike(self.args, there, folder)]
+        return [*optimizers.unlike(self.args, lineage.record_of(folder), folder)]
 
     def save_extra(self, folder: Path) -> None:
         """Write into a checkpoint what this trainer needs besides to go on with the same curve."""

@@ -22,7 +22,13 @@ ALIKE = (
     ("ademamix_8bit", "paged_ademamix_8bit"),
     ("lion_32bit", "paged_lion_32bit"),
     ("lion_8bit", "paged_lion_8bit"),
+    ("rmsprop_bnb", "rmsprop_bnb_32bit"),
 )
+# Methods of a trainer that make its optimizer or choose it, and the packages whose own go by the config.
+MAKING = ("create_optimizer", "create_optimizer_and_scheduler", "get_optimizer_cls_and_kwargs")
+BY_CONFIG = ("fastft", "transformers", "trl")
+# Of a run's record: whether its optimizer was given, whatever the record's config says.
+GIVEN = "optimizer_given"
 # Fields that put parameters into groups of their own where they are set, whatever rate they say.
 GROUPING = ("embedding_learning_rate", "loraplus_ratio")
 
@@ -129,11 +135,28 @@ def with_groups(
     return kind, {**settings, "params": groups}
 
 
-def unlike(args: Any, there: Mapping[str, Any], folder: Path) -> list[Problem]:
+def is_given(trainer: Any, made: torch.optim.Optimizer | None) -> bool:
+    """Say whether a trainer's optimizer is its user's, or a subclass's to make, whatever its config says.
+
+    `made`: the one that was made as the config says, None before that.
+    """
+    if trainer.optimizer_cls_and_kwargs is not None:
+        return True
+    there = trainer.optimizer
+    if there is not None and getattr(there, "optimizer", there) is not made:  # accelerate may have wrapped it
+        return True
+    methods = [getattr(trainer, name, None) for name in MAKING]
+    return any(method is not None and method.__module__.partition(".")[0] not in BY_CONFIG for method in methods)
+
+
+def unlike(args: Any, record: Mapping[str, Any], folder: Path) -> list[Problem]:
     """Return where an optimizer that `args` ask for cannot take up the state in the checkpoint `folder`.
 
-    `there` is the config that the checkpoint's record has; what it does not say is not compared.
+    `record` is the checkpoint's; what it does not say is not compared, nor an optimizer that was given to its run.
     """
+    if record.get(GIVEN):
+        return []
+    there = {**(record.get("config") or {}), **(record.get("held") or {})}
     owner, problems = type(args).__name__, []
     weights = f"fastft.load({str(folder)!r}) takes the weights alone, for a new run."
     made, asked = there.get("optim"), text_of(args.optim)

@@ -123,7 +123,7 @@ def take_older_arguments(
     `UsageError`.
     """
     known = [*argument_names(trainer.__init__)[1:], "tokenizer", *own]
-    arguments.refuse_unknown(trainer.__name__, kwargs, known, legacy)
+    arguments.refuse_unknown(trainer.__name__, kwargs, known, legacy, config)
     kwargs = dict(kwargs)
     if "tokenizer" in kwargs:
         if kwargs.get("processing_class") is not None:
