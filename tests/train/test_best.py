@@ -95,6 +95,17 @@ def test_a_metric_that_no_evaluation_of_grpo_gives(made):
     made("grpo", metric_for_best_model="rewards/even/mean")
 
 
+def test_a_reward_with_parameters_is_no_model(made):
+    class Scaled:
+        parameters = {"scale": 2.0}
+
+        def __call__(self, completions, **columns):
+            return [self.parameters["scale"] * len(one) for one in completions]
+
+    made("grpo", rewards=[Scaled()])
+    made("grpo", rewards=[Scaled()], metric_for_best_model="rewards/Scaled/mean")
+
+
 def test_a_metric_that_a_reward_logs_itself(made):
     def counting(completions, log_metric, **columns):
         log_metric("words", float(len(completions)))

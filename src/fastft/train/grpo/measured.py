@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fastft.rewards.guarding import name_of
+from fastft.rewards.guarding import is_module, name_of
 from fastft.train.best import Measured
 from fastft.train.grpo.config import GRPOConfig
 
@@ -47,6 +47,6 @@ def _name(function: Any) -> str:
     """Return what logs call a reward: a model by the end of its name."""
     if isinstance(function, str):
         return function.split("/")[-1]
-    if hasattr(function, "parameters"):
+    if is_module(function):
         return str(getattr(function.config, "_name_or_path", "")).split("/")[-1]
     return name_of(function)
