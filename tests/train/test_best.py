@@ -1,5 +1,6 @@
 """The best weights: by what an evaluation gives, which is known before it, in every trainer."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 from grpo_runs import PROMPTS, GivenRollouts, even
 
 import fastft
+from fastft import rewards
 from fastft.errors import UsageError
 from fastft.train.grpo.measured import measured
 from fastft.train.preference.config import MEASURED
@@ -29,12 +31,13 @@ TRAINERS = {
 def made(build_model, tokenizer, tmp_path):
     """Make a trainer of a method that evaluates, with other settings or data."""
 
-    def make(method, kind=None, eval=None, rewards=(even,), more=None, **changes):
+    def make(method, kind=None, eval=None, functions=(even,), more=None, **changes):
         own, config = TRAINERS[method]
         if method == "grpo":
-            changes = {"num_generations": 2, "max_completion_length": 4, **changes}
+            plain = {"num_generations": 2, "max_completion_length": 4, "max_logprob_difference": None}
+            changes = {**plain, **changes}
             given, rows = (
-                {"reward_funcs": list(rewards), "engine": GivenRollouts()},
+                {"reward_funcs": list(functions), "engine": GivenRollouts(logprob=-4.5)},
                 [{"prompt": prompt} for prompt in PROMPTS],
             )
         else:
@@ -46,7 +49,7 @@ def made(build_model, tokenizer, tmp_path):
         )  # fmt: skip
         return (kind or own)(
             build_model(), args=args, train_dataset=rows, eval_dataset=eval or rows, processing_class=tokenizer,
-            compile=False, **given, **(more or {}),
+            compile=False, **{**given, **(more or {})},
         )  # fmt: skip
 
     return make
@@ -65,12 +68,43 @@ def test_what_an_evaluation_of_preferences_gives_is_known_before(method, made):
     assert given_by(made(method)) == {*MEASURED[method].of_each, *MEASURED[method].logged}
 
 
-@pytest.mark.parametrize("changes", [{}, {"beta": 0.1}, {"loss_type": "cispo"}], ids=["plain", "beta", "cispo"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"beta": 0.1},
+        {"loss_type": "cispo"},
+        {"loss_type": "sapo"},
+        {"loss_type": "vespo"},
+        {"entropy_coef": 0.01},
+        {"use_adaptive_entropy": True},
+        {"vllm_importance_sampling_correction": False},
+        {"vllm_importance_sampling_mode": "token_truncate"},
+    ],
+    ids=str,
+)
 def test_what_an_evaluation_of_grpo_gives_is_known_before(changes, made):
-    trainer = made("grpo", **changes)
-    known = measured(trainer.args, [even], {})
-    without = {"logprob_difference/mean", "logprob_difference/max", "logprob_difference/kl"}  # of given rollouts
-    assert given_by(trainer) | without == {*known.of_each, *known.logged}
+    trainer = made("grpo", **{"vllm_importance_sampling_mode": "token_mask", **changes})
+    known = measured(trainer.args, [even], {}, trainer.engine)
+    assert given_by(trainer) == {*known.of_each, *known.logged}
+
+
+@pytest.mark.parametrize("engine", [GivenRollouts(), "transformers"], ids=["given", "transformers"])
+def test_what_an_evaluation_of_grpo_gives_of_an_engines_log_probabilities(engine, made):
+    """Those of the engine "transformers" are the weights' own: nothing is corrected for them."""
+    trainer = made("grpo", more={"engine": engine})
+    known = measured(trainer.args, [even], {}, engine)
+    of_engine = {name for name in known.logged if name.startswith(("logprob_difference/", "sampling/"))}
+    kinds = {name.partition("/")[0] for name in of_engine}
+    given = given_by(trainer)
+    if engine == "transformers":
+        assert kinds == {"logprob_difference"} and of_engine < given
+        with pytest.raises(UsageError, match="got 'sampling/importance_sampling_ratio/max'"):
+            made("grpo", more={"engine": engine}, metric_for_best_model="sampling/importance_sampling_ratio/max")
+    else:
+        assert kinds == {"logprob_difference", "sampling"} and not of_engine & given
+        made("grpo", metric_for_best_model="sampling/importance_sampling_ratio/max")
+    assert given | of_engine == {*known.of_each, *known.logged}
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -102,16 +136,29 @@ def test_a_reward_with_parameters_is_no_model(made):
         def __call__(self, completions, **columns):
             return [self.parameters["scale"] * len(one) for one in completions]
 
-    made("grpo", rewards=[Scaled()])
-    made("grpo", rewards=[Scaled()], metric_for_best_model="rewards/Scaled/mean")
+    made("grpo", functions=[Scaled()])
+    made("grpo", functions=[Scaled()], metric_for_best_model="rewards/Scaled/mean")
 
 
-def test_a_metric_that_a_reward_logs_itself(made):
-    def counting(completions, log_metric, **columns):
-        log_metric("words", float(len(completions)))
-        return [float(len(one)) for one in completions]
+def counting(completions, log_metric, scale=1.0, **columns):
+    log_metric("words", float(len(completions)))
+    return [scale * len(one) for one in completions]
 
-    trainer = made("grpo", rewards=[counting], metric_for_best_model="words", greater_is_better=True)
+
+@pytest.mark.parametrize(
+    "reward",
+    [
+        counting,
+        *rewards.guard([counting]),
+        functools.partial(counting, scale=2.0),
+        *rewards.guard([functools.partial(counting, scale=2.0)]),
+        functools.partial(*rewards.guard([counting]), scale=2.0),
+        rewards.combine({counting: 1.0, even: 2.0}),
+    ],
+    ids=["plain", "guarded", "partial", "guarded-partial", "partial-guarded", "sum"],
+)
+def test_a_metric_that_a_reward_logs_itself(reward, made):
+    trainer = made("grpo", functions=[reward], metric_for_best_model="words", greater_is_better=True)
     assert "words" in given_by(trainer)
 
 
