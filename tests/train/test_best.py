@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from grpo_runs import PROMPTS, GivenRollouts, even
+from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback
 
 import fastft
 from fastft import rewards
@@ -44,8 +45,8 @@ def made(build_model, tokenizer, tmp_path):
             given, rows = {}, PAIRS
         args = config(
             str(tmp_path / "run"), max_steps=1, per_device_train_batch_size=2, per_device_eval_batch_size=8, bf16=False,
-            use_cpu=True, eval_strategy="steps", eval_steps=1, logging_steps=1, save_strategy="no", disable_tqdm=True,
-            report_to="none", **changes,
+            use_cpu=True, eval_strategy="steps", eval_steps=1, logging_steps=1, disable_tqdm=True, report_to="none",
+            **{"save_strategy": "no", **changes},
         )  # fmt: skip
         return (kind or own)(
             build_model(), args=args, train_dataset=rows, eval_dataset=eval or rows, processing_class=tokenizer,
@@ -178,6 +179,32 @@ def test_metrics_of_the_users_own_are_not_known_before(made):
     made("dpo", kind=Own, metric_for_best_model="mine", greater_is_better=True)
     computed = {"compute_metrics": lambda prediction: {"mine": 1.0}}
     made("dpo", more=computed, metric_for_best_model="mine", greater_is_better=True)
+
+
+class Adding(TrainerCallback):
+    """Adds a metric to those of an evaluation."""
+
+    def on_evaluate(self, args, state, control, metrics, **kwargs):
+        metrics["eval_mine"] = 0.25
+
+
+@pytest.mark.parametrize("callback", [Adding, Adding()], ids=["class", "instance"])
+def test_metrics_that_a_callback_adds_are_not_known_before(callback, made):
+    saved = {"save_strategy": "steps", "save_steps": 1, "load_best_model_at_end": True, "greater_is_better": True}
+    trainer = made("dpo", more={"callbacks": [callback]}, metric_for_best_model="mine", **saved)
+    trainer.train()
+    assert trainer.state.best_metric == 0.25 and trainer.recorder.record["best"]["metric"] == "eval_mine"
+
+
+def test_callbacks_that_add_no_metrics_change_nothing(made):
+    class Watching(EarlyStoppingCallback):
+        def on_log(self, args, state, control, **kwargs):
+            pass
+
+    known = {"load_best_model_at_end": True, "save_strategy": "steps", "save_steps": 1, "greater_is_better": True}
+    for callbacks in ([Watching()], [PrinterCallback], [EarlyStoppingCallback(2)], None):
+        with pytest.raises(UsageError, match="metric_for_best_model: .*, got 'mine'"):
+            made("dpo", more={"callbacks": callbacks}, metric_for_best_model="mine", **known)
 
 
 def test_what_sft_gives_has_the_name_of_its_data_set_throughout():
