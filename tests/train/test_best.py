@@ -17,9 +17,11 @@ from fastft.train.sft.config import MEASURED as OF_SFT
 
 WORDS = [("w1 w2", " w3", " w4 w5"), ("w6", " w7 w8", " w9"), ("w2 w4", " w8", " w1"), ("w3", " w5", " w7")]
 PAIRS = [{"prompt": prompt, "chosen": chosen, "rejected": rejected} for prompt, chosen, rejected in WORDS]
+ROWS = [{"text": f"{prompt}{chosen}{rejected}"} for prompt, chosen, rejected in WORDS]
 COMMON = {"eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "eval_num_tokens", "eval_num_targets"}
 METHODS = ("dpo", "kto", "orpo", "cpo")
 TRAINERS = {
+    "sft": (fastft.SFTTrainer, fastft.SFTConfig),
     "dpo": (fastft.DPOTrainer, fastft.DPOConfig),
     "kto": (fastft.KTOTrainer, fastft.KTOConfig),
     "orpo": (fastft.ORPOTrainer, fastft.ORPOConfig),
@@ -42,7 +44,7 @@ def made(build_model, tokenizer, tmp_path):
                 [{"prompt": prompt} for prompt in PROMPTS],
             )
         else:
-            given, rows = {}, PAIRS
+            given, rows = {}, ROWS if method == "sft" else PAIRS
         args = config(
             str(tmp_path / "run"), max_steps=1, per_device_train_batch_size=2, per_device_eval_batch_size=8, bf16=False,
             use_cpu=True, eval_strategy="steps", eval_steps=1, logging_steps=1, disable_tqdm=True, report_to="none",
@@ -100,7 +102,7 @@ def test_what_an_evaluation_of_grpo_gives_of_an_engines_log_probabilities(engine
     given = given_by(trainer)
     if engine == "transformers":
         assert kinds == {"logprob_difference"} and of_engine < given
-        with pytest.raises(UsageError, match="got 'sampling/importance_sampling_ratio/max'"):
+        with pytest.raises(UsageError, match=r"got 'sampling/importance_sampling_ratio/max'"):
             made("grpo", more={"engine": engine}, metric_for_best_model="sampling/importance_sampling_ratio/max")
     else:
         assert kinds == {"logprob_difference", "sampling"} and not of_engine & given
@@ -132,7 +134,8 @@ def test_a_metric_that_no_evaluation_of_grpo_gives(made):
 
 def test_a_reward_with_parameters_is_no_model(made):
     class Scaled:
-        parameters = {"scale": 2.0}
+        def __init__(self):
+            self.parameters = {"scale": 2.0}
 
         def __call__(self, completions, **columns):
             return [self.parameters["scale"] * len(one) for one in completions]
@@ -203,9 +206,17 @@ def test_callbacks_that_add_no_metrics_change_nothing(made):
 
     known = {"load_best_model_at_end": True, "save_strategy": "steps", "save_steps": 1, "greater_is_better": True}
     for callbacks in ([Watching()], [PrinterCallback], [EarlyStoppingCallback(2)], None):
-        with pytest.raises(UsageError, match="metric_for_best_model: .*, got 'mine'"):
+        with pytest.raises(UsageError, match=r"metric_for_best_model: .*, got 'mine'"):
             made("dpo", more={"callbacks": callbacks}, metric_for_best_model="mine", **known)
 
 
-def test_what_sft_gives_has_the_name_of_its_data_set_throughout():
-    assert OF_SFT.of_each == ("loss", "perplexity", "mean_token_accuracy") and not OF_SFT.logged
+def test_what_sft_gives_has_the_name_of_its_data_set_throughout(made):
+    found = made("sft", eval={"a": ROWS, "b": ROWS[:2]}).evaluate()
+    speed = {*COMMON, "eval_model_preparation_time"}  # the latter of an evaluation before training
+    kinds = (*OF_SFT.of_each, *OF_SFT.logged)
+    beside = {f"eval_{name}_{kind.removeprefix('eval_')}" for name in "ab" for kind in speed}
+    assert set(found) - beside - {"epoch"} == {f"eval_{name}_{kind}" for name in "ab" for kind in kinds}
+    for kind in kinds:
+        made("sft", eval={"a": ROWS, "b": ROWS}, metric_for_best_model=f"eval_b_{kind}")
+        with pytest.raises(UsageError, match=f"gives: eval_a_loss, .*, got 'eval_{kind}'"):
+            made("sft", eval={"a": ROWS, "b": ROWS}, metric_for_best_model=f"eval_{kind}")
