@@ -172,6 +172,41 @@ def test_what_the_last_evaluation_found():
     assert record.last_evaluation(lines[2:]) == {}
 
 
+def test_what_the_last_evaluation_of_each_set_found():
+    def line(name, loss, step, **more):
+        return {f"eval_{name}_loss": loss, f"eval_{name}_runtime": 0.5, **more, "step": step}
+
+    first = line("a", 4.0, 1, eval_margin=1.0, eval_a_failures=3), line("b", 3.0, 1, eval_margin=2.0)
+    lines = [*first, line("b", 2.0, 2, eval_margin=3.0), {"loss": 1.0, "step": 3}, line("a", 1.0, 3, eval_margin=4.0)]
+    both = {"eval_a_runtime": 0.5, "eval_b_runtime": 0.5}
+    assert record.last_evaluation(lines) == {"eval_a_loss": 1.0, "eval_b_loss": 2.0, "eval_margin": 4.0, **both}
+    old = {"eval_a_loss": 4.0, "eval_b_loss": 3.0, "eval_margin": 2.0, "eval_a_failures": 3, **both}
+    assert record.last_evaluation(first) == old
+
+
+def test_an_evaluation_without_a_loss_is_one():
+    assert record.last_evaluation([{"eval_reward": 0.5, "step": 1}]) == {"eval_reward": 0.5}
+
+
+def test_record_of_a_run_with_several_evaluation_sets(build_model, build_rows, tokenizer, settings):
+    config = SFTConfig(**{**settings, "max_steps": 2, "eval_strategy": "steps", "eval_steps": 1})
+    data, held = Dataset.from_list(build_rows(4)), Dataset.from_list(build_rows(2, seed=1))
+    made = SFTTrainer(
+        build_model(), config, train_dataset=data, eval_dataset={"a": data, "b": held}, processing_class=tokenizer,
+        compile=False,
+    )  # fmt: skip
+    made.train()
+    folder = Path(settings["output_dir"])
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    of_a, of_b = ([line for line in lines if f"eval_{name}_loss" in line] for name in "ab")
+    assert [line["step"] for line in of_a] == [line["step"] for line in of_b] == [1, 2]
+    last = {key: value for line in (of_a[-1], of_b[-1]) for key, value in line.items() if key.startswith("eval_")}
+    assert json.loads((folder / "run.json").read_text())["evaluation"] == last
+    card = (folder / "README.md").read_text()
+    for line, name in ((of_a[-1], "a"), (of_b[-1], "b")):
+        assert f"{name}_loss {line[f'eval_{name}_loss']:.4g}, {name}_perplexity " in card
+
+
 def test_a_result_is_shown_in_a_line():
     long, big = tuple((step, 1 / step) for step in range(1, 900)), {"rows": "x" * 9999}
     shown = [

@@ -33,6 +33,7 @@ from fastft.train import card, checkpoint, earlier, flops, hygiene, lineage, mem
 from fastft.train import resume as resuming
 from fastft.train.arguments import refuse_unevaluated
 from fastft.train.best import BestWeights, Measured, refuse_unmeasured
+from fastft.train.callbacks import unknown_at
 from fastft.train.compiling import CompileCallback
 from fastft.train.finite import FiniteLosses
 from fastft.train.interrupt import Interruption, Stopped
@@ -94,11 +95,13 @@ class Trained(LateLog):
     def check_evaluations(self, args: Any, kwargs: Mapping[str, Any], measured: Measured | None) -> None:
         """Raise `UsageError` for evaluations without data, and for best weights by a metric that they do not give.
 
-        What a subclass or `compute_metrics` adds is not known before; neither is all where `measured` is None.
+        What a subclass, `compute_metrics` or the `on_evaluate` of a callback adds is not known before; neither is all
+        where `measured` is None.
         """
         data, own = kwargs.get("eval_dataset"), type(self).__module__.startswith("fastft.")
         refuse_unevaluated(args, data)
-        if measured is not None and own and kwargs.get("compute_metrics") is None:
+        added = kwargs.get("compute_metrics") is not None or unknown_at(kwargs.get("callbacks") or (), "on_evaluate")
+        if measured is not None and own and not added:
             refuse_unmeasured(args, measured, data)
 
     def equip(

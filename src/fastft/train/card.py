@@ -4,6 +4,8 @@ import os.path
 from collections.abc import Mapping
 from typing import Any
 
+SHOWN = ("_loss", "_perplexity", "_mean_token_accuracy")  # ends of what is told of an evaluation
+
 
 def model_card(record: Mapping[str, Any]) -> str:
     """Return the README.md of a run: metadata for a hub, then what was trained, on what, how fast, in which memory."""
@@ -38,7 +40,7 @@ def facts(record: Mapping[str, Any]) -> list[tuple[str, Any]]:
     evaluation = ", ".join(
         f"{key.removeprefix('eval_')} {value:.4g}"
         for key, value in (record.get("evaluation") or {}).items()
-        if isinstance(value, float) and key in ("eval_loss", "eval_perplexity", "eval_mean_token_accuracy")
+        if isinstance(value, float) and key.endswith(SHOWN)  # of each data set
     )
     return [
         ("status", record.get("status")),

@@ -14,11 +14,13 @@ from attrs import frozen
 from torch import Tensor
 from transformers.training_args import ParallelMode
 
-OWN = ("fastft", "transformers", "trl")
-"""Packages whose callbacks take a line when it comes. One of the user's may stop the run by what it says."""
+from fastft.train.callbacks import unknown_at
 
 SEEN = ("on_log", "on_step_begin")
-"""The events of callbacks that come at another time, or before a line that they would have come behind."""
+"""The events of callbacks that come at another time, or before a line that they would have come behind.
+
+Callbacks that are known take a line when it comes. One of the user's may stop the run by what it says.
+"""
 
 
 def on_its_way(tensor: Tensor) -> Callable[[], Tensor]:
@@ -78,9 +80,7 @@ def may_be_late(trainer: Any) -> bool:
         return False
     if state.global_step <= trainer._globalstep_last_logged:
         return False
-    kinds = [type(one) for one in trainer.callback_handler.callbacks]
-    seen = [getattr(kind, event, None) for kind in kinds for event in SEEN]
-    return all(getattr(method, "__module__", "").partition(".")[0] in OWN for method in seen if method is not None)
+    return not unknown_at(trainer.callback_handler.callbacks, *SEEN)
 
 
 class LateLog:

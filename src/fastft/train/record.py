@@ -28,9 +28,18 @@ def curve(history: Sequence[Mapping[str, Any]], name: str) -> tuple[tuple[int, f
 
 
 def last_evaluation(history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Return what the last evaluation in a trainer's `log_history` found, empty without one."""
-    row = next((row for row in reversed(history) if "eval_loss" in row), {})
-    return {name: value for name, value in row.items() if name.startswith("eval_")}
+    """Return what the last evaluation in a trainer's `log_history` found, empty without one.
+
+    Of several data sets that is the last of each; what is logged without the name of one is of the one behind.
+    """
+    last: dict[str, dict[str, float]] = {}
+    for row in history:
+        found = {name: value for name, value in row.items() if name.startswith("eval_")}
+        if found:
+            data = next((name for name in found if name.endswith("_runtime")), "")  # transformers': has the set's name
+            last.pop(data, None)
+            last[data] = found
+    return {name: value for found in last.values() for name, value in found.items()}
 
 
 def ends(curve: Sequence[tuple[int, float]]) -> str:

@@ -26,10 +26,11 @@ class Settings:
     `embedding_learning_rate`: for trained embeddings and head. `loraplus_ratio`: LoRA's B matrices learn that many
     times faster. `early_stopping_patience`: evaluations without an improvement of `metric_for_best_model` (default
     eval_loss) before training stops with the best weights; one that no evaluation gives is refused before training,
-    unless `compute_metrics`, a subclass or a reward may add it. `bf16` left open means bf16 autocast where the GPU has
-    it, and none on a CPU. `compute`: "exact", "fp8" or "fp8+head", as `fastft.compile` takes it; other than "exact" it
-    changes the numbers. `warmup_ratio` is the older name of a `warmup_steps` below 1. Fields that ask for evaluations
-    (`eval_strategy`, `eval_steps`, `early_stopping_patience`) want evaluation data beside them.
+    unless `compute_metrics`, a subclass, a reward or the `on_evaluate` of one of the trainer's `callbacks` may add it.
+    `bf16` left open means bf16 autocast where the GPU has it, and none on a CPU. `compute`: "exact", "fp8" or
+    "fp8+head", as `fastft.compile` takes it; other than "exact" it changes the numbers. `warmup_ratio` is the older
+    name of a `warmup_steps` below 1. Fields that ask for evaluations (`eval_strategy`, `eval_steps`,
+    `early_stopping_patience`) want evaluation data beside them.
     """
 
     # TRL's defaults that mean here that the user has not said anything, in training arguments of another kind

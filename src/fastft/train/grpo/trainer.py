@@ -85,7 +85,7 @@ class GRPOTrainer(Trained, trl.GRPOTrainer):
         checks.refuse_columns(functions, kwargs)
         checkpoint.make_folder(Path(args.output_dir))
         arguments.refuse_untrainable(model, kwargs.get("peft_config"))
-        self.check_evaluations(args, kwargs, measured.measured(args, checks.listed(reward_funcs), kwargs))
+        self.check_evaluations(args, kwargs, measured.measured(args, checks.listed(reward_funcs), kwargs, engine))
         recompute = take_recompute(args, compile)
         # With an adapter and a beta TRL would copy the adapter; the reference here is the model without it.
         adapted = hasattr(model, "peft_config") or kwargs.get("peft_config") is not None
