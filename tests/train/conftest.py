@@ -1,5 +1,7 @@
 """A tiny Llama in fp32 on the CPU, a word tokenizer with a chat template, and short random rows."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -119,3 +121,12 @@ def settings(tmp_path):
         "lr_scheduler_type": "linear",
         "max_length": 64,
     }
+
+
+@pytest.fixture
+def run(build_model, tokenizer, dataset, settings):
+    """Return the folder of an SFT run of two steps, with a checkpoint of each."""
+    from resuming import trainer
+
+    trainer(build_model(), tokenizer, dataset, settings).train()
+    return Path(settings["output_dir"])

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+from resuming import trainer
 from transformers import TrainerCallback
 
 from fastft.errors import LoadError, SaveError, UsageError
@@ -15,20 +16,6 @@ from fastft.train import base, checkpoint, lineage
 from fastft.train.record import kept_lines
 from fastft.train.sft.config import SFTConfig
 from fastft.train.sft.run import sft
-from fastft.train.sft.trainer import SFTTrainer
-
-STEPS = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}
-
-
-def trainer(model, tokenizer, dataset, settings, **changes):
-    args = SFTConfig(**{**settings, **STEPS, **changes})
-    return SFTTrainer(model, args, train_dataset=dataset, processing_class=tokenizer, compile=False)
-
-
-@pytest.fixture
-def run(build_model, tokenizer, dataset, settings):
-    trainer(build_model(), tokenizer, dataset, settings).train()
-    return Path(settings["output_dir"])
 
 
 def cut(path):

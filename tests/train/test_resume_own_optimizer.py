@@ -1,27 +1,13 @@
 """Optimizers that a config does not tell of: given to the trainer, or made by a subclass of it."""
 
-from pathlib import Path
-
 import pytest
 import torch
+from resuming import STEPS, trainer
 
 from fastft.errors import UsageError
 from fastft.train import lineage
 from fastft.train.sft.config import SFTConfig
 from fastft.train.sft.trainer import SFTTrainer
-
-STEPS = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}
-
-
-def trainer(model, tokenizer, dataset, settings, **changes):
-    args = SFTConfig(**{**settings, **STEPS, **changes})
-    return SFTTrainer(model, args, train_dataset=dataset, processing_class=tokenizer, compile=False)
-
-
-@pytest.fixture
-def run(build_model, tokenizer, dataset, settings):
-    trainer(build_model(), tokenizer, dataset, settings).train()
-    return Path(settings["output_dir"])
 
 
 class MakesItsOwn(SFTTrainer):

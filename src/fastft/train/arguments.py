@@ -172,7 +172,7 @@ def _two_for_one(args: Any) -> list[Problem]:
     """Return where two fields say the same thing, each in its way, or contradict each other in it."""
     problems, owner = [], type(args).__name__
     warmups = {name: getattr(args, name) for name in ("warmup_steps", "warmup_ratio")}
-    warmups = {name: value for name, value in warmups.items() if _is_above_zero(value)}
+    warmups = {name: value for name, value in warmups.items() if is_above_zero(value)}
     if args.bf16 is True and args.fp16 is True:
         remedy = "Leave both out: the model's own dtype decides."
         problems.append(Problem(f"{owner} bf16 and fp16", (True, True), "one of the two", remedy))
@@ -187,7 +187,7 @@ def _two_for_one(args: Any) -> list[Problem]:
     return problems
 
 
-def _is_above_zero(value: Any) -> bool:
+def is_above_zero(value: Any) -> bool:
     """Say whether it is a number above 0; what is no number is told as such."""
     return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
 

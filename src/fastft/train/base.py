@@ -33,12 +33,12 @@ from fastft.train import card, checkpoint, earlier, flops, hygiene, lineage, mem
 from fastft.train import resume as resuming
 from fastft.train.arguments import refuse_unevaluated
 from fastft.train.best import BestWeights, Measured, refuse_unmeasured
-from fastft.train.callbacks import unknown_at
 from fastft.train.compiling import CompileCallback
 from fastft.train.finite import FiniteLosses
 from fastft.train.interrupt import Interruption, Stopped
 from fastft.train.last_step import LastStep
 from fastft.train.late_log import LateLog
+from fastft.train.overrides import has_own
 from fastft.train.record import RecordCallback
 from fastft.train.spent import Tally
 
@@ -100,7 +100,7 @@ class Trained(LateLog):
         """
         data, own = kwargs.get("eval_dataset"), type(self).__module__.startswith("fastft.")
         refuse_unevaluated(args, data)
-        added = kwargs.get("compute_metrics") is not None or unknown_at(kwargs.get("callbacks") or (), "on_evaluate")
+        added = kwargs.get("compute_metrics") is not None or has_own(kwargs.get("callbacks") or (), "on_evaluate")
         if measured is not None and own and not added:
             refuse_unmeasured(args, measured, data)
 

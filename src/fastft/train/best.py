@@ -8,7 +8,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.trainer_callback import CallbackHandler
 
 from fastft.errors import Problem, UsageError, did_you_mean
-from fastft.train.arguments import text_of
+from fastft.train.arguments import is_above_zero, text_of
 from fastft.train.record import RecordCallback
 
 
@@ -47,7 +47,7 @@ def problems(args: Any) -> list[Problem]:
 
 def _is_multiple(save: Any, every: Any) -> bool:
     """Say whether each save is at an evaluation, as transformers asks for it; what is no number is told elsewhere."""
-    if not all(isinstance(one, int | float) and not isinstance(one, bool) and one > 0 for one in (save, every)):
+    if not all(map(is_above_zero, (save, every))):
         return True
     if (save < 1) is not (every < 1):  # a share of all steps, and a number of them
         return False

@@ -14,7 +14,7 @@ from attrs import frozen
 from torch import Tensor
 from transformers.training_args import ParallelMode
 
-from fastft.train.callbacks import unknown_at
+from fastft.train.overrides import has_own
 
 SEEN = ("on_log", "on_step_begin")
 """The events of callbacks that come at another time, or before a line that they would have come behind.
@@ -80,7 +80,7 @@ def may_be_late(trainer: Any) -> bool:
         return False
     if state.global_step <= trainer._globalstep_last_logged:
         return False
-    return not unknown_at(trainer.callback_handler.callbacks, *SEEN)
+    return not has_own(trainer.callback_handler.callbacks, *SEEN)
 
 
 class LateLog:

@@ -13,6 +13,7 @@ from torch import nn
 from fastft.errors import Problem, UsageError
 from fastft.state import base_model
 from fastft.train.arguments import text_of
+from fastft.train.overrides import has_own
 
 # Optimizers that differ in how they compute or where they keep a state, and not in what it holds.
 ALIKE = (
@@ -24,9 +25,8 @@ ALIKE = (
     ("lion_8bit", "paged_lion_8bit"),
     ("rmsprop_bnb", "rmsprop_bnb_32bit"),
 )
-# Methods of a trainer that make its optimizer or choose it, and the packages whose own go by the config.
+# Methods of a trainer that make its optimizer or choose it: by the config, unless they are the user's own.
 MAKING = ("create_optimizer", "create_optimizer_and_scheduler", "get_optimizer_cls_and_kwargs")
-BY_CONFIG = ("fastft", "transformers", "trl")
 # Of a run's record: whether its optimizer was given, whatever the record's config says.
 GIVEN = "optimizer_given"
 # Fields that put parameters into groups of their own where they are set, whatever rate they say.
@@ -145,8 +145,7 @@ def is_given(trainer: Any, made: torch.optim.Optimizer | None) -> bool:
     there = trainer.optimizer
     if there is not None and getattr(there, "optimizer", there) is not made:  # accelerate may have wrapped it
         return True
-    methods = [getattr(trainer, name, None) for name in MAKING]
-    return any(method is not None and method.__module__.partition(".")[0] not in BY_CONFIG for method in methods)
+    return has_own([trainer], *MAKING)
 
 
 def unlike(args: Any, record: Mapping[str, Any], folder: Path) -> list[Problem]:
