@@ -4,6 +4,7 @@ import json
 import re
 
 import pytest
+import torch
 
 from fastft.errors import DataError, UsageError
 from fastft.rewards import combine, json_schema, length, matches, number
@@ -106,7 +107,9 @@ def test_combine_leaves_out_what_is_missing():
 
 
 @pytest.mark.parametrize(
-    "weights", [{}, {number(): float("nan")}, {number(): True}, [("number", 1.0)]], ids=["none", "nan", "bool", "text"]
+    "weights",
+    [{}, {number(): float("nan")}, {number(): True}, [("number", 1.0)], {torch.nn.Linear(1, 1): 1.0}],
+    ids=["none", "nan", "bool", "text", "model"],
 )
 def test_combine_wrong_use(weights):
     with pytest.raises(UsageError):

@@ -70,3 +70,20 @@ def test_one_under_guard_has_the_same_guard_and_figures_of_its_own():
 def test_models_and_what_is_no_function_stay():
     for other in (torch.nn.Linear(2, 1), "owner/scorer", 3, None):
         assert of_texts(other) is other
+
+
+@pytest.mark.parametrize("parts", [3, "abc", None, [number()]], ids=["number", "text", "none", "list"])
+def test_other_things_that_a_reward_calls_parts_are_no_rewards(parts):
+    from fastft.train.grpo.measured import _logs
+
+    class Object:
+        def __init__(self):
+            self.parts = parts
+
+        def __call__(self, prompts, completions, **columns):
+            return [1.0 for _ in completions]
+
+    (guarded,) = guard([Object()])
+    assert guarded(["a"], ["b"]) == [1.0]
+    assert [name for name, _ in calls_of([guarded])] == ["Object"]
+    assert columns_of([guarded, Object()]) == [] and not _logs(guarded)

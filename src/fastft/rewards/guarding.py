@@ -2,9 +2,7 @@
 
 import asyncio
 import functools
-import inspect
 import logging
-import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,6 +13,7 @@ from attrs import evolve, frozen
 from fastft.errors import Problem, RewardError, UsageError
 from fastft.rewards.checking import Failure, checked
 from fastft.rewards.deadline import Overdue, within
+from fastft.rewards.traits import is_async, is_module, name_of, parts_of
 
 _log = logging.getLogger(__name__)
 # Functions that trainers pass along for logging; what a failed call had logged is forgotten.
@@ -169,7 +168,7 @@ def calls_of(functions: Iterable[Any]) -> list[tuple[str, Call]]:
     for function in functions:
         if isinstance(function, Guarded) and function.last is not None:
             called.append((function.__name__, function.last))
-            called += calls_of(getattr(function.function, "parts", ()))
+            called += calls_of(parts_of(function.function))
     return called
 
 
@@ -181,28 +180,8 @@ def columns_of(functions: Iterable[Any]) -> list[tuple[str, str]]:
         column = getattr(inner, "column", None)
         if isinstance(column, str) and not is_module(inner):
             wanted.append((name_of(inner), column))
-        wanted += columns_of(getattr(inner, "parts", ()))
+        wanted += columns_of(parts_of(inner))
     return wanted
-
-
-def name_of(function: Callable[..., Any]) -> str:
-    """Return the name by which logs call a reward; of a partial or an instance, that of its function or class."""
-    while isinstance(function, functools.partial):
-        function = function.func
-    return str(getattr(function, "__name__", type(function).__name__))
-
-
-def is_async(function: Callable[..., Any]) -> bool:
-    """Say whether calling the function gives something to await."""
-    while isinstance(function, functools.partial):
-        function = function.func
-    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None))  # noqa: B004
-
-
-def is_module(thing: Any) -> bool:
-    """Say whether a reward is a model."""
-    torch = sys.modules.get("torch")  # a module cannot be here unless torch has been imported
-    return torch is not None and isinstance(thing, torch.nn.Module)
 
 
 def _score(

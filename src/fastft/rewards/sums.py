@@ -5,8 +5,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from fastft.errors import Problem, UsageError
-from fastft.rewards.guarding import guard, is_async, name_of
+from fastft.rewards.guarding import guard
 from fastft.rewards.making import Reward, named
+from fastft.rewards.traits import is_async, is_module, name_of
 
 
 def combine(
@@ -20,7 +21,7 @@ def combine(
 
     Trainers take several rewards with `reward_weights` as well, and then log each of them.
 
-    Raises `UsageError` for no rewards, weights that are not finite, and async functions.
+    Raises `UsageError` for no rewards, weights that are not finite, async functions and models.
     """
     given = list(
         weights.items() if isinstance(weights, Mapping) else weights if isinstance(weights, Iterable) else [weights]
@@ -32,8 +33,8 @@ def combine(
     pairs = [(function, weight) for function, weight in given]
     problems = [] if pairs else [Problem("weights", {}, "at least one reward and its weight")]
     for function, weight in pairs:
-        if not callable(function) or is_async(function):
-            problems.append(Problem("weights", function, "a function that is not async"))
+        if not callable(function) or is_module(function) or is_async(function):
+            problems.append(Problem("weights", function, "a function that is not async, and no model"))
         elif isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
             problems.append(Problem(f"weight of {name_of(function)!r}", weight, "a finite number"))
     if problems:

@@ -5,8 +5,9 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-from fastft.rewards.guarding import Guarded, is_async, is_module, name_of
+from fastft.rewards.guarding import Guarded
 from fastft.rewards.text import text_of
+from fastft.rewards.traits import is_async, is_module, name_of
 
 
 def of_texts(function: Any) -> Any:

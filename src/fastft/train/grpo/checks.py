@@ -9,8 +9,9 @@ import torch
 from fastft.errors import LoadError, Problem, UsageError
 from fastft.model.files import locate
 from fastft.rewards import guard
-from fastft.rewards.guarding import columns_of, name_of, problems_of
+from fastft.rewards.guarding import columns_of, problems_of
 from fastft.rewards.making import NO_COLUMNS, missing_column
+from fastft.rewards.traits import name_of
 from fastft.state import base_model
 from fastft.train.grpo import prompts
 from fastft.train.grpo.config import GRPOConfig

@@ -1,11 +1,11 @@
 """The metrics that an evaluation of GRPO gives, known before it is run: by which of them weights may be chosen."""
 
-import functools
 import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fastft.rewards.guarding import Guarded, is_module, name_of
+from fastft.rewards.guarding import Guarded
+from fastft.rewards.traits import is_module, name_of, parts_of, unwrapped
 from fastft.rollout.base import Engine
 from fastft.train.best import Measured
 from fastft.train.grpo.config import GRPOConfig
@@ -52,15 +52,15 @@ def _may_correct(args: GRPOConfig, engine: str | Engine | None) -> bool:
 
 def _logs(function: Any) -> bool:
     """Say whether a reward, or one that it is a sum of, takes what logs metrics of its own, by its name."""
-    while isinstance(function, Guarded | functools.partial):  # a guard takes all names, for the reward in it
-        function = function.function if isinstance(function, Guarded) else function.func
-    if is_module(function):
+    inner = unwrapped(function)
+    if isinstance(inner, Guarded):  # which takes all names, for the reward in it
+        return _logs(inner.function)
+    if is_module(inner):
         return False
-    parts = getattr(function, "parts", ())
-    if isinstance(parts, tuple) and any(map(_logs, parts)):
+    if any(map(_logs, parts_of(inner))):
         return True
     try:
-        return "log_metric" in inspect.signature(function).parameters
+        return "log_metric" in inspect.signature(inner).parameters
     except (TypeError, ValueError):  # no function, or one that does not tell
         return False
 
