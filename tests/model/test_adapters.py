@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from fastft.errors import UsageError
 from fastft.model.adapters import add_lora
@@ -255,6 +256,17 @@ def test_inits_that_need_16_bits_name_the_remedy(tiny, init):
     model, _ = load(tiny(), quant="nf4")
     with pytest.raises(UsageError, match="starts from the 16-bit weights and changes them: load with quant=None"):
         add_lora(model, init=init)
+
+
+@pytest.mark.parametrize("init", ["pissa", "loftq"])
+def test_those_of_a_model_that_others_loaded_in_4_bits_do_too(tiny, init):
+    """Such a model has no record of how it was loaded; its weights tell."""
+    model = AutoModelForCausalLM.from_pretrained(
+        tiny(), quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"), device_map="cpu"
+    )
+    with pytest.raises(UsageError, match=f"on a model in nf4.*got '{init}'"):
+        add_lora(model, init=init)
+    assert not any("lora" in name for name, _ in model.named_parameters())
 
 
 def test_full_and_second_adapters_are_refused(tiny):

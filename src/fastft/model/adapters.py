@@ -12,7 +12,7 @@ from torch import nn
 from fastft.errors import Problem, UsageError, argument_names, did_you_mean, unknown_arguments
 from fastft.model.loftq import start_from_residual
 from fastft.noise import between_libraries, quiet
-from fastft.state import ModelState, base_model, get_state, update_state
+from fastft.state import ModelState, base_model, get_state, quant_of, update_state
 
 Targets = str | Sequence[str] | None
 INITS = (True, False, "gaussian", "pissa", "pissa_niter_N", "olora", "orthogonal", "loftq")
@@ -173,7 +173,7 @@ def problems_of(model: Any, given: Mapping[str, Any], options: Mapping[str, Any]
             "adding another"
         )
     problems += _number_problems(given)
-    problems += _init_problems(given["init"], given["r"], given["dora"], state)
+    problems += _init_problems(given["init"], given["r"], given["dora"], quant_of(model), state.source)
     if str(given["init"]).startswith("pissa_niter") and given["seed"] != DEFAULT_SEED:
         remedy = (
             "Loading the adapter repeats the random decomposition with this seed; or take init='pissa', which is exact."
@@ -199,8 +199,9 @@ def _number_problems(given: Mapping[str, Any]) -> list[Problem]:
     return problems
 
 
-def _init_problems(init: Any, r: Any, dora: Any, state: ModelState) -> list[Problem]:
-    if state.quant == "fp8" and (dora or init == "olora"):  # PEFT would take the bytes for the weights
+def _init_problems(init: Any, r: Any, dora: Any, quant: str | None, source: str) -> list[Problem]:
+    """Return what is wrong with `init` on a model in `quant`, loaded from `source`; that is "" where others did so."""
+    if quant == "fp8" and (dora or init == "olora"):  # PEFT would take the bytes for the weights
         name, value, allowed = ("dora", dora, "False") if dora else ("init", init, "True or 'gaussian'")
         remedy = "It reads the base weights: load with quant='nf4' or None."
         return [Problem(name, value, f"{allowed} on a model in fp8", remedy)]
@@ -222,14 +223,15 @@ def _init_problems(init: Any, r: Any, dora: Any, state: ModelState) -> list[Prob
         or init == "pissa_niter_N"
     ):
         return [Problem("init", init, f"True, False or one of {names}", did_you_mean(str(init), names))]
-    if init.startswith(_WRITES_BASE) and state.quant:
+    if init.startswith(_WRITES_BASE) and quant:
         remedy = f"{init!r} starts from the 16-bit weights and changes them: load with quant=None."
-        return [Problem("init", init, f"True, 'gaussian' or 'olora' on a model in {state.quant}", remedy)]
+        return [Problem("init", init, f"True, 'gaussian' or 'olora' on a model in {quant}", remedy)]
     if init == "orthogonal" and isinstance(r, int) and r % 2:
         return [Problem("r", r, "an even rank for init='orthogonal'")]
-    if init == "loftq" and state.quant != "nf4":
-        remedy = "LoftQ makes up for 4-bit quantisation: load with quant='nf4'."
-        return [Problem("init", init, f"another initialisation on a model in {state.quant or '16 bits'}", remedy)]
+    if init == "loftq" and (quant != "nf4" or not source):
+        remedy = "LoftQ makes up for 4-bit quantisation, by the 16-bit weights: load with quant='nf4' by fastft.load."
+        kind = f"a model in {quant or '16 bits'}" + ("" if source else " that fastft did not load")
+        return [Problem("init", init, f"another initialisation on {kind}", remedy)]
     if init == "loftq" and dora:
         return [Problem("dora", dora, "False with init='loftq'", "DoRA's magnitudes are taken before LoftQ starts.")]
     return []
