@@ -222,14 +222,33 @@ def test_a_result_is_shown_in_a_line():
     assert shown[2] == f"PreferenceResult(losses={told}, accuracies=none, margins={told}, output_dir='run')"
 
 
-@pytest.mark.parametrize("steps", [1, 2, 3, 5, 80])
-@pytest.mark.parametrize("draw", [plots.plot_run, plots.plot_rewards])
-def test_ticks_are_whole_steps(draw, steps, tmp_path, monkeypatch):
+@pytest.fixture
+def drawn(monkeypatch):
+    """Figures that are drawn, instead of their files."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    drawn = []
-    monkeypatch.setattr(FigureCanvasAgg, "print_figure", lambda self, path, **more: drawn.append(self.figure))
+    figures = []
+    monkeypatch.setattr(FigureCanvasAgg, "print_figure", lambda self, path, **more: figures.append(self.figure))
     monkeypatch.setattr(checkpoint, "write_file", lambda path, write: write(path))
+    return figures
+
+
+def test_the_picture_has_the_loss_of_every_evaluation_set(drawn, tmp_path):
+    rows = [{"step": 1, "loss": 2.0}, {"step": 1, "eval_loss": 1.5}, {"step": 2, "eval_runtime": 9.0}]
+    rows += [{"step": step, f"eval_{name}_loss": 1.0 / step} for step in (1, 2) for name in ("long_rows", "b")]
+    plots.plot_run(rows, tmp_path / "loss.png")
+    lines = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in drawn[0].axes[0].lines}
+    assert lines.pop("loss") == lines.pop("loss, smoothed") == ([1], [2.0])
+    assert lines == {
+        "evaluation loss": ([1], [1.5]),
+        "evaluation loss, long_rows": ([1, 2], [1.0, 0.5]),
+        "evaluation loss, b": ([1, 2], [1.0, 0.5]),
+    }
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 5, 80])
+@pytest.mark.parametrize("draw", [plots.plot_run, plots.plot_rewards])
+def test_ticks_are_whole_steps(draw, steps, tmp_path, drawn):
     draw([{"step": step, "loss": 1.0 / step, "reward": step} for step in range(1, steps + 1)], tmp_path / "run.png")
     for panel in drawn[0].axes:
         low, high = panel.get_xlim()

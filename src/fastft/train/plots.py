@@ -21,9 +21,8 @@ def plot_run(rows: Sequence[Mapping[str, Any]], path: Path, title: str = "") -> 
     steps, values = column(rows, "loss")
     panels[0].plot(steps, values, color="0.75", label="loss")
     panels[0].plot(steps, smooth(values), color="C0", label="loss, smoothed")
-    eval_steps, eval_values = column(rows, "eval_loss")
-    if eval_values:
-        panels[0].plot(eval_steps, eval_values, "o-", color="C1", label="evaluation loss")
+    for number, (name, told) in enumerate(evaluation_losses(rows).items(), start=1):
+        panels[0].plot(*column(rows, name), "o-", color=f"C{number}", label=f"evaluation loss{told}")
     panels[0].legend()
     panels[1].plot(*column(rows, "grad_norm"), color="C2")
     panels[2].plot(*column(rows, "learning_rate"), color="C3")
@@ -34,6 +33,12 @@ def column(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[list[int], lis
     """Return steps and values of one metric, where it was logged as a number."""
     pairs = [(row["step"], row[name]) for row in rows if isinstance(row.get(name), int | float)]
     return [step for step, _ in pairs], [value for _, value in pairs]
+
+
+def evaluation_losses(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Return the names under which losses of evaluations were logged, each with what tells its set from the others."""
+    matches = {key: re.fullmatch("eval_(?:(.+)_)?loss", key) for row in rows for key in row}
+    return {key: f", {match[1]}" if match[1] else "" for key, match in matches.items() if match}
 
 
 def plot_rewards(rows: Sequence[Mapping[str, Any]], path: Path, title: str = "") -> None:
