@@ -9,12 +9,13 @@ from fastft.facade.names import sort_out
 
 def test_an_unknown_argument_is_told_what_it_is_here():
     known, elsewhere = ["rows", "length"], {"dose": "fastft.measure takes it", "rows": "never said: it is known"}
-    names = ["rows", "hidden", "size", "dose", "lenght", "hiden", "zzz"]
+    names = ["rows", "hidden", "size", "dose", "lenght", "hiden", "dosse", "zzz"]
     assert unknown_arguments("f", names, known, {"size": "length"}, elsewhere, ["hidden"]) == [
         "f: unknown argument 'size'; here it is length",
         "f: unknown argument 'dose'; fastft.measure takes it",
         "f: unknown argument 'lenght'; did you mean 'length'?",
         "f: unknown argument 'hiden'; did you mean 'hidden'?",
+        "f: unknown argument 'dosse'; did you mean 'dose'? fastft.measure takes it",
         "f: unknown argument 'zzz'; it takes rows, length",
     ]
     many = [f"field_{number}" for number in range(100)]
@@ -64,11 +65,12 @@ TRAINERS = ("SFTTrainer", "DPOTrainer", "KTOTrainer", "ORPOTrainer", "CPOTrainer
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_a_trainer_says_which_config_takes_a_field(trainer, tmp_path):
     config = trainer.replace("Trainer", "Config")
-    given = {"learning_rate": 1, "lr": 1, "group_by_length": True, "compute": "fp8", "plan": "min"}
+    given = {"learning_rate": 1, "learning_rte": 1, "lr": 1, "group_by_length": True, "compute": "fp8", "plan": "min"}
     with pytest.raises(UsageError) as caught:
         getattr(fastft, trainer)(**given)
     assert list(caught.value.problems) == [
         f"{trainer}: unknown argument 'learning_rate'; {config}(learning_rate=...) takes it",
+        f"{trainer}: unknown argument 'learning_rte'; did you mean 'learning_rate'? {config}(learning_rate=...) takes it",
         f"{trainer}: unknown argument 'lr'; here it is {config}(learning_rate=...)",
         f"{trainer}: unknown argument 'group_by_length'; here it is "
         f"{config}(train_sampling_strategy='group_by_length')",

@@ -112,12 +112,17 @@ def unknown_arguments(
     for name in names:
         if name in all_known:
             continue
-        near = elsewhere.get(name) or did_you_mean(name, all_known)
+        near = elsewhere.get(name) or did_you_mean(name, all_known) or _near_elsewhere(name, elsewhere)
         hint = f"here it is {renamed[name]}" if name in renamed else near
         if not hint and len(known) <= _LISTED:
             hint = f"it takes {', '.join(known)}"
         problems.append(f"{owner}: unknown argument {name!r}" + (f"; {hint}" if hint else ""))
     return problems
+
+
+def _near_elsewhere(name: str, elsewhere: Mapping[str, str]) -> str:
+    near = get_close_matches(name, list(elsewhere), n=1, cutoff=0.6)
+    return f"did you mean {near[0]!r}? {elsewhere[near[0]]}" if near else ""
 
 
 def argument_names(function: Callable[..., Any]) -> list[str]:
