@@ -70,7 +70,8 @@ def test_a_trainer_says_which_config_takes_a_field(trainer, tmp_path):
         getattr(fastft, trainer)(**given)
     assert list(caught.value.problems) == [
         f"{trainer}: unknown argument 'learning_rate'; {config}(learning_rate=...) takes it",
-        f"{trainer}: unknown argument 'learning_rte'; did you mean 'learning_rate'? {config}(learning_rate=...) takes it",
+        f"{trainer}: unknown argument 'learning_rte'; did you mean 'learning_rate'? "
+        f"{config}(learning_rate=...) takes it",
         f"{trainer}: unknown argument 'lr'; here it is {config}(learning_rate=...)",
         f"{trainer}: unknown argument 'group_by_length'; here it is "
         f"{config}(train_sampling_strategy='group_by_length')",
