@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from transformers.integrations.neftune import deactivate_neftune
+
 from fastft.state import base_model
 
 # Attributes that TRL and accelerate set on the instance to wrap the forward.
@@ -22,6 +24,17 @@ def unpatched(model: Any) -> Iterator[None]:
             for name in FORWARDS:
                 part.__dict__.pop(name, None)
             part.__dict__.update(own)
+
+
+@contextmanager
+def noise_ended(trainer: Any) -> Iterator[None]:
+    """Take NEFTune's noise off the embeddings when the block ends; transformers does it for whole runs alone."""
+    try:
+        yield
+    finally:
+        handle = getattr(trainer, "neftune_hook_handle", None)
+        if handle is not None:
+            deactivate_neftune(trainer.model, handle, trainer.accelerator)
 
 
 @contextmanager
