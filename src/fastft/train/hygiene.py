@@ -50,6 +50,17 @@ def own_dtypes(model: Any) -> Iterator[None]:
 
 
 @contextmanager
+def own_adapters(model: Any) -> Iterator[None]:
+    """Take away adapters that are put on an adapted model meanwhile: TRL copies one for the reference of a loss."""
+    before = set(getattr(model, "peft_config", ()))
+    try:
+        yield
+    finally:
+        for name in [name for name in getattr(model, "peft_config", ()) if before and name not in before]:
+            model.delete_adapter(name)
+
+
+@contextmanager
 def head_out_of_sight(model: Any) -> Iterator[None]:
     """Let TRL take a model with an adapter on its head, which its own loss could not train, and ours can."""
     if not hasattr(model, "peft_config"):
