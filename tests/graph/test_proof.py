@@ -3,7 +3,7 @@
 import attrs
 import pytest
 import torch
-from tiny import batch, flat, make, relative, run, with_lora
+from tiny import batch, flat, in_nf4, make, relative, run, with_lora
 
 import fastft
 from fastft.graph.head import head_check
@@ -232,3 +232,26 @@ def test_what_was_proved_of_one_size_is_proved_again_of_another(monkeypatch):
     assert fastft.report(model).refused() == ()
     # Of the first layer's first projection the input needs no gradient; later ones differ in their sizes alone.
     assert len(proved) == len(set(proved)) == 3
+
+
+def test_what_is_captured_without_gradients_is_proved_without_them(monkeypatch, recwarn):
+    """On a CPU bitsandbytes multiplies then by an operation that has none; with gradients it is proved anew."""
+    found = []
+
+    def proving(*args, **kwargs):
+        verdict = prove(*args, **kwargs)
+        found.append((torch.is_grad_enabled(), verdict.ok, verdict.gradient > 0))
+        return verdict
+
+    monkeypatch.setattr("fastft.graph.passes.context.prove", proving)
+    base = in_nf4(tiny_model("llama", dtype=torch.bfloat16, intermediate_size=128))
+    model = fastft.compile(with_lora(base, torch.bfloat16).train(), backend="eager")
+    with torch.no_grad():
+        plain = model(**batch(0), use_cache=False, lengths_vary=True).logits
+    without = len(found)
+    assert without and set(found) == {(False, True, False)}
+    run(model, batch(0))
+    assert len(found) > without and (True, True, True) in found[without:] and all(one[0] for one in found[without:])
+    with torch.no_grad():
+        assert torch.equal(model(**batch(0), use_cache=False, lengths_vary=True).logits, plain)
+    assert not [str(one.message) for one in recwarn if "autograd kernel" in str(one.message)]

@@ -66,26 +66,26 @@ def prove(
     `arguments` hold nodes of the region where the candidate takes tensors. `inputs` overrides the random value of a
     node that needs structure; inputs that are `frozen` need no gradient. Frozen matrices and quantised weights keep
     their values, all else is random. Of a longer batch `PROOF_TOKENS` tokens are taken, unless the region is made for
-    its very length. NaN fails, and so does a candidate that raises.
+    its very length. NaN fails, and so does a candidate that raises. Where gradients are off, as a graph that is never
+    gone back through is captured, none are compared: operations without any may be in it.
     """
     oracle = region_module(owner, region)
     order = list(dict.fromkeys((*region.inputs, *region.parameters.values())))
-    with torch.enable_grad():
-        for length in dict.fromkeys((_proof_length(region), None)):
-            values = _sample(region, binding, seed, length) | _cut(dict(inputs or {}), length)
-            values |= {node: values[node].detach() for node in frozen}
-            try:
-                reference = _run(lambda env: oracle(*(env[node] for node in order)), values, seed)
-                break
-            except RuntimeError as error:  # a size is written into the graph
-                if length is None or isinstance(error, torch.OutOfMemoryError):
-                    raise
+    for length in dict.fromkeys((_proof_length(region), None)):
+        values = _sample(region, binding, seed, length) | _cut(dict(inputs or {}), length)
+        values |= {node: values[node].detach() for node in frozen}
         try:
-            result = _run(lambda env: candidate(*_substitute(arguments, env)), values, seed)
-        except torch.OutOfMemoryError:
-            raise
-        except (FastftError, RuntimeError, ValueError, TypeError, IndexError) as error:  # sizes that do not fit
-            return Verdict(False, math.inf, math.inf, f"cannot be computed so: {str(error).splitlines()[0]}")
+            reference = _run(lambda env: oracle(*(env[node] for node in order)), values, seed)
+            break
+        except RuntimeError as error:  # a size is written into the graph
+            if length is None or isinstance(error, torch.OutOfMemoryError):
+                raise
+    try:
+        result = _run(lambda env: candidate(*_substitute(arguments, env)), values, seed)
+    except torch.OutOfMemoryError:
+        raise
+    except (FastftError, RuntimeError, ValueError, TypeError, IndexError) as error:  # sizes that do not fit
+        return Verdict(False, math.inf, math.inf, f"cannot be computed so: {str(error).splitlines()[0]}")
     return _compare(reference, result, allowed)
 
 

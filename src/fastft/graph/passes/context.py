@@ -148,10 +148,13 @@ def replace_if_proved(
 
     def proved_with(function: Callable[..., object], allowed: Allowed, frozen: frozenset[fx.Node]) -> Verdict:
         found = (*key, allowed.name, *(node in frozen for node in region.inputs))
-        if found not in context.verdicts:
+        modes = (True,) if torch.is_grad_enabled() else (True, False)  # with gradients more is proved
+        known = next((context.verdicts[*found, mode] for mode in modes if (*found, mode) in context.verdicts), None)
+        if known is None:
             given = (replacement.arguments, allowed, replacement.inputs)
-            context.verdicts[found] = prove(graph_module, region, context.binding, function, *given, frozen=frozen)
-        return context.verdicts[found]
+            known = prove(graph_module, region, context.binding, function, *given, frozen=frozen)
+            context.verdicts[*found, modes[-1]] = known
+        return known
 
     verdict = proved(replacement.function, SAME_ROUNDING if replacement.same_rounding else SAME_MATHEMATICS)
     function, compute, not_fp8 = replacement.function, "exact", ""
