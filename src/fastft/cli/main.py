@@ -24,6 +24,17 @@ COMMANDS = (
 )
 
 
+# What people look for here and find in Python -> the function that does it.
+IN_PYTHON = {
+    "train": "fastft.sft",
+    "sft": "fastft.sft",
+    "finetune": "fastft.sft",
+    "dpo": "fastft.preference",
+    "preference": "fastft.preference",
+    "grpo": "fastft.grpo",
+}
+
+
 class LazyGroup(TyperGroup):
     """A group whose commands are imported on first use, so that a look-up does not load torch."""
 
@@ -37,7 +48,12 @@ class LazyGroup(TyperGroup):
         return typer.main.get_command(import_module(module).app) if module else None
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """Let typer suggest near names, which it takes from the commands that it holds itself."""
+        """Say where training is; let typer suggest near names, which it takes from the commands that it holds itself."""
+        if args and args[0] in IN_PYTHON:
+            ctx.fail(
+                f"No such command {args[0]!r}. Training is done in Python, by {IN_PYTHON[args[0]]}: the ten lines of "
+                "README.md show it."
+            )
         if args and args[0] not in dict(COMMANDS):
             self.commands = {name: self.get_command(ctx, name) for name in self.list_commands(ctx)}
         return super().resolve_command(ctx, args)
@@ -68,6 +84,8 @@ def _top(
     ] = False,
 ) -> None:
     """Fine-tune open language models with QLoRA, LoRA or full fine-tuning.
+
+    Training is done in Python alone: README.md has ten lines of it. The commands here do what comes before and after.
 
     Exit codes: 0 done, 1 an error, 2 a check failed, 3 wrong usage, 130 interrupted.
     """
