@@ -202,12 +202,12 @@ def test_wrong_usage_is_3(capsys, arguments, hint):
     assert hint in out(capsys, *arguments, code=3).err
 
 
-@pytest.mark.parametrize(
-    ("name", "function"),
-    [("train", "sft"), ("finetune", "sft"), ("sft", "sft"), ("dpo", "preference"), ("preference", "preference")]
-    + [("grpo", "grpo")],
-)
-def test_who_looks_for_training_is_told_where_it_is(capsys, name, function):
+FUNCTIONS = ["train sft", "finetune sft", "sft sft", "dpo preference", "preference preference", "grpo grpo"]
+
+
+@pytest.mark.parametrize("pair", FUNCTIONS)
+def test_who_looks_for_training_is_told_where_it_is(capsys, pair):
+    name, function = pair.split()
     told = " ".join(out(capsys, name, "--config", "x", code=3).err.split())
     assert f"No such command '{name}'. Training is done in Python, by fastft.{function}: the ten lines of" in told
     assert callable(getattr(fastft, function))

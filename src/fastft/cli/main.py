@@ -48,7 +48,7 @@ class LazyGroup(TyperGroup):
         return typer.main.get_command(import_module(module).app) if module else None
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """Say where training is; let typer suggest near names, which it takes from the commands that it holds itself."""
+        """Say where training is; let typer suggest near names, which it takes from the commands it holds itself."""
         if args and args[0] in IN_PYTHON:
             ctx.fail(
                 f"No such command {args[0]!r}. Training is done in Python, by {IN_PYTHON[args[0]]}: the ten lines of "
