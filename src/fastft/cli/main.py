@@ -93,10 +93,13 @@ def _top(
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code; `arguments` are those after the program's name."""
+    from fastft.noise import quiet
+
     # Not `app(...)`: that would put a hook of its own into `sys`.
     command = typer.main.get_command(app)
     try:
-        command.main(args=arguments, prog_name="fastft")
+        with quiet():  # some libraries warn while they are imported
+            command.main(args=arguments, prog_name="fastft")
     except FastftError as error:
         for line in error.lines():
             print(f"error: {line}", file=sys.stderr)
