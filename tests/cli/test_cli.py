@@ -209,7 +209,8 @@ FUNCTIONS = ["train sft", "finetune sft", "sft sft", "dpo preference", "preferen
 def test_who_looks_for_training_is_told_where_it_is(capsys, pair):
     name, function = pair.split()
     told = " ".join(out(capsys, name, "--config", "x", code=3).err.split())
-    assert f"No such command '{name}'. Training is done in Python, by fastft.{function}: the ten lines of" in told
+    assert f"No such command '{name}'. Training is done in Python, by fastft.{function}: " in told
+    assert "ten lines" in told and "README.md" in told
     assert callable(getattr(fastft, function))
 
 

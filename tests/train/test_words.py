@@ -286,6 +286,11 @@ def test_a_schedule_that_watches_evaluations(name, told):
     assert told(name, eval=DATA[name], **watching).keys() == {"learning_rate"}
 
 
+def test_what_the_plan_calls_an_optimizer_is_told_by_its_name(told):
+    (found,) = told("sft", optimizer="adamw").values()
+    assert found.remedy == "did you mean 'adamw_torch'?"
+
+
 @pytest.mark.parametrize("name", DATA)
 def test_fp16_does_nothing_on_a_cpu(name, told, tmp_path):
     (found,) = told(name, fp16=True).values()

@@ -22,17 +22,11 @@ COMMANDS = (
     ("export", "fastft.cli.export"),
     ("verify", "fastft.cli.verify"),
 )
-
-
-# What people look for here and find in Python -> the function that does it.
-IN_PYTHON = {
-    "train": "fastft.sft",
-    "sft": "fastft.sft",
-    "finetune": "fastft.sft",
-    "dpo": "fastft.preference",
-    "preference": "fastft.preference",
-    "grpo": "fastft.grpo",
-}
+# What people look for here and find in Python -> the function that does it, and what shows how.
+SFT = ("fastft.sft", "the ten lines of README.md show it")
+PREFERENCE = ("fastft.preference", "docs/how-to/preferences.md shows it, README.md has ten lines of fastft.sft")
+GRPO = ("fastft.grpo", "README.md shows it behind the ten lines of fastft.sft")
+IN_PYTHON = {"train": SFT, "sft": SFT, "finetune": SFT, "dpo": PREFERENCE, "preference": PREFERENCE, "grpo": GRPO}
 
 
 class LazyGroup(TyperGroup):
@@ -50,10 +44,8 @@ class LazyGroup(TyperGroup):
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """Say where training is; let typer suggest near names, which it takes from the commands it holds itself."""
         if args and args[0] in IN_PYTHON:
-            ctx.fail(
-                f"No such command {args[0]!r}. Training is done in Python, by {IN_PYTHON[args[0]]}: the ten lines of "
-                "README.md show it."
-            )
+            function, shown = IN_PYTHON[args[0]]
+            ctx.fail(f"No such command {args[0]!r}. Training is done in Python, by {function}: {shown}.")
         if args and args[0] not in dict(COMMANDS):
             self.commands = {name: self.get_command(ctx, name) for name in self.list_commands(ctx)}
         return super().resolve_command(ctx, args)
