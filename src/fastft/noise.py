@@ -5,11 +5,13 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
-# Loggers of bitsandbytes, and how the lines begin that say nothing a reader could act on: a faster CPU kernel that is
-# not installed (fastft never takes it, see `fastft.model.quantize`), and that every 8-bit layer computes in fp16.
+# Loggers, and how their lines begin that say nothing a reader could act on. Of bitsandbytes: a faster CPU kernel that
+# is not installed (fastft never takes it, see `fastft.model.quantize`), and that every 8-bit layer computes in fp16. Of
+# transformers: that a text is longer than the model's rows, to which fastft cuts it, or which it refuses it for.
 _NOISE = {
     "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",
     "bitsandbytes.autograd._functions": "MatMul8bitLt: inputs will be cast",
+    "transformers.tokenization_utils_base": "Token indices sequence length is longer than",
 }
 
 # Warnings to those who call transformers and TRL, and how they begin: PEFT and TRL use older names of methods, and
@@ -19,7 +21,7 @@ _BETWEEN_LIBRARIES = (r"`(is_)?gradient_checkpointing\w*` is deprecated", r"You 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep two lines of bitsandbytes from being printed while the block runs; its loggers are as before afterwards."""
+    """Keep the lines of `_NOISE` from being printed while the block runs; the loggers are as before afterwards."""
     with ExitStack() as stack:
         for name, start in _NOISE.items():
             stack.enter_context(kept_back(name, lambda line, start=start: line.startswith(start)))

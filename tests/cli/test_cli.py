@@ -202,6 +202,22 @@ def test_wrong_usage_is_3(capsys, arguments, hint):
     assert hint in out(capsys, *arguments, code=3).err
 
 
+FUNCTIONS = ["train sft", "finetune sft", "sft sft", "dpo preference", "preference preference", "grpo grpo"]
+
+
+@pytest.mark.parametrize("pair", FUNCTIONS)
+def test_who_looks_for_training_is_told_where_it_is(capsys, pair):
+    name, function = pair.split()
+    told = " ".join(out(capsys, name, "--config", "x", code=3).err.split())
+    assert f"No such command '{name}'. Training is done in Python, by fastft.{function}: " in told
+    assert "ten lines" in told and "README.md" in told
+    assert callable(getattr(fastft, function))
+
+
+def test_help_says_where_training_is(capsys):
+    assert "Training is done in Python alone: README.md" in " ".join(out(capsys, "--help").out.split())
+
+
 def test_help_and_version(capsys):
     assert "registry" in out(capsys, "--help").out
     assert fastft.__version__ in out(capsys, "--version").out

@@ -1,6 +1,9 @@
 """`fastft export` and `fastft verify`: what they write, print and return."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -107,6 +110,11 @@ def test_wrong_use(adapter, tmp_path, capsys):
     assert run(capsys, "export", "lora", adapter, tmp_path / "alone", "--gguf")[0] == 0
     code, _, err = run(capsys, "verify", tmp_path / "alone", "--model", tmp_path / "absent")  # nothing is loaded before
     assert (code, "adapter.gguf']" in err, "the .gguf file of a whole model" in err) == (3, True, True)
+    assert "The GGUF file of an adapter alone cannot be verified: it runs beside its base's file only." in err
+    for quant in ("nonsense", "f16"):
+        code, _, err = run(capsys, "export", "lora", adapter, tmp_path / "typed", "--quant", quant)
+        assert (code, (tmp_path / "typed").exists()) == (3, False)
+        assert f"--quant: expected to be left out without --gguf, got '{quant}'" in err
     assert run(capsys, "verify", adapter)[0] == 3
     (tmp_path / "empty").mkdir()
     for command in (
@@ -142,3 +150,23 @@ def test_files_are_told_of_before_ollama_fails(adapter, tmp_path, capsys, monkey
     assert code == 1
     assert "adapter-q8_0.gguf: q8_0" in out
     assert "ollama create x" in err
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "from fastft.cli.main import main; main(['export', 'merged', {model!r}, {out!r}])",
+        "import fastft; fastft.merge({model!r}, {out!r})",
+        "from fastft.cli.main import main; main(['preview', {rows!r}, '--model', {model!r}])",
+        "import fastft; fastft.preview({rows!r}, {model!r})",
+    ],
+    ids=["export", "merge", "preview", "fastft.preview"],
+)
+def test_nothing_is_said_of_a_cpu_kernel(code, tmp_path):
+    """In a process of its own, since bitsandbytes warns when it is imported."""
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a b", "completion": " c"}\n' * 4)
+    code = code.format(model=str(MODEL_FOLDER), out=str(tmp_path / "m"), rows=str(tmp_path / "rows.jsonl"))
+    code += "; import sys; assert 'bitsandbytes' in sys.modules"
+    environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert "kernels" not in done.stderr + done.stdout

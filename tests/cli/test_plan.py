@@ -376,3 +376,23 @@ def test_the_rank_is_as_high_as_will_do(rank, gpu, enough, folder, capsys):
     found = json.loads(told(capsys, *given, rank, "--json")[1].out)
     assert f"rank {enough}" in [remedy["name"] for remedy in found["remedies"]]
     assert [told(capsys, *given, tried)[0] for tried in (enough, 2 * enough)] == [0, 2]
+
+
+@pytest.mark.parametrize(
+    ("names", "same"),
+    [(("adamw_torch", "adamw_torch_fused"), "adamw"), (("adamw_bnb_8bit", "paged_adamw_8bit"), "adamw_8bit")],
+)
+def test_names_that_transformers_has_for_an_optimizer(names, same, folder, capsys):
+    given = (folder, "--gpu", "24GB", "--json", "--optimizer")
+    plans = [json.loads(told(capsys, *given, name)[1].out) for name in (same, *names)]
+    assert plans[1:] == plans[:1] * 2
+    other = json.loads(told(capsys, *given, "adamw" if same == "adamw_8bit" else "adamw_8bit")[1].out)
+    assert other["peak_bytes"] != plans[0]["peak_bytes"]
+
+
+def test_an_optimizer_that_is_not_known_is_told_with_all_names(folder, capsys):
+    code, out = told(capsys, folder, "--gpu", "24GB", "--optimizer", "adamw_trch")
+    names = "adamw, adamw_8bit, adamw_torch, adamw_torch_fused, adamw_bnb_8bit, paged_adamw_8bit"
+    assert (
+        code == 3 and f"--optimizer: expected one of {names}, got 'adamw_trch'. did you mean 'adamw_torch'?" in out.err
+    )

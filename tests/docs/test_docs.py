@@ -325,6 +325,14 @@ def test_pages_run(page, tmp_path, monkeypatch, own_registry, not_lowered, capsy
         assert len([line for line in said if line.startswith("((1, ")]) == 2
 
 
+@pytest.mark.parametrize("page", ["docs/how-to/packing.md", "docs/how-to/evaluate.md"])
+def test_pages_show_what_their_first_block_prints(page, tmp_path, monkeypatch, own_registry, not_lowered, capsys):
+    monkeypatch.chdir(tmp_path)
+    exec(compile(BLOCKS[page][0], page, "exec"), {"__name__": "page"})
+    shown = next(code for kind, code in FENCE.findall(PAGES[page]) if kind == "text")
+    assert shown.splitlines() == capsys.readouterr().out.splitlines()[-len(shown.splitlines()) :]
+
+
 def test_tutorial_shows_what_fastft_env_prints(monkeypatch, capsys):
     """Its last lines on a machine with triton and without a GPU."""
     from fastft.cli import env, main

@@ -320,3 +320,25 @@ def test_loftq_needs_the_16bit_weights(tiny, tmp_path):
     assert not any("lora" in name for name, _ in again.named_parameters()) and len(adapted(add_lora(again, r=2))) == 14
     with pytest.raises(UsageError, match="dora: expected False with init='loftq'"):
         add_lora(model, init="loftq", dora=True)
+
+
+def test_a_rank_that_no_layer_has_room_for(tiny):
+    model, _ = load(tiny())
+    sizes = {
+        name.rpartition(".")[2]: min(module.in_features, module.out_features)
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and name != "lm_head"
+    }
+    most, least = max(sizes.values()), min(sizes.values())
+    assert least < most
+    with pytest.raises(UsageError) as caught:
+        add_lora(model, r=most + 1, alpha=-1)
+    assert [problem.where for problem in caught.value.problems] == ["alpha", "r"]
+    assert f"r: expected at most {most}, the largest rank that a layer of this model can have" in str(caught.value)
+    adapted = add_lora(model, r=most)
+    (note,) = [note for note in get_state(adapted).notes if "rank" in note]
+    small = [f"{size} in {name}" for name, size in sizes.items() if size < most]
+    assert note.startswith("the rank is above the smaller dimension of some layers, where it adds nothing: ")
+    assert sorted(note.partition("nothing: ")[2].split(", ")) == sorted(small)
+    fits, _ = load(tiny())
+    assert not [note for note in get_state(add_lora(fits, r=least)).notes if "rank" in note]

@@ -226,3 +226,15 @@ def test_a_compiled_model_says_the_same(tiny):
     for _ in range(2):
         assert generate(model, tokenizer, PROMPTS, max_new_tokens=8) == expected
         assert model.training and (model(ids, labels=ids).loss - loss).abs() < 1e-5
+
+
+def test_what_says_how_to_sample_wants_a_temperature(loaded):
+    model, tokenizer = loaded
+    with pytest.raises(UsageError) as caught:
+        generate(model, tokenizer, "a", top_p=0.5, top_k=3, min_p=0.1)
+    assert [(problem.where, problem.value) for problem in caught.value.problems] == [
+        ("top_p", 0.5), ("top_k", 3), ("min_p", 0.1)
+    ]  # fmt: skip
+    assert "top_p: expected to be left out at temperature 0, got 0.5" in str(caught.value)
+    plain = generate(model, tokenizer, "a", max_new_tokens=4)
+    assert generate(model, tokenizer, "a", max_new_tokens=4, top_p=1.0, top_k=0, min_p=0.0) == plain

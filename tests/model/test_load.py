@@ -483,3 +483,10 @@ def test_importing_bitsandbytes_prints_nothing(tiny):
     code = f"import fastft; m, t = fastft.load({str(tiny())!r}); fastft.add_lora(m, r=4); import bitsandbytes"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "kernels" not in done.stderr + done.stdout
+
+
+def test_a_folder_has_no_revision(tiny):
+    with pytest.raises(UsageError) as caught:
+        load(tiny(), revision="v9", dtype="int3")
+    assert [problem.where for problem in caught.value.problems] == ["revision", "dtype"]
+    assert "revision: expected None for a folder, got 'v9'" in str(caught.value)

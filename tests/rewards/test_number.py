@@ -7,7 +7,7 @@ from fractions import Fraction
 import pytest
 
 from fastft.errors import DataError, UsageError
-from fastft.rewards import number
+from fastft.rewards import code, expression, number
 from fastft.rewards.numbers import read_number
 
 READ = {
@@ -133,3 +133,15 @@ def test_long_texts_take_time_in_proportion(piece):
     started = time.process_time()
     read_number(piece * (200_000 // len(piece)))
     assert time.process_time() - started < 5  # squared it would be minutes
+
+
+@pytest.mark.parametrize("column", [5, None, ""])
+def test_a_column_is_a_text(column):
+    with pytest.raises(UsageError) as caught:
+        number(column, tolerance=2.0)
+    assert [problem.where for problem in caught.value.problems] == ["column", "tolerance"]
+    assert f"column: expected the name of a column, a text, got {column!r}" in str(caught.value)
+    with pytest.raises(UsageError, match="tests: expected the name of a column"):
+        code(column, isolation="limits")
+    with pytest.raises(UsageError, match="column: expected the name of a column"):
+        expression(column)

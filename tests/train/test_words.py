@@ -1,6 +1,7 @@
 """Mistakes are told by the names that the caller wrote, in what is expected and to be done as well."""
 
 import pytest
+import torch
 from transformers.trainer_utils import SchedulerType
 
 import fastft
@@ -254,9 +255,14 @@ def test_two_warm_ups(name, told):
 
 
 def test_choices_and_metrics_of_sft(told, tmp_path):
+    (found,) = told("sft", packing=True, packing_strategy="wrapped").values()
+    assert str(found) == (
+        "sft packing_strategy: expected one of bfd, bfd_split, got 'wrapped'. "
+        "It cuts rows in two and lets one attend to another; 'bfd', the default, packs them whole."
+    )
     found = told("sft", packing_strategy="bdf", loss_type="nl", learning_rate=-1)
     assert str(found.pop("packing_strategy")) == (
-        "sft packing_strategy: expected one of bfd, bfd_split, wrapped, got 'bdf'. did you mean 'bfd'?"
+        "sft packing_strategy: expected one of bfd, bfd_split, got 'bdf'. did you mean 'bfd'?"
     )
     assert str(found.pop("loss_type")) == "sft loss_type: expected one of nll, dft, got 'nl'. did you mean 'nll'?"
     assert found.keys() == {"learning_rate"}
@@ -278,3 +284,24 @@ def test_a_schedule_that_watches_evaluations(name, told):
     watching = {"schedule": "reduce_lr_on_plateau", "learning_rate": -1}
     assert told(name, **watching)["schedule"].expected == "an evaluation to watch"
     assert told(name, eval=DATA[name], **watching).keys() == {"learning_rate"}
+
+
+def test_what_the_plan_calls_an_optimizer_is_told_by_its_name(told):
+    (found,) = told("sft", optimizer="adamw").values()
+    assert found.remedy == "did you mean 'adamw_torch'?"
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_fp16_does_nothing_on_a_cpu(name, told, tmp_path):
+    (found,) = told(name, fp16=True).values()
+    assert (found.where, found.value, found.expected) == (
+        f"{name} fp16", True, "False on a CPU, which trains in bf16 or fp32"
+    )  # fmt: skip
+    assert not fastft.SFTConfig(str(tmp_path), fp16=False).fp16
+
+
+def test_a_model_in_fp16_on_a_cpu_asks_for_no_fp16(build_model):
+    from fastft.train.settings import model_defaults
+
+    made = model_defaults(build_model().to(torch.float16), "run", {})
+    assert (made["fp16"], made["bf16"], made["use_cpu"]) == (False, False, True)

@@ -10,7 +10,7 @@ import typer
 from fastft.cli.models import check_weights, folder_of
 from fastft.cli.output import ArgumentsError, JsonOption, checking_arguments, print_json
 from fastft.environment import installed
-from fastft.errors import SaveError, UsageError
+from fastft.errors import Problem, SaveError, UsageError
 
 app = typer.Typer(
     name="export",
@@ -64,7 +64,7 @@ def lora(
     model: Model,
     out: Out,
     gguf: Annotated[bool, typer.Option("--gguf", help="Write OUT/adapter.gguf, beside the base's file.")] = False,
-    quant: Annotated[str, typer.Option(help="With --gguf: f32, f16 or bf16.")] = "f32",
+    quant: Annotated[str | None, typer.Option(help="With --gguf: f32 (the default), f16 or bf16.")] = None,
     json: JsonOption = False,
 ) -> None:
     """Write the adapter alone, with its tokenizer.
@@ -72,9 +72,12 @@ def lora(
     For example: fastft export lora run/first adapter
     """
     _check_installed(*NEEDED, *(["gguf"] if gguf else []))
+    if quant is not None and not gguf:
+        remedy = "The adapter's weights are written as they are; --gguf writes a GGUF file in that type."
+        raise ArgumentsError(Problem("--quant", quant, "to be left out without --gguf", remedy))
     with _quiet(json):
         if gguf:
-            path, said = _lora_gguf(model, out, quant)
+            path, said = _lora_gguf(model, out, quant or "f32")
         else:
             from fastft.export.merge import save_adapter
             from fastft.export.place import check_target

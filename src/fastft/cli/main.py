@@ -22,6 +22,11 @@ COMMANDS = (
     ("export", "fastft.cli.export"),
     ("verify", "fastft.cli.verify"),
 )
+# What people look for here and find in Python -> the function that does it, and what shows how.
+SFT = ("fastft.sft", "the ten lines of README.md show it")
+PREFERENCE = ("fastft.preference", "docs/how-to/preferences.md shows it, README.md has ten lines of fastft.sft")
+GRPO = ("fastft.grpo", "README.md shows it behind the ten lines of fastft.sft")
+IN_PYTHON = {"train": SFT, "sft": SFT, "finetune": SFT, "dpo": PREFERENCE, "preference": PREFERENCE, "grpo": GRPO}
 
 
 class LazyGroup(TyperGroup):
@@ -37,7 +42,10 @@ class LazyGroup(TyperGroup):
         return typer.main.get_command(import_module(module).app) if module else None
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """Let typer suggest near names, which it takes from the commands that it holds itself."""
+        """Say where training is; let typer suggest near names, which it takes from the commands it holds itself."""
+        if args and args[0] in IN_PYTHON:
+            function, shown = IN_PYTHON[args[0]]
+            ctx.fail(f"No such command {args[0]!r}. Training is done in Python, by {function}: {shown}.")
         if args and args[0] not in dict(COMMANDS):
             self.commands = {name: self.get_command(ctx, name) for name in self.list_commands(ctx)}
         return super().resolve_command(ctx, args)
@@ -69,16 +77,21 @@ def _top(
 ) -> None:
     """Fine-tune open language models with QLoRA, LoRA or full fine-tuning.
 
+    Training is done in Python alone: README.md has ten lines of it. The commands here do what comes before and after.
+
     Exit codes: 0 done, 1 an error, 2 a check failed, 3 wrong usage, 130 interrupted.
     """
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code; `arguments` are those after the program's name."""
+    from fastft.noise import quiet
+
     # Not `app(...)`: that would put a hook of its own into `sys`.
     command = typer.main.get_command(app)
     try:
-        command.main(args=arguments, prog_name="fastft")
+        with quiet():  # some libraries warn while they are imported
+            command.main(args=arguments, prog_name="fastft")
     except FastftError as error:
         for line in error.lines():
             print(f"error: {line}", file=sys.stderr)

@@ -15,6 +15,14 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 GB = 10**9
 QUANTS = ("nf4", "int8", "fp8", "none")
+# transformers' names of optimizers -> ours for those that hold as much. The paged one with 32 bits is not among them:
+# of weights in bf16 it holds twice what adamw_torch does.
+OPTIMIZERS = {
+    "adamw_torch": "adamw",
+    "adamw_torch_fused": "adamw",
+    "adamw_bnb_8bit": "adamw_8bit",
+    "paged_adamw_8bit": "adamw_8bit",
+}
 
 
 @app.command()
@@ -28,7 +36,9 @@ def plan(
     quant: Annotated[str, typer.Option(help="nf4, int8, fp8 or none.")] = "nf4",
     rank: Annotated[int | None, typer.Option(help="LoRA's rank, on all linears; 16 if left out.", min=1)] = None,
     full: Annotated[bool, typer.Option("--full", help="Train every weight; with --quant none.")] = False,
-    optimizer: Annotated[str, typer.Option(help="adamw or adamw_8bit.")] = "adamw",
+    optimizer: Annotated[
+        str, typer.Option(help="adamw or adamw_8bit, or what transformers calls them: adamw_torch, adamw_bnb_8bit ...")
+    ] = "adamw",
     compute: Annotated[str, typer.Option(help="exact, fp8 or fp8+head, as fastft.compile takes it.")] = "exact",
     plan: Annotated[
         str,
@@ -73,6 +83,7 @@ def collect(
     from fastft.memory.shape import positions_of, shape_of
     from fastft.registry.resolve import resolve
 
+    optimizer = OPTIMIZERS.get(optimizer, optimizer)
     with checking_arguments():
         device = _check_arguments(gpu, quant, rank, full, optimizer, plan, compute)
     rank = 16 if rank is None else rank
@@ -142,7 +153,7 @@ def _check_arguments(
     elif compute != "exact" and device is not None:
         problems += _without_fp8(device, compute)
     if optimizer not in OPTIMIZER_BYTES:
-        known = tuple(OPTIMIZER_BYTES)
+        known = (*OPTIMIZER_BYTES, *OPTIMIZERS)
         problems.append(Problem("--optimizer", optimizer, f"one of {', '.join(known)}", did_you_mean(optimizer, known)))
     if problems:
         raise UsageError(*problems)

@@ -16,6 +16,7 @@ from fastft.data.mask import IGNORE
 from fastft.data.pieces import Pieces
 from fastft.data.truncation import LENGTHS, TruncationTable, check_lengths, truncation_table
 from fastft.errors import UsageError
+from fastft.noise import quiet
 
 STREAMED = 1000  # rows of a stream that are looked at
 LEAST = 1024  # tokens of a packed row where no length is given and all rows are shorter
@@ -158,7 +159,8 @@ def _rows(
     tokenised: Sequence[Mapping[str, Any]], given: Sequence[Any], tokenizer: Any, max_length: int | None
 ) -> tuple[PreviewRow, ...]:
     """Return rows as the collator that trains makes them."""
-    from fastft.data.training_collator import training_collator
+    with quiet():  # TRL imports what warns then
+        from fastft.data.training_collator import training_collator
 
     names = ("input_ids", "labels")
     cut = [{name: row[name][:max_length] for name in names if name in row} for row in tokenised]

@@ -129,7 +129,7 @@ def verify_export(
     equal first choices, perplexity). With adapters, an artefact must also be nearer to the trained model than to the
     model without them. GGUF files run in llama.cpp (package xllamacpp), or, where that is missing, dequantised through
     transformers, which a note says. What cannot be read has failed, with its reason; a GGUF file of an adapter alone is
-    left out with a note. Nothing is written and the model is left as it was.
+    left out with a note, and refused where there is nothing else. Nothing is written and the model is left as it was.
     """
     notes: list[str] = []
     paths = artefacts_in(artefact, notes)
@@ -185,7 +185,8 @@ def artefacts_in(given: str | Path | Sequence[str | Path], notes: list[str]) -> 
     found = [path for path in found if path not in alone]
     if not found:
         expected = "a merged folder, an adapter's folder, the .gguf file of a whole model, or several"
-        raise UsageError(Problem("artefact", [str(path) for path in alone] or given, expected))
+        remedy = "The GGUF file of an adapter alone cannot be verified: it runs beside its base's file only."
+        raise UsageError(Problem("artefact", [str(path) for path in alone] or given, expected, remedy if alone else ""))
     return found
 
 

@@ -16,6 +16,7 @@ from fastft.export.folder import Found, assumptions, find_weights, load_folder
 from fastft.export.stored import StoredTensor, stored_tensors
 from fastft.model import files
 from fastft.model.dense import dense_like, dense_weight
+from fastft.noise import quiet
 from fastft.state import ModelState, base_model, get_state
 
 BASES = ("dequantised", "original")
@@ -101,7 +102,8 @@ def weight_source(model_or_folder: Any, base: str = "dequantised", device: torch
     if isinstance(model_or_folder, nn.Module):
         return _of_model(model_or_folder, base)
     if isinstance(model_or_folder, str | Path):
-        return _of_folder(Path(model_or_folder).expanduser(), base, device)
+        with quiet():  # PEFT imports what warns then
+            return _of_folder(Path(model_or_folder).expanduser(), base, device)
     remedy = "Pass the model that fastft.load or add_lora returned, or the path of a folder."
     raise UsageError(Problem("model_or_folder", type(model_or_folder).__name__, "a model or a path", remedy))
 

@@ -88,6 +88,7 @@ def add_lora(
     config = _config(base, state, given, options)
     tokens = _token_notes(config.trainable_token_indices)
     adapted, notes = _adapt(base, state, config, seed, init == "loftq")
+    notes += _wasted(adapted)
     adapted.train(model.training)
     if notes or tokens:
         update_state(adapted, notes=(*state.notes, *notes, *tokens))
@@ -179,7 +180,7 @@ def problems_of(model: Any, given: Mapping[str, Any], options: Mapping[str, Any]
             "Loading the adapter repeats the random decomposition with this seed; or take init='pissa', which is exact."
         )
         problems.append(Problem("seed", given["seed"], f"{DEFAULT_SEED} with init={given['init']!r}", remedy))
-    problems += _module_problems(model, given)
+    problems += [*_rank_problems(base_model(model), given["r"]), *_module_problems(model, given)]
     return problems + _option_problems(options)
 
 
@@ -197,6 +198,34 @@ def _number_problems(given: Mapping[str, Any]) -> list[Problem]:
             Problem("bias", bias, "'none', 'all' or 'lora_only'", did_you_mean(str(bias), ("none", "all", "lora_only")))
         )
     return problems
+
+
+def _rank_problems(base: nn.Module, r: Any) -> list[Problem]:
+    """Return what is wrong with a rank that no linear layer of the model has room for."""
+    layers = [module for module in base.modules() if isinstance(module, nn.Linear)]
+    inner = [module for module in layers if module is not base.get_output_embeddings()]
+    most = max((min(module.in_features, module.out_features) for module in inner or layers), default=None)
+    if most is None or not isinstance(r, int) or r <= most:
+        return []
+    remedy = "A layer's change has no higher rank than its smaller dimension: what is above it is computed for nothing."
+    return [Problem("r", r, f"at most {most}, the largest rank that a layer of this model can have", remedy)]
+
+
+def _wasted(adapted: nn.Module) -> list[str]:
+    """Return a note on layers whose smaller dimension is below the rank of their adapter."""
+    from peft.tuners.lora.layer import LoraLayer
+
+    wasted = {}
+    for name, module in adapted.named_modules():
+        if isinstance(module, LoraLayer) and module.r:
+            least, rank = min(module.in_features, module.out_features), max(module.r.values())
+            if rank > least:
+                wasted[name.rpartition(".")[2]] = f"{least} in {name.rpartition('.')[2]}"
+    if not wasted:
+        return []
+    return [
+        f"the rank is above the smaller dimension of some layers, where it adds nothing: {', '.join(wasted.values())}"
+    ]
 
 
 def _init_problems(init: Any, r: Any, dora: Any, quant: str | None, source: str) -> list[Problem]:

@@ -49,13 +49,14 @@ def generate(
     Raises `UsageError` for wrong arguments and for prompts that do not fit, `DataError` for conversations that cannot
     be rendered.
     """
-    _check(max_new_tokens, temperature, top_p, options)
+    _check(max_new_tokens, temperature, {"top_p": top_p, "top_k": top_k, "min_p": min_p}, options)
     batch = as_batch(prompts)
     if stream and len(batch) != 1:
         raise UsageError(Problem("stream", True, f"one prompt, not {len(batch)}", "Leave stream out for a batch."))
     if not batch:
         return []
-    encoded = _encode(model, tokenizer, batch, template or {})
+    with quiet():
+        encoded = _encode(model, tokenizer, batch, template or {})
     config = _generation_config(model, tokenizer, _room(model, encoded, max_new_tokens), temperature, options)
     for name, value in (
         ("top_p", top_p),
@@ -76,7 +77,11 @@ def generate(
     return tokenizer.batch_decode(out[:, encoded["input_ids"].shape[1] :], skip_special_tokens=skip_special_tokens)
 
 
-def _check(max_new_tokens: Any, temperature: Any, top_p: Any, options: Mapping[str, Any]) -> None:
+# What says from which tokens one is sampled -> the value of it that leaves none out.
+SAMPLING = {"top_p": 1, "top_k": 0, "min_p": 0}
+
+
+def _check(max_new_tokens: Any, temperature: Any, sampling: Mapping[str, Any], options: Mapping[str, Any]) -> None:
     from transformers import GenerationConfig
 
     problems: list[Problem | str] = []
@@ -88,8 +93,14 @@ def _check(max_new_tokens: Any, temperature: Any, top_p: Any, options: Mapping[s
         or not 0 <= temperature < float("inf")
     ):
         problems.append(Problem("temperature", temperature, "a number of at least 0"))
+    top_p = sampling["top_p"]
     if top_p is not None and not (isinstance(top_p, (int, float)) and 0 < top_p <= 1):
         problems.append(Problem("top_p", top_p, "a number above 0 and up to 1"))
+    idle = {name: value for name, value in sampling.items() if value is not None and value != SAMPLING[name]}
+    if temperature == 0 and not isinstance(temperature, bool):
+        remedy = "At temperature 0, the default, the likeliest token is taken each time: set temperature to sample."
+        expected = "to be left out at temperature 0"
+        problems += [Problem(name, value, expected, remedy) for name, value in idle.items()]
     ours = argument_names(generate)
     instead = {"do_sample": "temperature above 0 samples, 0 does not"}
     theirs = [name for name in vars(GenerationConfig()) if not name.startswith("_") and name not in instead]

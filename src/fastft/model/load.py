@@ -102,7 +102,7 @@ def load(
 
     Raises `UsageError` for arguments that cannot work (all at once) and `LoadError` for files that cannot be loaded.
     """
-    _check_arguments(quant, dtype, max_length, full, device, options)
+    _check_arguments(quant, dtype, max_length, full, device, options, _revision_problem(path_or_id, revision))
     request = _Request(
         str(path_or_id),
         quant,
@@ -123,9 +123,15 @@ def load(
 
 
 def _check_arguments(
-    quant: object, dtype: object, max_length: object, full: object, device: object, options: Mapping[str, Any]
+    quant: object,
+    dtype: object,
+    max_length: object,
+    full: object,
+    device: object,
+    options: Mapping[str, Any],
+    *told: Problem | None,
 ) -> None:
-    problems: list[Problem | str | None] = [quant_problem(quant), dtype_problem(dtype), device_problem(device)]
+    problems: list[Problem | str | None] = [*told, quant_problem(quant), dtype_problem(dtype), device_problem(device)]
     if max_length is not None and (not isinstance(max_length, int) or isinstance(max_length, bool) or max_length < 1):
         problems.append(Problem("max_length", max_length, "a positive number of tokens, or None"))
     if full and quant is not None:
@@ -136,6 +142,14 @@ def _check_arguments(
     found = [problem for problem in problems if problem is not None]
     if found:
         raise UsageError(*found)
+
+
+def _revision_problem(path_or_id: str | Path, revision: str | None) -> Problem | None:
+    """Return what is wrong with a revision of a folder here, which has none."""
+    if revision is None or not Path(path_or_id).expanduser().is_dir():
+        return None
+    remedy = f"{str(path_or_id)!r} is a folder here, which is read as it stands; only models of the hub have revisions."
+    return Problem("revision", revision, "None for a folder", remedy)
 
 
 def _load_model(request: _Request, folder: Path) -> tuple[Any, Any]:

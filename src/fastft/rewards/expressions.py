@@ -7,7 +7,7 @@ from typing import Any
 
 from fastft.environment import installed
 from fastft.errors import DataError, Problem, UsageError
-from fastft.rewards.making import Reward, named, values_of
+from fastft.rewards.making import Reward, column_problems, named, values_of
 from fastft.rewards.sandbox import Limits, run
 from fastft.rewards.text import answer_of, text_of
 
@@ -31,8 +31,11 @@ def expression(column: str = "answer", *, seconds: float = 5.0, name: str = "exp
         raise UsageError(
             Problem("expression", "not installed", "the package math-verify", "pip install 'fastft[rewards]'")
         )
+    problems = column_problems("column", column)
     if seconds <= 0:
-        raise UsageError(Problem("seconds", seconds, "a number above 0"))
+        problems.append(Problem("seconds", seconds, "a number above 0"))
+    if problems:
+        raise UsageError(*problems)
 
     def reward(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
         wanted = values_of(columns, column, name, len(completions))

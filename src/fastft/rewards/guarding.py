@@ -13,7 +13,8 @@ from attrs import evolve, frozen
 from fastft.errors import Problem, RewardError, UsageError
 from fastft.rewards.checking import Failure, checked
 from fastft.rewards.deadline import Overdue, within
-from fastft.rewards.traits import is_async, is_module, name_of, parts_of
+from fastft.rewards.making import CALLED_WITH
+from fastft.rewards.traits import asked_of, is_async, is_module, name_of, parts_of
 
 _log = logging.getLogger(__name__)
 # Functions that trainers pass along for logging; what a failed call had logged is forgotten.
@@ -181,6 +182,19 @@ def columns_of(functions: Iterable[Any]) -> list[tuple[str, str]]:
         if isinstance(column, str) and not is_module(inner):
             wanted.append((name_of(inner), column))
         wanted += columns_of(parts_of(inner))
+    return wanted
+
+
+def parameters_of(functions: Iterable[Any]) -> list[tuple[str, str]]:
+    """Return (name of the reward, parameter) for all that rewards must be called with, parts of sums too.
+
+    What every reward is called with, `prompts` and `completions`, is left out.
+    """
+    wanted = []
+    for function in functions:
+        inner = function.function if isinstance(function, Guarded) else function
+        wanted += [(name_of(inner), name) for name in asked_of(inner) if name not in CALLED_WITH]
+        wanted += parameters_of(parts_of(inner))
     return wanted
 
 

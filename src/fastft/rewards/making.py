@@ -6,7 +6,8 @@ from typing import Any
 from fastft.errors import DataError, Problem, UsageError, did_you_mean, short
 from fastft.rewards.text import text_of
 
-# What trainers pass along that is no column of the data.
+# What trainers call every reward with, and what they pass along that is no column of the data.
+CALLED_WITH = ("prompts", "completions")
 NO_COLUMNS = ("completion_ids", "trainer_state", "log_extra", "log_metric", "environments")
 Reward = Callable[..., list[float | None]]
 
@@ -61,6 +62,20 @@ def missing_column(name: str, column: str, columns: Iterable[str]) -> Problem:
     there = sorted(other for other in columns if other not in NO_COLUMNS)
     shown = ", ".join(map(repr, there)) or "there are none"
     return Problem(f"{name}: column", column, f"one of the data's columns ({shown})", did_you_mean(column, there))
+
+
+def missing_parameter(name: str, parameter: str, columns: Iterable[str]) -> Problem:
+    """Return what is to be told of a parameter of a reward that the data have no column for."""
+    there = sorted(other for other in columns if other not in NO_COLUMNS)
+    shown = ", ".join(map(repr, there)) or "there are none"
+    remedy = did_you_mean(parameter, [*there, *CALLED_WITH, *NO_COLUMNS]) or "Give it a default to go without."
+    expected = f"prompts, completions or one of the data's columns ({shown})"
+    return Problem(f"{name}: parameter", parameter, expected, remedy)
+
+
+def column_problems(argument: str, column: Any) -> list[Problem]:
+    """Return what is wrong with what an argument gives for the name of a column."""
+    return [] if isinstance(column, str) and column else [Problem(argument, column, "the name of a column, a text")]
 
 
 def named(reward: Reward, name: str, column: str | None = None) -> Reward:

@@ -10,7 +10,7 @@ from typing import Any
 from attrs import frozen
 
 from fastft.errors import DataError, Problem, UsageError
-from fastft.rewards.making import Reward, against_column
+from fastft.rewards.making import Reward, against_column, column_problems
 from fastft.rewards.text import answer_of
 
 _LONGEST = 400  # characters of one number; what is longer is none, as huge numbers cost time and memory
@@ -70,8 +70,11 @@ def number(column: str = "answer", *, tolerance: float = 0.0, name: str = "numbe
 
     Raises `DataError` for a row whose column is no number.
     """
+    problems = column_problems("column", column)
     if not 0 <= tolerance < 1:
-        raise UsageError(Problem("tolerance", tolerance, "a number from 0 to below 1"))
+        problems.append(Problem("tolerance", tolerance, "a number from 0 to below 1"))
+    if problems:
+        raise UsageError(*problems)
     allowed = Fraction(str(tolerance))
 
     def score(text: str, wanted: Any) -> float:

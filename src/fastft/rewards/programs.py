@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastft.errors import DataError, Problem, UsageError
-from fastft.rewards.making import Reward, named, values_of
+from fastft.rewards.making import Reward, column_problems, named, values_of
 from fastft.rewards.sandbox import Isolation, Limits, missing, run
 from fastft.rewards.text import fenced, text_of
 
@@ -40,10 +40,13 @@ def code(
     Raises `UsageError` where this host cannot isolate programs in full; `isolation="limits"` accepts what
     `fastft.rewards.sandbox.missing()` then names. Raises `DataError` for a row whose tests are neither texts nor None.
     """
+    problems = column_problems("tests", tests)
     if isolation not in ("full", "limits"):
-        raise UsageError(Problem("isolation", isolation, "'full' or 'limits'"))
+        problems.append(Problem("isolation", isolation, "'full' or 'limits'"))
     if workers is not None and workers < 1:
-        raise UsageError(Problem("workers", workers, "a number above 0"))
+        problems.append(Problem("workers", workers, "a number above 0"))
+    if problems:
+        raise UsageError(*problems)
     if isolation == "full" and missing():
         run({"empty.py": ""}, "empty.py", isolation=isolation)  # raises the reason now, not in the first step
     allowed = limits or Limits()

@@ -1,7 +1,9 @@
 """Rewards that are to see texts, for a trainer that hands them messages."""
 
+import contextlib
 import copy
 import functools
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,7 +32,9 @@ def of_texts(function: Any) -> Any:
         return await function(**_as_texts(*given, **named))
 
     made = awaited if is_async(function) else plain
-    functools.update_wrapper(made, function)  # its signature, and the columns that it looks at
+    functools.update_wrapper(made, function)  # the columns that it looks at
+    with contextlib.suppress(TypeError, ValueError):  # some do not tell theirs
+        made.__signature__ = inspect.signature(function, follow_wrapped=False)  # type: ignore[attr-defined]
     made.__name__ = name_of(function)
     return made
 

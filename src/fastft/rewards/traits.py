@@ -32,6 +32,21 @@ def is_module(thing: Any) -> bool:
     return torch is not None and isinstance(thing, torch.nn.Module)
 
 
+def asked_of(function: Any) -> tuple[str, ...]:
+    """Return the parameters without which a reward cannot be called; of what does not tell, and of models, none.
+
+    A decorator may hand the function that it wraps what it asks for: its own parameters count.
+    """
+    if not callable(function) or is_module(function):
+        return ()
+    try:
+        parameters = inspect.signature(function, follow_wrapped=False).parameters.values()
+    except (TypeError, ValueError):
+        return ()
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return tuple(one.name for one in parameters if one.kind in named and one.default is one.empty)
+
+
 def parts_of(function: Any) -> tuple[Any, ...]:
     """Return the rewards that a sum of rewards is made of; of any other, and of other things called parts, none."""
     parts = getattr(function, "parts", ())

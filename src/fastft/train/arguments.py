@@ -120,6 +120,7 @@ def config_fields(
     return {plain.get(name, name): value for name, value in options.items() if value is not None}
 
 
+NO_EVAL = "Pass them (eval=, of a trainer eval_dataset=), or leave it out."
 # Fields that ask for evaluations.
 EVALUATING = ("eval_strategy", "eval_steps", "early_stopping_patience", "load_best_model_at_end")
 
@@ -129,11 +130,16 @@ def unevaluated(owner: str, asked: Mapping[str, Any]) -> list[Problem]:
 
     Who says that nothing is evaluated needs none: how often is `contradictions`' to refuse then.
     """
-    remedy = "Pass them (eval=, of a trainer eval_dataset=), or leave it out."
     never = "eval_strategy" in asked and text_of(asked["eval_strategy"]) == "no"
     names = EVALUATING[2:] if never else EVALUATING
     wanted = {name: asked[name] for name in names if asked.get(name) is not None and asked[name] is not False}
-    return [Problem(f"{owner} {name}", value, "evaluation data beside it", remedy) for name, value in wanted.items()]
+    return [Problem(f"{owner} {name}", value, "evaluation data beside it", NO_EVAL) for name, value in wanted.items()]
+
+
+def uncalled(owner: str, functions: Mapping[str, Any]) -> list[Problem]:
+    """Return those of the functions given that evaluations would call, where there are no data for them."""
+    given = {name: getattr(one, "__name__", one) for name, one in functions.items() if one is not None}
+    return [Problem(f"{owner} {name}", one, "evaluation data beside it", NO_EVAL) for name, one in given.items()]
 
 
 def refuse_unevaluated(args: Any, eval_dataset: Any) -> None:
@@ -333,16 +339,17 @@ def _wrong_choices(args: Any) -> list[Problem]:
     return problems
 
 
-def refuse_pair(model: Any, tokenizer: Any = None) -> None:
+def refuse_pair(model: Any, tokenizer: Any = None, needed: bool = False) -> None:
     """Raise `UsageError` if `model` is no language model or `tokenizer` no tokenizer: swapped, say, or both in one.
 
-    None stands for a tokenizer that is not given.
+    None stands for a tokenizer that is not given, which is wrong where one is `needed`.
     """
     problems = []
     if not hasattr(model, "parameters") or not hasattr(model, "get_input_embeddings"):
         remedy = "fastft.load returns the pair (model, tokenizer); pass each in its place."
         problems.append(Problem("model", type(model).__name__, "a model", remedy))
-    if tokenizer is not None and not callable(getattr(tokenizer, "convert_tokens_to_ids", None)):
+    left = tokenizer is None and not needed
+    if not left and not callable(getattr(tokenizer, "convert_tokens_to_ids", None)):
         problems.append(Problem("tokenizer", type(tokenizer).__name__, "a tokenizer"))
     if problems:
         raise UsageError(*problems)

@@ -74,7 +74,15 @@ class Settings:
 
     def mistakes(self) -> list[Problem]:
         """Return all fields that cannot be meant."""
-        return [*arguments.value_problems(self), *best.problems(self)]
+        return [*arguments.value_problems(self), *best.problems(self), *_idle_on_cpu(self)]
+
+
+def _idle_on_cpu(args: Settings) -> list[Problem]:
+    """Return an fp16 that would do nothing: on a CPU there is neither autocast to it nor a scale of gradients."""
+    if args.fp16 is not True or args.bf16 is True or not (args.use_cpu or not torch.accelerator.is_available()):
+        return []
+    remedy = "Leave it out: the model's own dtype decides, which fastft.load(dtype=...) chooses."
+    return [Problem(f"{type(args).__name__} fp16", True, "False on a CPU, which trains in bf16 or fp32", remedy)]
 
 
 def model_defaults(model: Any, output_dir: str, fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -84,7 +92,7 @@ def model_defaults(model: Any, output_dir: str, fields: Mapping[str, Any]) -> di
     return {
         "output_dir": output_dir,
         "bf16": weight.dtype is torch.bfloat16 and not chosen,
-        "fp16": weight.dtype is torch.float16 and not chosen,
+        "fp16": weight.dtype is torch.float16 and not chosen and weight.device.type != "cpu",
         "use_cpu": weight.device.type == "cpu",
         "logging_steps": 1,
     }

@@ -1,5 +1,6 @@
 """What GRPO refuses, and how it is told."""
 
+import functools
 import re
 
 import pytest
@@ -9,6 +10,7 @@ from transformers import AutoModelForSequenceClassification
 import fastft
 from fastft.errors import DataError, UsageError
 from fastft.rewards import combine, length, number
+from fastft.rewards.texts import of_texts
 from fastft.train.grpo.config import GRPOConfig
 from fastft.train.grpo.prompts import prompt_datasets
 from fastft.train.grpo.trainer import GRPOTrainer
@@ -86,6 +88,58 @@ def test_a_reward_that_takes_no_other_names_is_told_before_anything_is_sampled(t
 
     with pytest.raises(UsageError, match=r"'short\(prompts, completions, answer=None\)'.*end it with \*\*columns"):
         trainer(rewards=[short, even])
+
+
+def asks(prompts, completions, anwser, **columns):
+    return [float(wanted in text) for text, wanted in zip(completions, anwser, strict=True)]
+
+
+async def later(prompts, completions, *, anwser, trainer_state, **columns):
+    return asks(prompts, completions, anwser)
+
+
+class Asking:
+    def __call__(self, prompts, completions, completion, **columns):
+        return [0.0 for _ in completions]
+
+
+def bringing(function):
+    """Decorate a function so that it gets what it asks for, whatever the data have."""
+
+    @functools.wraps(function)
+    def with_answers(prompts, completions, **columns):
+        return function(prompts, completions, anwser=["w1"] * len(completions))
+
+    return with_answers
+
+
+def test_a_reward_that_asks_for_no_column_of_the_data_is_told_before_anything_is_sampled(
+    trainer, build_model, tokenizer, config
+):
+    rows = [{"prompt": prompt, "answer": "w1"} for prompt in PROMPTS]
+    wrong = [asks, functools.partial(asks), combine({asks: 0.5}), later, Asking()]
+    with pytest.raises(UsageError) as caught:
+        trainer(prompts=rows, rewards=wrong)
+    names = ["asks", "asks", "asks", "later", "Asking"]
+    assert [problem.where for problem in caught.value.problems] == [f"{name}: parameter" for name in names]
+    expected = "expected prompts, completions or one of the data's columns ('answer'), got"
+    assert str(caught.value.problems[0]) == f"asks: parameter: {expected} 'anwser'. did you mean 'answer'?"
+    assert str(caught.value.problems[4]) == f"Asking: parameter: {expected} 'completion'. did you mean 'completions'?"
+    with pytest.raises(UsageError, match=r"asks: parameter: expected prompts, completions or one of the data's"):
+        fastft.grpo(build_model(), tokenizer, rows, asks, config["output_dir"], engine=GivenRollouts(), generations=4)
+
+
+def test_rewards_that_are_given_what_they_ask_for_are_taken(trainer):
+    rows = [{"prompt": prompt, "answer": "w1"} for prompt in PROMPTS]
+
+    def given(
+        prompts, completions, answer, completion_ids, trainer_state, log_extra, log_metric, anwser=None, **columns
+    ):
+        return [0.0 for _ in completions]
+
+    decorated = bringing(asks)
+    rewards = [given, functools.partial(asks, anwser="w1"), decorated, of_texts(decorated), of_texts(given)]
+    assert len(trainer(prompts=rows, rewards=rewards).reward_funcs) == 5
 
 
 def test_one_reward_alone(build_model, tokenizer, config):

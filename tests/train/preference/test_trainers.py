@@ -452,3 +452,8 @@ def test_preferred_answers_become_more_likely(loss, tmp_path):
     margins = [row["eval_rewards/margins"] for row in history if "eval_rewards/margins" in row]
     assert margins[1] > margins[0] > result.margins[0][1] and len(result.losses) == 8, (result.margins, margins)
     assert result.record["method"] == ("cpo" if loss == "simpo" else loss)
+
+
+def test_a_tokenizer_is_wanted(build_model, settings):
+    with pytest.raises(UsageError, match="tokenizer: expected a tokenizer, got 'NoneType'"):
+        fastft.preference(build_model(), None, pairs(), settings["output_dir"], steps=1)

@@ -310,3 +310,45 @@ def test_what_train_on_says_is_not_said_otherwise(tmp_path, build_model, tokeniz
         f"sft assistant_only_loss: expected it left out, got False. {remedy}",
         f"sft completion_only_loss: expected it left out, got True. {remedy}",
     ]
+
+
+def test_metrics_without_rows_to_measure_are_refused(build_model, tokenizer, tmp_path):
+    def share(predictions):
+        return {"share": 1.0}
+
+    with pytest.raises(UsageError) as caught:
+        sft(build_model(), tokenizer, [row()], tmp_path, compute_metrics=share, overlong="cut", **OPTIONS)
+    assert [problem.where for problem in caught.value.problems] == ["overlong", "sft compute_metrics"]
+    told = "sft compute_metrics: expected evaluation data beside it, got 'share'. Pass them (eval=, of a trainer"
+    assert told in str(caught.value)
+
+
+def test_a_text_that_is_too_long_is_told_in_our_words_alone(build_model, tokenizer, tmp_path, monkeypatch):
+    """transformers warns of indexing errors, of what is cut or refused here."""
+    logger, said = logging.getLogger("transformers.tokenization_utils_base"), []
+
+    class Heard(logging.Handler):
+        def emit(self, record):
+            said.append(record.getMessage())
+
+    handler = Heard()
+    monkeypatch.setattr(logger, "handlers", [handler])
+    monkeypatch.setattr(logger, "level", logging.WARNING)
+    monkeypatch.setattr(tokenizer, "model_max_length", 8)
+
+    def heard():
+        tokenizer.deprecation_warnings.clear()  # it says so once
+        told, said[:] = list(said), []
+        return told
+
+    tokenizer("w1 " * 20)
+    assert "indexing errors" in heard()[0]
+    rows = [{"prompt": "w1 " * 40, "chosen": " w2", "rejected": " w3"}]
+    with pytest.raises(DataError, match="all 1 have a prompt that fills max_length=16"):
+        fastft.preference(build_model(), tokenizer, rows, tmp_path, max_length=16, compile=False, steps=1)
+    assert heard() == []
+    model = build_model()
+    update_state(model, max_length=16)
+    with pytest.raises(UsageError, match="fewer than the model's 16 tokens"):
+        fastft.generate(model, tokenizer, "w1 " * 40)
+    assert heard() == []

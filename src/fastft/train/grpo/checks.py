@@ -9,8 +9,8 @@ import torch
 from fastft.errors import LoadError, Problem, UsageError
 from fastft.model.files import locate
 from fastft.rewards import guard
-from fastft.rewards.guarding import columns_of, problems_of
-from fastft.rewards.making import NO_COLUMNS, missing_column
+from fastft.rewards.guarding import columns_of, parameters_of, problems_of
+from fastft.rewards.making import NO_COLUMNS, missing_column, missing_parameter
 from fastft.rewards.traits import name_of
 from fastft.state import base_model
 from fastft.train.grpo import prompts
@@ -28,7 +28,7 @@ def listed(functions: Any) -> list[Any]:
 
 
 def refuse_columns(functions: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    """Raise `UsageError` for columns that rewards of `fastft.rewards` look at and the data do not have."""
+    """Raise `UsageError` for columns that rewards look at, or must be called with, and the data do not have."""
     problems = []
     for argument in ("train_dataset", "eval_dataset"):
         data = kwargs.get(argument)
@@ -37,8 +37,9 @@ def refuse_columns(functions: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
             if there is None:
                 continue  # a stream that does not say its columns
             others = [column for column in there if column not in ("prompt", "completion")]
-            wanted = [pair for pair in columns_of(functions) if pair[1] not in (*others, *NO_COLUMNS)]
-            problems += [missing_column(name, column, others) for name, column in wanted]
+            known = (*others, *NO_COLUMNS)
+            for told, wanted in ((missing_column, columns_of), (missing_parameter, parameters_of)):
+                problems += [told(name, one, others) for name, one in wanted(functions) if one not in known]
     if problems:
         raise UsageError(*problems)
 

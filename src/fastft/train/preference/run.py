@@ -91,7 +91,7 @@ def preference(
         raise UsageError(Problem("preference loss", loss, f"one of {', '.join(LOSSES)}", near))
     if ref_model is not None and loss not in ("dpo", "kto"):
         raise UsageError(Problem("preference ref_model", "a model", f"none: {loss!r} has no reference"))
-    arguments.refuse_pair(model, tokenizer)
+    arguments.refuse_pair(model, tokenizer, needed=True)
     chosen = LOSSES[loss]
     module = import_module(chosen.module)
     trainer_class, config_class = getattr(module, chosen.trainer), getattr(module, chosen.config)

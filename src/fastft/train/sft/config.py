@@ -19,9 +19,11 @@ MEASURED, LOSS_ALONE = Measured(("loss", "perplexity", "mean_token_accuracy")), 
 # What fields may be, and older words for it that TRL takes.
 CHOICES = {
     "cuda_graphs": (MODES, ()),
-    "packing_strategy": (("bfd", "bfd_split", "wrapped"), ("bfd-requeue",)),
+    "packing_strategy": (("bfd", "bfd_split"), ("bfd-requeue",)),
     "loss_type": (("nll", "dft"), ("chunked_nll",)),
 }
+# Choices of TRL's that are none here, and what to say of them.
+NOT_HERE = {"wrapped": "It cuts rows in two and lets one attend to another; 'bfd', the default, packs them whole."}
 
 
 @dataclasses.dataclass
@@ -77,7 +79,7 @@ class SFTConfig(settings.Settings, trl.SFTConfig):
         for name, (known, older) in CHOICES.items():
             value = getattr(self, name)
             if value not in (*known, *older):
-                remedy = did_you_mean(str(value), known)
+                remedy = NOT_HERE.get(str(value)) or did_you_mean(str(value), known)
                 wrong.append(Problem(f"{owner} {name}", value, f"one of {', '.join(known)}", remedy))
         return [*wrong, *super().mistakes()]
 

@@ -66,7 +66,8 @@ def sft(
     Raises `UsageError`, `DataError`, `SaveError`.
     """
     arguments.refuse_pair(model, tokenizer)
-    if wrong := [*check.overlong_problems(overlong or "refuse"), *_said_by_train_on(options)]:
+    uncalled = [] if eval is not None else arguments.uncalled("sft", {"compute_metrics": compute_metrics})
+    if wrong := [*check.overlong_problems(overlong or "refuse"), *_said_by_train_on(options), *uncalled]:
         raise UsageError(*wrong)
     given = {"train": train} | ({} if eval is None else {"eval": eval})
     with in_words_of("sft", SFTTrainer, SFTConfig, config, options, arguments.PLAIN):
