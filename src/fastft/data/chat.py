@@ -18,7 +18,6 @@ from fastft.data.check import (
     overlong_problems,
     refuse_empty,
     refuse_unlearnable,
-    tokenizer_problem,
     whole_number,
 )
 from fastft.data.control import find_control
@@ -28,6 +27,7 @@ from fastft.data.rendering import templates_of
 from fastft.data.sources import open_named
 from fastft.data.tokenise import Encoder, Row, Unlearnable
 from fastft.errors import DataError, Problem, UsageError, did_you_mean
+from fastft.given import tokenizer_problem
 
 TrainOn = Literal["assistant", "last", "completion", "all"]
 TRAIN_ON = ("assistant", "last", "completion", "all")

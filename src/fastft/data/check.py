@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral
-from pathlib import Path
 from typing import Any
 
 from attrs import evolve
@@ -233,16 +232,6 @@ def _parts_problem(where: str, parts: Sequence[Any]) -> Problem | None:
             if problem:
                 return problem
     return None
-
-
-def tokenizer_problem(tokenizer: Any) -> Problem | None:
-    """Return what is wrong with something that is given as a tokenizer."""
-    if callable(getattr(tokenizer, "convert_tokens_to_ids", None)):
-        return None
-    path = isinstance(tokenizer, str | Path)
-    remedy = f"transformers.AutoTokenizer.from_pretrained({str(tokenizer)!r}) loads it." if path else ""
-    remedy = "Pass its .tokenizer." if hasattr(tokenizer, "tokenizer") else remedy
-    return Problem("tokenizer", short(str(tokenizer)) if path else type(tokenizer).__name__, "a tokenizer", remedy)
 
 
 def whole_number(value: Any) -> bool:

@@ -217,6 +217,7 @@ MEASURES = {
     "weight_decay": 0,
     "label_smoothing_factor": 0,
     "max_unlearnable": 0,
+    "neftune_noise_alpha": 0,
 }
 MOST = {"label_smoothing_factor": 1}
 # Fields that count steps, or say below 1 a share of them all.
@@ -331,30 +332,6 @@ def _wrong_choices(args: Any) -> list[Problem]:
             remedy = f"pip install {value}, or leave report_to out."
             problems.append(Problem(f"{owner} report_to", value, "a tracker that is installed here", remedy))
     return problems
-
-
-def refuse_pair(model: Any, tokenizer: Any = None) -> None:
-    """Raise `UsageError` if `model` is no language model or `tokenizer` no tokenizer: swapped, say, or both in one.
-
-    None stands for a tokenizer that is not given.
-    """
-    problems = []
-    if not hasattr(model, "parameters") or not hasattr(model, "get_input_embeddings"):
-        remedy = "fastft.load returns the pair (model, tokenizer); pass each in its place."
-        problems.append(Problem("model", type(model).__name__, "a model", remedy))
-    if tokenizer is not None and not callable(getattr(tokenizer, "convert_tokens_to_ids", None)):
-        problems.append(Problem("tokenizer", type(tokenizer).__name__, "a tokenizer"))
-    if problems:
-        raise UsageError(*problems)
-
-
-def refuse_untrainable(model: Any, peft_config: Any) -> None:
-    """Raise `UsageError` if no weight of `model` is trainable and no adapter is to be put on it."""
-    if peft_config is None and not any(parameter.requires_grad for parameter in model.parameters()):
-        raise UsageError(
-            "model: none of its weights is trainable; put an adapter on it with add_lora(model), or load it with "
-            "full=True to train every weight"
-        )
 
 
 def evaluation_defaults(fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,9 +6,10 @@ from typing import Any
 
 from attrs import field, frozen
 
+from fastft import given
 from fastft.rewards.texts import of_texts
 from fastft.rollout.base import Engine
-from fastft.train import arguments
+from fastft.train import handed
 from fastft.train.grpo import prompts as prompt_data
 from fastft.train.grpo.checks import listed
 from fastft.train.grpo.config import PLAIN, GRPOConfig, make_config
@@ -70,15 +71,15 @@ def grpo(
     Ctrl-C ends it with the step that is running, saved; a second one at once (docs/how-to/resume.md).
     Raises `UsageError`, `DataError`, `EngineError`, `RewardError`, `SaveError`.
     """
-    arguments.refuse_pair(model, tokenizer)
+    given.refuse(*handed.function_problems("grpo", GRPOConfig, model, tokenizer, output_dir, config, callbacks))
     with in_words_of("grpo", GRPOTrainer, GRPOConfig, config, options, PLAIN, OWN):
         args = make_config(config, options, str(output_dir), model, evaluated=eval is not None)
         if engine_options is not None:
             args.engine_options = {**(args.engine_options or {}), **engine_options}
         resume_from = to_resume(resume, args)
-        given = {"prompts": prompts} | ({} if eval is None else {"eval": eval})
+        rows = {"prompts": prompts} | ({} if eval is None else {"eval": eval})
         functions = listed(rewards)
-        data, texts = prompt_data.prompt_datasets(given, tokenizer, chat)
+        data, texts = prompt_data.prompt_datasets(rows, tokenizer, chat)
         trainer = GRPOTrainer(
             model,
             [of_texts(function) for function in functions] if texts else functions,
@@ -86,7 +87,7 @@ def grpo(
             train_dataset=data["prompts"],
             eval_dataset=data.get("eval"),
             processing_class=tokenizer,
-            callbacks=list(callbacks),
+            callbacks=list(callbacks or ()),
             engine=engine,
             compile=compile,
         )

@@ -7,8 +7,9 @@ from typing import Any
 
 from attrs import field, frozen
 
+from fastft import given
 from fastft.errors import Problem, UsageError
-from fastft.train import arguments
+from fastft.train import arguments, handed
 from fastft.train.preference import data as preference_data
 from fastft.train.preference.config import PLAIN, make_config
 from fastft.train.record import curve, ends, last_evaluation
@@ -91,26 +92,35 @@ def preference(
         raise UsageError(Problem("preference loss", loss, f"one of {', '.join(LOSSES)}", near))
     if ref_model is not None and loss not in ("dpo", "kto"):
         raise UsageError(Problem("preference ref_model", "a model", f"none: {loss!r} has no reference"))
-    arguments.refuse_pair(model, tokenizer)
     chosen = LOSSES[loss]
     module = import_module(chosen.module)
     trainer_class, config_class = getattr(module, chosen.trainer), getattr(module, chosen.config)
+    given.refuse(
+        *handed.function_problems(
+            "preference", config_class, model, tokenizer, output_dir, config, callbacks, ref_model=ref_model
+        )
+    )
     with in_words_of("preference", trainer_class, config_class, config, options, PLAIN):
         args = make_config(config_class, config, options, str(output_dir), model, eval, chosen.fixed)
         resume_from = to_resume(resume, args)
         data = {"train_dataset": rows} | ({} if eval is None else {"eval_dataset": eval})
-        given = {
+        rows_of = {
             name: preference_data.preference_dataset(
                 part, tokenizer, trainer_class.KINDS, name.removesuffix("_dataset")
             )
             for name, part in data.items()
         }
         if loss == "kto":
-            given = {name: preference_data.mixed_verdicts(part, args.seed) for name, part in given.items()}
-        if ref_model is not None:
-            given["ref_model"] = ref_model
+            rows_of = {name: preference_data.mixed_verdicts(part, args.seed) for name, part in rows_of.items()}
+        reference = {} if ref_model is None else {"ref_model": ref_model}
         trainer = trainer_class(
-            model, args=args, processing_class=tokenizer, callbacks=list(callbacks), compile=compile, **given
+            model,
+            args=args,
+            processing_class=tokenizer,
+            callbacks=list(callbacks or ()),
+            compile=compile,
+            **rows_of,
+            **reference,
         )
         output = trainer.train(resume_from_checkpoint=resume_from)
     trainer.save_model()

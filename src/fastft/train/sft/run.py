@@ -7,12 +7,13 @@ from typing import Any, Literal
 
 from attrs import evolve, field, frozen
 
+from fastft import given
 from fastft.data import check
 from fastft.data.chat import tokenised
 from fastft.data.files import told_of
 from fastft.data.sources import Source, open_named
-from fastft.errors import Problem, UsageError
-from fastft.train import arguments
+from fastft.errors import Problem
+from fastft.train import arguments, handed
 from fastft.train.record import curve, ends, last_evaluation
 from fastft.train.resume import to_resume
 from fastft.train.sft.config import SFTConfig, make_config, settle_length
@@ -65,14 +66,18 @@ def sft(
     Ctrl-C ends it with the step that is running, saved; a second one at once (docs/how-to/resume.md).
     Raises `UsageError`, `DataError`, `SaveError`.
     """
-    arguments.refuse_pair(model, tokenizer)
-    if wrong := [*check.overlong_problems(overlong or "refuse"), *_said_by_train_on(options)]:
-        raise UsageError(*wrong)
-    given = {"train": train} | ({} if eval is None else {"eval": eval})
+    given.refuse(
+        *handed.function_problems(
+            "sft", SFTConfig, model, tokenizer, output_dir, config, callbacks, compute_metrics=compute_metrics
+        ),
+        *check.overlong_problems(overlong or "refuse"),
+        *_said_by_train_on(options),
+    )
+    data = {"train": train} | ({} if eval is None else {"eval": eval})
     with in_words_of("sft", SFTTrainer, SFTConfig, config, options, arguments.PLAIN):
         args = make_config(config, options, str(output_dir), model, eval is not None)  # before any data are read
         resume_from = to_resume(resume, args)
-        sources = {name: open_named(data, name) for name, data in given.items()}
+        sources = {name: open_named(rows, name) for name, rows in data.items()}
         reading = evolve(reading_of(args, None), must=config is None)
         whole_rows = partial(tokenised, num_proc=reading.processes)
         read = whole_rows if reading.text_field is None else reading.column
@@ -87,7 +92,7 @@ def sft(
             train_dataset=made["train"],
             eval_dataset=made.get("eval"),
             processing_class=tokenizer,
-            callbacks=list(callbacks),
+            callbacks=list(callbacks or ()),
             compute_metrics=compute_metrics,
             compile=compile,
         )
