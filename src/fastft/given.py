@@ -37,6 +37,11 @@ def tokenizer_problem(tokenizer: Any, where: str = "tokenizer") -> Problem | Non
     return Problem(where, short(str(tokenizer)) if path else type(tokenizer).__name__, "a tokenizer", remedy)
 
 
+def path_problem(where: str, path: Any, expected: str = "the path of a folder", remedy: str = "") -> Problem | None:
+    """Return what is wrong with something that is given as a path to write to; an empty one names nothing."""
+    return None if is_path(path) and str(path).strip() else Problem(where, path, expected, remedy)
+
+
 def pair_problems(model: Any, tokenizer: Any = None) -> list[Problem]:
     """Return what is wrong with a model and a tokenizer: swapped, say, or both in one. None: no tokenizer is given."""
     wrong = [model_problem(model), None if tokenizer is None else tokenizer_problem(tokenizer)]
@@ -54,10 +59,14 @@ def refuse_pair(model: Any, tokenizer: Any = None) -> None:
     refuse(*pair_problems(model, tokenizer))
 
 
-def refuse_source(model_or_folder: Any, tokenizer: Any = None, where: str = "model") -> None:
-    """Raise `UsageError` for what is neither a model nor a folder's path, and for a tokenizer that is none."""
+def refuse_export(
+    model_or_folder: Any, tokenizer: Any = None, folder: Any = ".", model: str = "model", target: str = "folder"
+) -> None:
+    """Raise `UsageError` for what cannot be exported: neither a model nor a folder's path, a tokenizer that is none
+    (None: it is not given), or a `folder` to write to that is none. `model` and `target`: what these are called.
+    """
     wrong = None if tokenizer is None else tokenizer_problem(tokenizer)
-    refuse(model_or_folder_problem(model_or_folder, where), wrong)
+    refuse(model_or_folder_problem(model_or_folder, model), wrong, path_problem(target, folder))
 
 
 def is_path(value: Any) -> bool:

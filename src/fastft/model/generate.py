@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 
+from fastft.data.check import message_problems
 from fastft.errors import DataError, Problem, UsageError, argument_names, unknown_arguments
+from fastft.given import refuse_pair
 from fastft.noise import quiet
 from fastft.state import get_state
 
@@ -49,6 +51,7 @@ def generate(
     Raises `UsageError` for wrong arguments and for prompts that do not fit, `DataError` for conversations that cannot
     be rendered.
     """
+    refuse_pair(model, tokenizer)
     _check(max_new_tokens, temperature, top_p, options)
     batch = as_batch(prompts)
     if stream and len(batch) != 1:
@@ -132,14 +135,15 @@ def token_rows(tokenizer: Any, batch: Sequence[str | Messages], template: Mappin
         if isinstance(prompt, str):
             ids = tokenizer(prompt)["input_ids"]
         else:
-            ids = tokenizer(_render(tokenizer, prompt, template), add_special_tokens=False)["input_ids"]
+            where = f"prompts[{index}]" if len(batch) > 1 else "prompts"
+            ids = tokenizer(_render(tokenizer, prompt, template, where), add_special_tokens=False)["input_ids"]
         if not ids:
             raise UsageError(Problem(f"prompts[{index}]", prompt, "a prompt of at least one token"))
         rows.append(ids)
     return rows
 
 
-def _render(tokenizer: Any, messages: Messages, template: Mapping[str, Any]) -> str:
+def _render(tokenizer: Any, messages: Messages, template: Mapping[str, Any], where: str) -> str:
     from jinja2 import TemplateError
 
     if not getattr(tokenizer, "chat_template", None):
@@ -157,7 +161,9 @@ def _render(tokenizer: Any, messages: Messages, template: Mapping[str, Any]) -> 
             **template,
         )
     except (TemplateError, KeyError, TypeError, ValueError) as error:
-        raise DataError(f"prompts: the chat template cannot render {list(messages)!r}: {error}") from error
+        if wrong := message_problems(where, messages):
+            raise DataError(*wrong) from error
+        raise DataError(f"{where}: the chat template cannot render {list(messages)!r}: {error}") from error
 
 
 def _room(model: Any, encoded: Mapping[str, torch.Tensor], asked: int | None) -> int:

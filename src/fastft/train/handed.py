@@ -52,9 +52,7 @@ def refuse_in_trainer(trainer: str, model: Any, kwargs: Mapping[str, Any]) -> No
 
 def folder_problem(where: str, folder: Any) -> Problem | None:
     """Return what is wrong with something that is given as the folder of a run."""
-    if given.is_path(folder) and str(folder).strip():
-        return None
-    return Problem(where, folder, "the path of a folder", "Leave it out for 'run', or name another.")
+    return given.path_problem(where, folder, remedy="Name one, or leave it out for 'run'.")
 
 
 def _untrainable(model: Any, peft_config: Any) -> str | None:
@@ -84,12 +82,12 @@ def _callback_problems(owner: str, callbacks: Any) -> list[Problem]:
     if callbacks is None:
         return []
     if _is_callback(callbacks):
-        return [Problem(where, short(repr(callbacks)), expected, "Put it into a list: callbacks=[it].")]
+        return [Problem(where, short(callbacks), expected, "Put it into a list: callbacks=[it].")]
     if not isinstance(callbacks, Iterable) or isinstance(callbacks, str | Mapping):
-        return [Problem(where, short(repr(callbacks)), expected)]
+        return [Problem(where, short(callbacks), expected)]
     remedy = "Make a class of it that inherits from TrainerCallback, with the method that is meant: on_log, say."
     return [
-        Problem(f"{where}[{number}]", short(repr(one)), _CALLBACK, remedy)
+        Problem(f"{where}[{number}]", short(one), _CALLBACK, remedy)
         for number, one in enumerate(callbacks)
         if not _is_callback(one)
     ]
@@ -104,7 +102,7 @@ def _metrics_problem(owner: str, compute_metrics: Any) -> Problem | None:
     if compute_metrics is None or callable(compute_metrics):
         return None
     expected = "a function that takes a transformers.EvalPrediction and returns a dict, or None"
-    return Problem(f"{owner} compute_metrics", short(repr(compute_metrics)), expected, "Pass the function itself.")
+    return Problem(f"{owner} compute_metrics", short(compute_metrics), expected, "Pass the function itself.")
 
 
 def _reference_problem(where: str, model: Any) -> Problem | None:

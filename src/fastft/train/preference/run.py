@@ -25,6 +25,11 @@ class _Loss:
     trainer: str
     config: str
     fixed: Mapping[str, Any]
+    alone: Sequence[str] = ()  # fields of the config that mean nothing to another loss with the same one
+
+    def named(self, name: str) -> type:
+        """Return the class of that name, of the trainer or of its config."""
+        return getattr(import_module(self.module), name)
 
 
 LOSSES = {
@@ -37,6 +42,7 @@ LOSSES = {
         "CPOTrainer",
         "CPOConfig",
         {"loss_type": "simpo", "cpo_alpha": 0.0, "beta": 2.0, "simpo_gamma": 1.0},
+        alone=("simpo_gamma",),
     ),
 }
 
@@ -87,21 +93,21 @@ def preference(
     `config`. `resume` is True (the run's last checkpoint) or a checkpoint's folder. Ctrl-C ends it with the step
     that is running, saved; a second one at once (docs/how-to/resume.md). Raises `UsageError`, `DataError`, `SaveError`.
     """
-    if loss not in LOSSES:
+    if not isinstance(loss, str) or loss not in LOSSES:
         near = arguments.did_you_mean(str(loss), LOSSES)
         raise UsageError(Problem("preference loss", loss, f"one of {', '.join(LOSSES)}", near))
     if ref_model is not None and loss not in ("dpo", "kto"):
         raise UsageError(Problem("preference ref_model", "a model", f"none: {loss!r} has no reference"))
     chosen = LOSSES[loss]
-    module = import_module(chosen.module)
-    trainer_class, config_class = getattr(module, chosen.trainer), getattr(module, chosen.config)
+    trainer_class, config_class = chosen.named(chosen.trainer), chosen.named(chosen.config)
     given.refuse(
         *handed.function_problems(
             "preference", config_class, model, tokenizer, output_dir, config, callbacks, ref_model=ref_model
         )
     )
     with in_words_of("preference", trainer_class, config_class, config, options, PLAIN):
-        args = make_config(config_class, config, options, str(output_dir), model, eval, chosen.fixed)
+        others = _of_others(loss, options)
+        args = make_config(config_class, config, options, str(output_dir), model, eval, chosen.fixed, others)
         resume_from = to_resume(resume, args)
         data = {"train_dataset": rows} | ({} if eval is None else {"eval_dataset": eval})
         rows_of = {
@@ -129,3 +135,15 @@ def preference(
     curves = [curve(history, name) for name in ("loss", "rewards/accuracies", "rewards/margins")]
     metrics = {**output.metrics, **last_evaluation(history)}
     return PreferenceResult(*curves, metrics, args.output_dir, trainer.recorder.record)
+
+
+def _of_others(loss: str, options: Mapping[str, Any]) -> dict[str, str]:
+    """Return what to say of those of the options that another loss takes."""
+    own = {*arguments.field_names(LOSSES[loss].named(LOSSES[loss].config)), *PLAIN}
+    told = {}
+    for name in (name for name in options if name not in own):
+        takers = [other for other, one in LOSSES.items() if name in arguments.field_names(one.named(one.config))]
+        takers = [other for other in takers if name in LOSSES[other].alone] or takers
+        if takers:
+            told[name] = f"it belongs to {' and '.join(f'loss={other!r}' for other in takers)}"
+    return told

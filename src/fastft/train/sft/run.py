@@ -1,6 +1,7 @@
 """The function `sft`: fine-tune on data, and leave everything in a folder."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -10,7 +11,8 @@ from attrs import evolve, field, frozen
 from fastft import given
 from fastft.data import check
 from fastft.data.chat import tokenised
-from fastft.data.files import told_of
+from fastft.data.files import told_by_file, told_of
+from fastft.data.inputs import open_named_rows
 from fastft.data.sources import Source, open_named
 from fastft.errors import Problem
 from fastft.train import arguments, handed
@@ -77,8 +79,9 @@ def sft(
     with in_words_of("sft", SFTTrainer, SFTConfig, config, options, arguments.PLAIN):
         args = make_config(config, options, str(output_dir), model, eval is not None)  # before any data are read
         resume_from = to_resume(resume, args)
-        sources = {name: open_named(rows, name) for name, rows in data.items()}
         reading = evolve(reading_of(args, None), must=config is None)
+        opened = partial(open_named_rows, alternate=alternate) if reading.text_field is None else open_named
+        sources = {name: opened(rows, name) for name, rows in data.items()}
         whole_rows = partial(tokenised, num_proc=reading.processes)
         read = whole_rows if reading.text_field is None else reading.column
         made = {name: read(source, tokenizer, train_on, name, alternate) for name, source in sources.items()}
@@ -86,16 +89,19 @@ def sft(
             settle_length(args, made.values())
         if (overlong or ("refuse" if config is None else "truncate")) == "refuse":
             _refuse_overlong(made, sources, args.max_length)
-        trainer = SFTTrainer(
-            model,
-            args,
-            train_dataset=made["train"],
-            eval_dataset=made.get("eval"),
-            processing_class=tokenizer,
-            callbacks=list(callbacks or ()),
-            compute_metrics=compute_metrics,
-            compile=compile,
-        )
+        with ExitStack() as told:
+            for name, source in sources.items():
+                told.enter_context(told_by_file(source.files, name))
+            trainer = SFTTrainer(
+                model,
+                args,
+                train_dataset=made["train"],
+                eval_dataset=made.get("eval"),
+                processing_class=tokenizer,
+                callbacks=list(callbacks or ()),
+                compute_metrics=compute_metrics,
+                compile=compile,
+            )
         output = trainer.train(resume_from_checkpoint=resume_from)
     trainer.save_model()
     trainer.create_model_card()
