@@ -59,14 +59,12 @@ def refuse_pair(model: Any, tokenizer: Any = None) -> None:
     refuse(*pair_problems(model, tokenizer))
 
 
-def refuse_export(
-    model_or_folder: Any, tokenizer: Any = None, folder: Any = ".", model: str = "model", target: str = "folder"
-) -> None:
+def refuse_export(model_or_folder: Any, tokenizer: Any = None, folder: Any = ".", where: str = "model") -> None:
     """Raise `UsageError` for what cannot be exported: neither a model nor a folder's path, a tokenizer that is none
-    (None: it is not given), or a `folder` to write to that is none. `model` and `target`: what these are called.
+    (None: it is not given), or a `folder` to write to that is none. `where`: what the model is called.
     """
     wrong = None if tokenizer is None else tokenizer_problem(tokenizer)
-    refuse(model_or_folder_problem(model_or_folder, model), wrong, path_problem(target, folder))
+    refuse(model_or_folder_problem(model_or_folder, where), wrong, path_problem("folder", folder))
 
 
 def is_path(value: Any) -> bool:

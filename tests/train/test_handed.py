@@ -89,8 +89,8 @@ def test_several_mistakes_are_told_together(name, told):
 
 def test_metrics_and_references_that_are_none(told):
     assert told("sft", compute_metrics=5, eval=ROWS["sft"]) == [
-        "sft compute_metrics: expected a function that takes a transformers.EvalPrediction and returns a dict, or None, "
-        "got 5. Pass the function itself."
+        "sft compute_metrics: expected a function that takes a transformers.EvalPrediction and returns a dict, or "
+        "None, got 5. Pass the function itself."
     ]
     (line,) = told("preference", ref_model="/nope")
     loads = "fastft.load('/nope') loads a model and its tokenizer."

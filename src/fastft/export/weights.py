@@ -99,7 +99,7 @@ def weight_source(model_or_folder: Any, base: str = "dequantised", device: torch
     Raises `UsageError` for what cannot be merged and `LoadError` for files that cannot be read.
     """
     check_base(base)
-    refuse_export(model_or_folder, model="model_or_folder")
+    refuse_export(model_or_folder, where="model_or_folder")
     if isinstance(model_or_folder, nn.Module):
         return _of_model(model_or_folder, base)
     return _of_folder(Path(model_or_folder).expanduser(), base, device)

@@ -163,8 +163,8 @@ def _other_settings(folder: Path, config: Any) -> list[Problem]:
 
 def _plain(setting: Any) -> Any:
     """Return a setting as JSON has it, and what says nothing as None."""
-    if isinstance(setting, list | tuple | set | frozenset):
-        setting = sorted(setting, key=str)
+    if isinstance(setting, list | tuple | set | frozenset):  # of modules by their whole paths the names
+        setting = sorted({one.rpartition(".")[2] if isinstance(one, str) else one for one in setting}, key=str)
     if isinstance(setting, dict):
         setting = {name: _plain(value) for name, value in sorted(setting.items())}
     return None if setting is False or setting in ([], {}, "none") else setting

@@ -15,7 +15,7 @@ from fastft.export.gguf.architecture import Heads, check_supported, heads_of
 from fastft.export.gguf.file import FileWriter, Value, check_space, f32, tensor_entry, text, u32
 from fastft.export.gguf.stream import check_folder, make_folder, stream
 from fastft.export.gguf.tensors import FileTensor, change_of, gguf_name
-from fastft.given import refuse_export
+from fastft.given import model_or_folder_problem, path_problem, refuse
 from fastft.registry.resolve import resolve
 from fastft.registry.spec import ModelSpec
 from fastft.state import base_model
@@ -48,7 +48,8 @@ def export_lora_gguf(
     every reason at once, for what such a file cannot hold: DoRA, trained copies of whole modules, trained token rows,
     biases, adapters on tied embeddings; those can be merged.
     """
-    refuse_export(model_or_folder, folder=path, model="model_or_folder", target="path")
+    where = path_problem("path", path, "the path of a .gguf file")
+    refuse(model_or_folder_problem(model_or_folder, "model_or_folder"), where)
     check_quant(quant)
     path = Path(path).expanduser()
     check_folder(path.parent)
