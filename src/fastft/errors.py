@@ -83,6 +83,10 @@ class EngineError(FastftError, RuntimeError):
     """A rollout engine that failed or cannot be had; what was trained up to then is untouched."""
 
 
+class MetricError(FastftError, RuntimeError):
+    """A metric of the user's own that fails or is no number; what was trained up to then is untouched."""
+
+
 class RewardError(FastftError, RuntimeError):
     """A reward that hangs, or fails for every row time and again; what was trained up to then is untouched."""
 

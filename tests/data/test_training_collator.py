@@ -30,6 +30,19 @@ def test_padded_batches_have_as_many_rows_as_asked_for():
     assert "filler" not in step.without_labels(full)
 
 
+def test_what_fills_up_documents_end_to_end_is_padding():
+    plain, full = (
+        CountingCollator(pad_token_id=0, padding_free=True, pad_to_multiple_of=multiple)(
+            [dict(one) for one in EXAMPLES]
+        )
+        for multiple in (None, 8)
+    )
+    assert plain["input_ids"].shape == (1, 5) and full["input_ids"].shape == (1, 8) and int(full["filler"]) == 3
+    counts = [flops.count_batch(one, step.shifted_labels(one), {2}) for one in (plain, full)]
+    assert int(counts[0].pop("all")) == 5 and int(counts[1].pop("all")) == 8
+    assert counts[0] == counts[1] and int(counts[1]["non_padding"]) == 5
+
+
 @pytest.mark.parametrize("attention", ["eager", "sdpa", "fastft"])
 def test_rows_that_fill_a_batch_up_change_neither_loss_nor_gradients(attention):
     """In fp64, also where the mask is made: no row is masked as a whole."""

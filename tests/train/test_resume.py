@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 from fastft.errors import LoadError, SaveError, UsageError
 from fastft.export.folder import find_weights
 from fastft.state import update_state
-from fastft.train import base, checkpoint, lineage
+from fastft.train import checkpoint, earlier, lineage
 from fastft.train.record import kept_lines
 from fastft.train.sft.config import SFTConfig
 from fastft.train.sft.run import sft
@@ -95,7 +95,7 @@ def test_an_earlier_run_in_the_folder_is_kept_before_the_new_one_begins(
             seen.append((capsys.readouterr().out, checkpoint.checkpoints(run)))
 
     made = trainer(build_model(), tokenizer, dataset, settings, save_total_limit=1)
-    made.callback_handler.callbacks.insert(0, Look())
+    made.callback_handler.callbacks.insert(1, Look())  # before all others of a user
     made.train()
     ((said, there),) = seen
     kept = run / "_earlier-1"
@@ -202,7 +202,7 @@ def test_what_goes_wrong_in_the_first_process_is_raised_in_the_others(
 ):
     made = trainer(build_model(), tokenizer, dataset, settings)
     monkeypatch.setattr(made, "is_world_process_zero", lambda: False)
-    monkeypatch.setattr(base, "broadcast_object_list", lambda told: [None, f"{told}: the disk is full"])
+    monkeypatch.setattr(earlier, "broadcast_object_list", lambda told: [None, f"{told}: the disk is full"])
     with pytest.raises(SaveError, match=r"\[None, None\]: the disk is full"):
         made.train()
 

@@ -142,6 +142,71 @@ def test_label_smoothing_and_dft(build_model, build_rows):
     assert worst(gradients(model, dft), gradients(model, weighted)) < 1e-5
 
 
+ROUTED = {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}
+MICRO_BATCHES = [slice(0, 2), slice(2, 5), slice(5, 6)]
+
+
+def routed(build_model, coefficient):
+    """A mixture of experts whose config asks for its router's loss, and six rows of one length."""
+    sizes = {**ROUTED, "output_router_logits": True, "router_aux_loss_coef": coefficient}
+    model = build_model("mixtral", lora=False, **sizes)
+    ids = torch.randint(3, 96, (6, 9), generator=torch.Generator().manual_seed(1))
+    return model, {
+        "input_ids": ids,
+        "labels": ids.masked_fill(ids % 3 == 0, -100),
+        "attention_mask": torch.ones_like(ids),
+    }
+
+
+@pytest.mark.parametrize("options", [{}, {"loss_type": "dft"}, {"label_smoothing": 0.1}], ids=["nll", "dft", "smooth"])
+def test_a_routers_loss_counts_once_in_an_accumulated_batch(options, build_model):
+    model, batch = routed(build_model, 0.7)
+    items = batch["labels"][:, 1:].ne(-100).sum()
+    parts = [{name: value[rows] for name, value in batch.items()} for rows in MICRO_BATCHES]
+    ours = sum(step.loss(model, part, items, router_share=1 / 3, **options) for part in parts)
+    outputs = [model(**{name: part[name] for name in ("input_ids", "attention_mask")}) for part in parts]
+    smoothing = options.get("label_smoothing", 0.0)
+    nll = [
+        F.cross_entropy(output.logits[:, :-1].flatten(0, 1), part["labels"][:, 1:].flatten(), reduction="none",
+                        label_smoothing=smoothing)
+        for output, part in zip(outputs, parts, strict=True)
+    ]  # fmt: skip
+    if "loss_type" in options:
+        nll = [one * (-one).exp().detach() for one in nll]
+    router = sum(output.aux_loss for output in outputs) / 3
+    theirs = sum(one.sum() for one in nll) / items + 0.7 * router
+    assert router > 0.5 and torch.allclose(ours, theirs, rtol=1e-5)
+    assert worst(gradients(model, ours), gradients(model, theirs)) < 1e-4
+
+
+def test_a_routers_loss_is_that_of_the_model_where_nothing_is_said(build_model):
+    model, batch = routed(build_model, 0.7)
+    assert torch.allclose(step.loss(model, batch), model(**batch).loss, rtol=1e-6)
+    model.config.output_router_logits = False
+    assert torch.allclose(step.loss(model, batch), model(**batch).loss, rtol=1e-6)
+
+
+def test_targets_that_are_shifted_need_no_labels(build_model):
+    model, batch = routed(build_model, 0.7)
+    shifted = {**batch, "shift_labels": F.pad(batch["labels"][:, 1:], (0, 1), value=-100)}
+    del shifted["labels"]
+    ours, theirs = step.loss(model, shifted), step.loss(model, batch)
+    assert torch.allclose(ours, theirs, rtol=1e-5)
+    assert worst(gradients(model, ours), gradients(model, theirs)) < 1e-4
+
+
+def test_virtual_tokens_predict_no_first_token(build_model):
+    """A row's first token is no target anywhere else, and is not counted as one."""
+    from peft import PromptTuningConfig, get_peft_model
+
+    model = get_peft_model(build_model(lora=False), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    ids = torch.randint(3, 96, (2, 7), generator=torch.Generator().manual_seed(1))
+    batch = {"input_ids": ids, "labels": ids.clone(), "attention_mask": torch.ones_like(ids)}
+    logits = model(**{name: batch[name] for name in ("input_ids", "attention_mask")}).logits[:, 3:]
+    wanted = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    assert torch.allclose(step.loss(model, batch), wanted, rtol=1e-6)
+
+
 def test_statistics_equal_direct_computation(build_model, build_rows):
     model, batch = build_model().eval(), collate(build_rows(4))
     with torch.no_grad():

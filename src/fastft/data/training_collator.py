@@ -28,8 +28,9 @@ class CountingCollator(DataCollatorForLanguageModeling):
     rows' lengths, never by its id, so that the pad token may be the stop token.
 
     So that all batches of a run are compiled for once: with `rows` a padded batch has that many, the last of an epoch
-    too. It is filled up with its last row without loss, and `filler` [1] says how many tokens these are. With `longest`
-    a batch of documents end to end has the length of its longest rounded up to a power of two, to `longest` at most.
+    too. It is filled up with its last row without loss, and `filler` [1] says how many tokens these are; or how many
+    fill up documents end to end to a multiple of a length. With `longest` a batch of documents end to end has the
+    length of its longest rounded up to a power of two, to `longest` at most.
     """
 
     rows: int | None = None
@@ -42,6 +43,9 @@ class CountingCollator(DataCollatorForLanguageModeling):
         batch = super().torch_call([*examples, *[without_loss] * missing])
         if self.rows is not None:
             batch[FILLER] = torch.tensor([missing * batch["input_ids"].shape[1]])
+        elif self.padding_free and self.pad_to_multiple_of:
+            held = sum(len(example["input_ids"]) for example in examples)
+            batch[FILLER] = torch.tensor([batch["input_ids"].numel() - held])
         if self.longest is not None and "max_length_q" in batch:
             own = batch["max_length_q"]
             rounded = max(own, min(self.longest, 1 << (own - 1).bit_length()))

@@ -19,12 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
 from transformers import EarlyStoppingCallback
 
 from fastft.data.bars import bars_if_large
-from fastft.errors import EngineError, Problem, RewardError, SaveError, UsageError
+from fastft.errors import EngineError, MetricError, Problem, RewardError, SaveError, UsageError
 from fastft.graph.compile import release_weights
 from fastft.graph.planned import PlannedLayers
 from fastft.noise import between_libraries, quiet
@@ -38,6 +37,7 @@ from fastft.train.finite import FiniteLosses
 from fastft.train.interrupt import Interruption, Stopped
 from fastft.train.last_step import LastStep
 from fastft.train.late_log import LateLog
+from fastft.train.metric_values import Checked, refuse_missing
 from fastft.train.overrides import has_own
 from fastft.train.record import RecordCallback
 from fastft.train.spent import Tally
@@ -121,6 +121,8 @@ class Trained(LateLog):
         """
         if self.model is not model:  # TRL has wrapped it with the `peft_config` it was given
             base_model(self.model).__dict__.pop("forward", None)
+        if self.compute_metrics is not None:
+            self.compute_metrics = Checked(self.compute_metrics)
         if compile:
             self._compile(recompute)
         self.tally = Tally(windows={window for window in flops.work_of(self.model).windows if window is not None})
@@ -132,6 +134,8 @@ class Trained(LateLog):
             reduce=self._sum_processes,
             **recording,
         )
+        self.aside = earlier.PutsAside(self.accelerator)
+        self.callback_handler.callbacks.insert(0, self.aside)  # before those of the user, which may write there
         self.compiling = CompileCallback(self.recorder.extra)
         self.add_callback(self.compiling)  # before the recorder, which writes what this one adds
         self.add_callback(BestWeights(self.callback_handler, self.recorder))  # before the recorder, as well
@@ -246,7 +250,7 @@ class Trained(LateLog):
         resume = kwargs.get("resume_from_checkpoint")
         begun = resuming.check(resume, self.args, self.model, self.recorder.method, self.resume_problems)
         self._own, self.recorder.begun = () if begun is None else (begun,), begun
-        self._put_aside(begun)
+        self.aside.expect(begun)
         self.recorder.extra[optimizers.GIVEN] = optimizers.is_given(self, self._optimizer_made)
         self._plan_run()
         kwargs["resume_from_checkpoint"] = None if begun is None else str(begun)
@@ -255,6 +259,7 @@ class Trained(LateLog):
                 quiet(),
                 between_libraries(),
                 hygiene.unpatched(self.model),
+                hygiene.noise_ended(self),
                 self._telling_of_plan(),
                 self.interruption.watched(self.args.world_size == 1, lambda error: memory.let_go(error, self.model)),
             ):
@@ -267,10 +272,15 @@ class Trained(LateLog):
             told = memory.out_of_memory(error, self.model, self._rescue())
             self._record_failure(told)
             raise told from error
-        except (EngineError, RewardError) as error:  # what a trainer depends on failed, not the trainer
+        except (EngineError, MetricError, RewardError) as error:  # what a trainer depends on failed, not the trainer
             told = type(error)(*error.problems, self._rescue())
             self._record_failure(told)
             raise told from error.__cause__  # not from `error`: it says what `told` says
+        except Exception as error:
+            if self.state.global_step and not isinstance(error, SaveError):
+                error.add_note(self._rescue())
+            self._record_failure(error)
+            raise
         except BaseException as error:
             self._record_failure(error)
             raise
@@ -288,23 +298,9 @@ class Trained(LateLog):
     def end_training(self) -> None:
         """Let go of what only training needs, when a run has ended however it did."""
 
-    def _put_aside(self, begun: Path | None) -> None:
-        """Keep another run of the folder from being replaced by this one, once all processes have looked at it.
-
-        What goes wrong is raised in every process: the others would wait for ever for the one that it went wrong in.
-        """
-        self.accelerator.wait_for_everyone()
-        told: list[str | None] = [None, None]  # what to say, and what went wrong
-        if self.is_world_process_zero():
-            try:
-                told[0] = earlier.put_aside(Path(self.args.output_dir), begun)
-            except OSError as error:
-                told[1] = str(error)
-        line, wrong = broadcast_object_list(told)
-        if wrong is not None:
-            raise SaveError(wrong)
-        if line is not None and self.is_world_process_zero():
-            print(f"fastft: {line}")
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        refuse_missing(self.args, metrics)
+        return super()._determine_best_metric(metrics=metrics, trial=trial)
 
     def begin_evaluation(self) -> None:
         """Make room for an evaluation, which may come in the middle of a run."""

@@ -10,6 +10,9 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import broadcast_object_list
+from transformers import TrainerCallback
+
 from fastft.errors import Problem, SaveError
 from fastft.model import files
 from fastft.state import base_model, get_state
@@ -64,6 +67,42 @@ def put_aside(folder: Path, begun: Path | None = None) -> str | None:
     newest = [path for path in (own or others) if path in parts][-1:]
     more = f"; resume={str(place / newest[0].name)!r} goes on from it" if newest else ""
     return f"{folder} holds an earlier run ({told}): it is kept in {place} ({size / 1e6:,.1f} MB){more}."
+
+
+class PutsAside(TrainerCallback):
+    """Keeps another run of the folder from being replaced by the one that begins; hung up before all other callbacks.
+
+    As the run begins, not before: what is wrong with it has been found by then, and an earlier one stays where it is.
+    """
+
+    def __init__(self, accelerator: Any) -> None:
+        self.accelerator = accelerator
+        self.pending, self.begun = False, None
+
+    def expect(self, begun: Path | None) -> None:
+        """Expect a run that begins, or goes on from the checkpoint `begun`."""
+        self.pending, self.begun = True, begun
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Put it aside once all processes have looked at it; not again where transformers begins again.
+
+        What goes wrong is raised in every process: the others would wait for ever for the one that it went wrong in.
+        """
+        if not self.pending:
+            return
+        self.pending = False
+        self.accelerator.wait_for_everyone()
+        told: list[str | None] = [None, None]  # what to say, and what went wrong
+        if state.is_world_process_zero:
+            try:
+                told[0] = put_aside(Path(args.output_dir), self.begun)
+            except OSError as error:
+                told[1] = str(error)
+        line, wrong = broadcast_object_list(told)
+        if wrong is not None:
+            raise SaveError(wrong)
+        if line is not None and state.is_world_process_zero:
+            print(f"fastft: {line}")
 
 
 def kept(folder: Path) -> list[Path]:

@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from transformers.integrations.neftune import deactivate_neftune
+
 from fastft.state import base_model
 
 # Attributes that TRL and accelerate set on the instance to wrap the forward.
@@ -25,6 +27,17 @@ def unpatched(model: Any) -> Iterator[None]:
 
 
 @contextmanager
+def noise_ended(trainer: Any) -> Iterator[None]:
+    """Take NEFTune's noise off the embeddings when the block ends; transformers does it for whole runs alone."""
+    try:
+        yield
+    finally:
+        handle = getattr(trainer, "neftune_hook_handle", None)
+        if handle is not None:
+            deactivate_neftune(trainer.model, handle, trainer.accelerator)
+
+
+@contextmanager
 def own_dtypes(model: Any) -> Iterator[None]:
     """Keep the trained parameters as they are: TRL rounds the adapters of a quantised model to bfloat16."""
     before = [(parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad]
@@ -34,6 +47,17 @@ def own_dtypes(model: Any) -> Iterator[None]:
         for parameter, data in before:
             if parameter.data is not data:
                 parameter.data = data
+
+
+@contextmanager
+def own_adapters(model: Any) -> Iterator[None]:
+    """Take away adapters that are put on an adapted model meanwhile: TRL copies one for the reference of a loss."""
+    before = set(getattr(model, "peft_config", ()))
+    try:
+        yield
+    finally:
+        for name in [name for name in getattr(model, "peft_config", ()) if before and name not in before]:
+            model.delete_adapter(name)
 
 
 @contextmanager

@@ -40,20 +40,23 @@ def loss(
     *,
     label_smoothing: float = 0.0,
     loss_type: str = "nll",
+    router_share: float = 1.0,
 ) -> Tensor:
     """Return the training loss of `batch` as an fp32 scalar.
 
     `batch` holds `input_ids` and `labels` (int64 `[B, T]`, -100 where nothing is learnt) and whatever else the model's
     forward takes. The sum over targets is divided by `num_items` (the targets of the whole accumulated batch), or by
     this batch's own count. `loss_type` is "nll", or "dft" (each token's loss weighted by its own probability, without
-    gradient through the weight; arXiv 2508.05629). A model whose head no spec describes, or whose spec does not hold,
-    goes through its own forward; `head_check` says why.
+    gradient through the weight; arXiv 2508.05629). A mixture of experts adds the loss of its router, if its config has
+    `output_router_logits`, by its coefficient times `router_share`: it is a mean over this batch alone, and 1 / the
+    number of micro-batches makes it one over all of them. A model whose head no spec describes, or whose spec does not
+    hold, goes through its own forward; `head_check` says why.
     """
     targets = shifted_labels(batch)
     items = targets.ne(IGNORE).sum() if num_items is None else torch.as_tensor(num_items, device=targets.device)
     items = items.clamp(min=1)
     if not head_check(model).fused:
-        return _own_loss(model, batch, targets, items, label_smoothing, loss_type)
+        return _own_loss(model, batch, targets, items, label_smoothing, loss_type, router_share)
     hidden = hidden_states(model, batch)
     head = find_head(model)
     hidden, targets = hidden.flatten(0, -2), targets.flatten().to(hidden.device)
@@ -168,12 +171,19 @@ def _sharded(model: Any) -> bool:
 
 
 def _own_loss(
-    model: Any, batch: Mapping[str, Any], targets: Tensor, items: Tensor, label_smoothing: float, loss_type: str
+    model: Any,
+    batch: Mapping[str, Any],
+    targets: Tensor,
+    items: Tensor,
+    label_smoothing: float,
+    loss_type: str,
+    router_share: float,
 ) -> Tensor:
-    """Return the loss of the model's own forward (auxiliary losses included), over all its logits."""
+    """Return the loss of the model's own forward, over all its logits, and that of its router."""
     inputs = {**without_labels(batch), "use_cache": False}
-    if label_smoothing or loss_type == "dft":
-        logits = model(**inputs).logits.float()
+    if label_smoothing or loss_type == "dft" or batch.get("labels") is None:
+        output = model(**inputs)
+        logits = output.logits.float()
         nll = F.cross_entropy(
             logits.flatten(0, -2),
             targets.flatten(),
@@ -181,12 +191,25 @@ def _own_loss(
             reduction="none",
             label_smoothing=label_smoothing,
         )
-        return _weighted(nll, loss_type).sum() / items
-    labels = document_labels(batch)
+        return _weighted(nll, loss_type).sum() / items + _router_loss(model, output, router_share)
+    labels = F.pad(document_labels(batch)[..., 1:], (1, 0), value=IGNORE)  # virtual tokens would predict the first
     forward = inspect.signature(base_model(unwrapped(model)).forward)
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in forward.parameters.values()):
-        return model(**inputs, labels=labels, num_items_in_batch=items).loss
-    return model(**inputs, labels=labels).loss * targets.ne(IGNORE).sum() / items
+        output = model(**inputs, labels=labels, num_items_in_batch=items)
+        return output.loss + _router_loss(model, output, router_share - 1.0)  # once it is in it
+    output = model(**inputs, labels=labels)
+    loss = output.loss - _router_loss(model, output, 1.0)
+    return loss * targets.ne(IGNORE).sum() / items + _router_loss(model, output, router_share)
+
+
+def _router_loss(model: Any, output: Any, share: float) -> Tensor | float:
+    """Return what a router's loss adds to that of the tokens, times `share`; 0 without one."""
+    base = base_model(unwrapped(model))
+    text, found = base.config.get_text_config(), getattr(output, "aux_loss", None)
+    if not share or found is None or not getattr(text, "output_router_logits", False):
+        return 0.0
+    # models keep the coefficient of the config that they were made with
+    return share * getattr(base, "router_aux_loss_coef", getattr(text, "router_aux_loss_coef", 0.0)) * found
 
 
 def _weighted(nll: Tensor, loss_type: str) -> Tensor:

@@ -54,6 +54,40 @@ def test_engine_is_awake_only_for_rollouts_and_gets_each_steps_weights(trainer):
     assert engine.log == ["hand_over", "sleep", *2 * ["wake", "hand_over", "generate", "sleep"]]
 
 
+class Copying(GivenRollouts):
+    """Has weights of its own, as engines on another device do, and notes how far they are from the model's."""
+
+    def __init__(self):
+        super().__init__()
+        self.apart = []
+
+    def hand_over(self, model):
+        self.model, self.copied = model, [parameter.detach().clone() for parameter in model.parameters()]
+        super().hand_over(model)
+
+    def generate(self, prompts, sampling, count=1):
+        pairs = zip(self.copied, self.model.parameters(), strict=True)
+        self.apart.append(max((own - theirs).abs().max().item() for own, theirs in pairs))
+        return super().generate(prompts, sampling, count)
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adafactor"])
+def test_the_engine_samples_from_the_weights_of_the_model_however_they_changed(optim, trainer):
+    engine = Copying()
+    made = trainer(engine, max_steps=1, optim=optim)
+    made.train()
+    made.train()  # its steps are counted anew
+    made.evaluate([{"prompt": prompt} for prompt in PROMPTS[:4]])
+    with torch.no_grad():
+        for parameter in made.model.parameters():
+            parameter.mul_(1.5)
+    made.evaluate([{"prompt": prompt} for prompt in PROMPTS[:4]])
+    assert engine.calls == len(engine.apart) >= 4 and engine.apart == [0.0] * engine.calls
+    handed = engine.log.count("hand_over")
+    made.evaluate([{"prompt": prompt} for prompt in PROMPTS[:4]])
+    assert engine.log.count("hand_over") == handed  # nothing has changed
+
+
 def test_compiled_is_not_compiled(trainer, build_model):
     """One step, KL to the model without its adapter included, through rewritten layers and transformers' own."""
     ends = []

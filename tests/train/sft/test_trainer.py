@@ -427,3 +427,18 @@ def test_rows_longer_than_the_models_positions_are_refused(packing, build_model,
     for cut in ({"max_length": 128}, {"max_length": 256, "packing": True}):
         fitting = rows if cut["max_length"] == 128 else Dataset.from_list([rows[0]] * 9)
         train(build_model(), tokenizer, fitting, settings, **cut)
+
+
+def test_a_routers_loss_is_that_of_the_batch_however_it_is_accumulated(build_model, build_rows, tokenizer, settings):
+    """Of rows that are all the same it is the same for every micro-batch."""
+    sizes = {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None, "router_aux_loss_coef": 0.7}
+    data, losses = Dataset.from_list(build_rows(1) * 4), []
+    for accumulate in (1, 2, 4):
+        model = build_model("mixtral", lora=False, **sizes)
+        changes = {"per_device_train_batch_size": 4 // accumulate, "gradient_accumulation_steps": accumulate}
+        args = SFTConfig(**{**settings, **changes, "max_steps": 2, "optim": "sgd"})
+        made = SFTTrainer(model, args, train_dataset=data, processing_class=tokenizer, compile=False)
+        made.train()
+        losses.append([line["loss"] for line in made.state.log_history if "loss" in line])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5) and losses[2] == pytest.approx(losses[0], rel=1e-5)
+    assert losses[0][0] > 4.6 + 0.5  # a loss of the tokens alone would be ln 96 or so

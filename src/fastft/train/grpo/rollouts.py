@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from attrs import define, evolve, frozen
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastft.errors import EngineError
 from fastft.rollout.base import Completion, Engine, Sampling
@@ -17,6 +17,15 @@ from fastft.train import checkpoint, record
 
 COMPLETIONS = "completions.jsonl"
 MOST_LINES = 4000
+
+
+def state_of(model: nn.Module, step: int) -> tuple[Any, ...]:
+    """Return what is another after the trained weights have changed: by a step, by loading others, by the user.
+
+    Some optimizers write where torch does not see it: the step tells that.
+    """
+    trained = (parameter for parameter in model.parameters() if parameter.requires_grad)
+    return step, *((parameter.data_ptr(), parameter._version) for parameter in trained)
 
 
 def sample(engine: Engine, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[Completion]:

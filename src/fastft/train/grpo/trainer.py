@@ -110,7 +110,7 @@ class GRPOTrainer(Trained, trl.GRPOTrainer):
             line=telling.line,
         )
         self.add_callback(_Bookkeeping(self))
-        self._handed_over: int | None = None
+        self._handed_over: Any = None
         self.engine = self._start_engine(engine if engine is not None else self._configured_engine())
         self._corrects = args.vllm_importance_sampling_correction and self.engine.name != "transformers"
         checks.refuse_correction(args, self._corrects)
@@ -226,9 +226,9 @@ class GRPOTrainer(Trained, trl.GRPOTrainer):
             if self.engine.shares_memory:
                 release_weights(self.model)
             self.engine.wake()
-            if self._handed_over != self.state.global_step:
+            if self._handed_over != (weights := rollouts.state_of(self.model, self.state.global_step)):
                 self.engine.hand_over(self.model)
-                self._handed_over = self.state.global_step
+                self._handed_over = weights
         self._last_loaded_step = self.state.global_step  # TRL's own engine, which there is not, has nothing to load
         self.use_vllm = False
         try:
@@ -390,7 +390,7 @@ class GRPOTrainer(Trained, trl.GRPOTrainer):
 
     def _begin_record(self) -> None:
         """Begin what a run records beside metrics.jsonl: names of engine and rewards, and the sample completions."""
-        self._scored = scored.Scored(begun=self.state.global_step)
+        self._scored, self._handed_over = scored.Scored(begun=self.state.global_step), None
         told = {"engine": self.engine.name, "rewards": list(self.reward_func_names), "merged": self._merged}
         self.recorder.extra |= told
         self.recorder.notes["rewards"] = []

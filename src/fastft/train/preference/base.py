@@ -13,6 +13,7 @@ from fastft.errors import Problem, UsageError
 from fastft.state import base_model, get_state
 from fastft.train import arguments, checkpoint, handed, settings, step
 from fastft.train.base import Trained, built, load_named, take_recompute
+from fastft.train.hygiene import own_adapters
 from fastft.train.preference import data as preference_data
 from fastft.train.preference.config import MEASURED, legacy_of
 
@@ -50,7 +51,8 @@ class Preferring(Trained):
         self.check_evaluations(args, kwargs, MEASURED[self.METHOD])
         recompute = take_recompute(args, compile)
         self.before(model, args, kwargs)
-        with built(model, kwargs.get("train_dataset"), kwargs.get("eval_dataset")), same_trainable(model):
+        data = kwargs.get("train_dataset"), kwargs.get("eval_dataset")
+        with built(model, *data), same_trainable(model), own_adapters(model):
             super().__init__(**{"model": model, "args": args, **kwargs})
         self.after()
         self.equip(model, self.METHOD, compile=compile, recompute=recompute)

@@ -80,7 +80,6 @@ class Referenced(Preferring):
     def before(self, model: Any, args: Any, kwargs: dict[str, Any]) -> None:
         """Choose the reference."""
         self._built = False
-        self._made_ref = "ref" not in getattr(model, "peft_config", {})
         fresh = kwargs.get("peft_config") is not None or does_nothing(model)
         self._start_is_lost = kwargs.get("ref_model") is None and not fresh
         if not self._start_is_lost or args.precompute_ref_log_probs:
@@ -93,10 +92,7 @@ class Referenced(Preferring):
         print("fastft: the reference is the model as it is now; its log-probabilities are computed before training.")
 
     def after(self) -> None:
-        """Take away the copy of the adapter that TRL makes for the reference."""
-        if self._made_ref and "ref" in getattr(self.model, "peft_config", {}):
-            with same_trainable(self.model):
-                self.model.delete_adapter("ref")
+        """Say from now on that the reference is no more what the model is."""
         self._built = True
 
     def compute_ref_log_probs(self, model: Any, inputs: Any) -> Any:

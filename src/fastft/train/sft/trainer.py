@@ -113,15 +113,24 @@ class SFTTrainer(Trained, trl.SFTTrainer):
             if return_outputs and outputs is None:
                 with torch.no_grad():
                     outputs = model(**step.without_labels(inputs), use_cache=False)
-        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            # the count is that of all processes, and their gradients are averaged
-            loss = loss * (self.accelerator.num_processes // self._tp_size)
+        if num_items_in_batch is not None:
+            loss = loss * self._averaged
         return (loss, outputs) if return_outputs else loss
+
+    @property
+    def _averaged(self) -> int:
+        """Return over how many processes gradients are averaged, where the count of targets is that of all of them."""
+        return self.accelerator.num_processes // self._tp_size if self.args.average_tokens_across_devices else 1
+
+    def _router_share(self, items: Any) -> float:
+        """Return what a micro-batch's router loss counts: a mean of its own, not a sum over targets as the rest is."""
+        steps = self.current_gradient_accumulation_steps
+        return 1.0 if items is None else 1.0 / (steps * self._averaged)
 
     def _loss(self, model: Any, inputs: Any, num_items: torch.Tensor | None) -> torch.Tensor:
         def loss(batch: Mapping[str, Any], items: torch.Tensor | None) -> torch.Tensor:
-            smoothing, kind = self.args.label_smoothing_factor, self.args.loss_type
-            return step.loss(model, batch, items, label_smoothing=smoothing, loss_type=kind)
+            smoothing, kind, share = self.args.label_smoothing_factor, self.args.loss_type, self._router_share(items)
+            return step.loss(model, batch, items, label_smoothing=smoothing, loss_type=kind, router_share=share)
 
         if num_items is None or not model.training:
             return loss(inputs, num_items)
