@@ -55,6 +55,7 @@ def test_model_and_tokenizer_swapped(loaded, told):
             f"model: expected a model, got {type(tokenizer).__name__!r}. {PAIR}",
             f"tokenizer: expected a tokenizer, got {type(model).__name__!r}",
         ]
+        assert told(function, model, None, more) == ["tokenizer: expected a tokenizer, got 'NoneType'"]
 
 
 def test_neither_a_model_nor_a_folder(loaded, told):

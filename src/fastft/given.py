@@ -54,9 +54,9 @@ def refuse(*problems: Problem | str | None) -> None:
         raise UsageError(*wrong)
 
 
-def refuse_pair(model: Any, tokenizer: Any = None) -> None:
-    """Raise `UsageError` for what `pair_problems` finds."""
-    refuse(*pair_problems(model, tokenizer))
+def refuse_pair(model: Any, tokenizer: Any) -> None:
+    """Raise `UsageError` for what is no model or no tokenizer; both have to be given."""
+    refuse(model_problem(model), tokenizer_problem(tokenizer))
 
 
 def refuse_export(model_or_folder: Any, tokenizer: Any = None, folder: Any = ".", where: str = "model") -> None:

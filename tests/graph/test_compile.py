@@ -276,6 +276,7 @@ def test_one_rewrite_alone_is_told_once_and_with_a_list():
     assert told("rope") == f"{start} 'rope'. Write ['rope']."
     assert told("ropes") == f"{start} 'ropes'. did you mean 'rope'?"
     assert told(5) == f"{start} 5"
+    assert told(iter(["rope"])).startswith(f"{start} <list_iterator object")  # which could be gone through once
 
 
 @pytest.mark.parametrize("batch", [5, (4,), (4, 0), (4, 1.5), "ab", (True, 8)])

@@ -62,6 +62,8 @@ def test_callbacks_that_are_none(name, told):
     assert told(name, callbacks=Own()) == [
         f"{name} callbacks: expected a list, each {one}, got <Own>. Put it into a list: callbacks=[it]."
     ]
+    (line,) = told(name, callbacks=(one for one in [Own()]))  # which could be gone through once
+    assert line.startswith(f"{name} callbacks: expected a list, each {one}, got '<generator object")
     assert told(name, callbacks=5) == [f"{name} callbacks: expected a list, each {one}, got 5"]
 
 
@@ -164,6 +166,8 @@ def test_what_belongs_to_another_loss_or_function(told):
     assert line("sft", loss="dpo") == "'loss'; it belongs to fastft.preference(loss=...)"
     assert line("sft", engine="vllm") == "'engine'; it belongs to fastft.grpo(engine=...)"
     assert line("grpo", overlong="refuse") == "'overlong'; it belongs to fastft.sft(overlong=...)"
+    assert line("sft", overlng="refuse") == "'overlng'; did you mean 'overlong'?"
+    assert line(losss="kto") == "'losss'; did you mean 'loss'?"
     for argument, function in ALONE.items():  # what is said is so
         has = {name for name in ROWS if argument in inspect.signature(getattr(fastft, name)).parameters}
         assert has == {function}, argument

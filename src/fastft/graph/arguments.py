@@ -1,6 +1,6 @@
 """The arguments of `fastft.compile`: what is wrong with them, asked before anything of the model is changed."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from fastft.errors import Problem, UsageError, did_you_mean
@@ -35,7 +35,7 @@ def _rewrites() -> list[str]:
 
 def _disable_problems(disable: Any) -> list[Problem]:
     names = _rewrites()
-    if isinstance(disable, str) or not isinstance(disable, Iterable):
+    if isinstance(disable, str) or not isinstance(disable, Collection):
         listed = f"Write [{disable!r}]." if disable in names else did_you_mean(str(disable), names)
         return [Problem("disable", disable, f"a list of names of rewrites, of {names}", listed)]
     return [

@@ -10,7 +10,7 @@ from attrs import define, evolve, field
 from torch import nn
 
 from fastft.errors import Problem, UsageError
-from fastft.given import refuse_pair
+from fastft.given import model_problem, refuse
 from fastft.graph import attention
 from fastft.graph.ahead import make_ahead, prepare_inductor
 from fastft.graph.arguments import check_arguments
@@ -146,7 +146,7 @@ def compile(
     It registers the attention "fastft" with transformers and sets `torch._dynamo.config.specialize_float`, without
     which constants such as epsilon become inputs of a graph with dynamic lengths. Raises UsageError.
     """
-    refuse_pair(model)
+    refuse(model_problem(model))
     check_arguments(plan, backend, disable, implementations, dynamic, batch, compute)
     base = base_model(model)
     settings = _settings(model, base, plan, backend, disable, implementations, compute)
@@ -452,7 +452,7 @@ def uncompiled(model: nn.Module) -> Iterator[nn.Module]:
 
 def report(model: nn.Module) -> RewriteReport:
     """Return what `compile` did to `model`: regions replaced and refused with reasons. Raises UsageError before it."""
-    refuse_pair(model)
+    refuse(model_problem(model))
     compiled = get_state(model).compiled
     if compiled is None:
         raise UsageError(Problem("model", type(model).__name__, "a compiled model", "call fastft.compile(model) first"))

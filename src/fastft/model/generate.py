@@ -11,7 +11,7 @@ import torch
 
 from fastft.data.check import message_problems
 from fastft.errors import DataError, Problem, UsageError, argument_names, unknown_arguments
-from fastft.given import refuse_pair
+from fastft.given import model_problem, refuse, tokenizer_problem
 from fastft.noise import quiet
 from fastft.state import get_state
 
@@ -51,8 +51,8 @@ def generate(
     Raises `UsageError` for wrong arguments and for prompts that do not fit, `DataError` for conversations that cannot
     be rendered.
     """
-    refuse_pair(model, tokenizer)
-    _check(max_new_tokens, temperature, top_p, options)
+    wrong = _problems(max_new_tokens, temperature, top_p, options)
+    refuse(model_problem(model), tokenizer_problem(tokenizer), *wrong)
     batch = as_batch(prompts)
     if stream and len(batch) != 1:
         raise UsageError(Problem("stream", True, f"one prompt, not {len(batch)}", "Leave stream out for a batch."))
@@ -79,7 +79,8 @@ def generate(
     return tokenizer.batch_decode(out[:, encoded["input_ids"].shape[1] :], skip_special_tokens=skip_special_tokens)
 
 
-def _check(max_new_tokens: Any, temperature: Any, top_p: Any, options: Mapping[str, Any]) -> None:
+def _problems(max_new_tokens: Any, temperature: Any, top_p: Any, options: Mapping[str, Any]) -> list[Problem | str]:
+    """Return what is wrong with the numbers and with the names of further options."""
     from transformers import GenerationConfig
 
     problems: list[Problem | str] = []
@@ -97,8 +98,7 @@ def _check(max_new_tokens: Any, temperature: Any, top_p: Any, options: Mapping[s
     instead = {"do_sample": "temperature above 0 samples, 0 does not"}
     theirs = [name for name in vars(GenerationConfig()) if not name.startswith("_") and name not in instead]
     problems += unknown_arguments("generate", options, ours, elsewhere=instead, unlisted=theirs)
-    if problems:
-        raise UsageError(*problems)
+    return problems
 
 
 def as_batch(prompts: Any) -> list[str | Messages]:

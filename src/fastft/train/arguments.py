@@ -120,8 +120,11 @@ def config_fields(
     Raises `UsageError` for unknown names, and for a field given under both names. `belonging`: what to say of names
     that belong to something else; what to say of those of another training function is known.
     """
-    others = {name: f"it belongs to fastft.{function}({name}=...)" for name, function in ALONE.items()}
-    refuse_unknown(owner, options, [*known, *plain], belonging={**others, **(belonging or {})})
+    others = {
+        name: f"it belongs to fastft.{function}({name}=...)" for name, function in ALONE.items() if function != owner
+    }
+    known = [*known, *plain, *(name for name, function in ALONE.items() if function == owner)]
+    refuse_unknown(owner, options, known, belonging={**others, **(belonging or {})})
     doubled = [
         Problem(
             f"{owner}: {short} and {name}", (options[short], options[name]), "one of the two: they are the same setting"

@@ -3,7 +3,7 @@
 Asked before anything is read, moved or written, and all mistakes are told together.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from transformers import TrainerCallback
@@ -83,7 +83,7 @@ def _callback_problems(owner: str, callbacks: Any) -> list[Problem]:
         return []
     if _is_callback(callbacks):
         return [Problem(where, short(callbacks), expected, "Put it into a list: callbacks=[it].")]
-    if not isinstance(callbacks, Iterable) or isinstance(callbacks, str | Mapping):
+    if not isinstance(callbacks, Collection) or isinstance(callbacks, str | Mapping):
         return [Problem(where, short(callbacks), expected)]
     remedy = "Make a class of it that inherits from TrainerCallback, with the method that is meant: on_log, say."
     return [
