@@ -59,12 +59,16 @@ def attention_problem(attention: Any) -> Problem | None:
         return None
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    known = ["eager", *(name for name in ALL_ATTENTION_FUNCTIONS.valid_keys() if "|" not in name)]
+    from fastft.graph.attention import NAME
+
+    known = {"eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()}
     name = attention.removeprefix("paged|") if isinstance(attention, str) else ""
     if name in known or "/" in name:
         return None
-    near = did_you_mean(str(attention), known)
-    return Problem("attn_implementation", attention, f"None or one of {', '.join(sorted(known))}", near)
+    told = sorted(name for name in known if "|" not in name and name != NAME)  # which compiling puts in place
+    return Problem(
+        "attn_implementation", attention, f"None or one of {', '.join(told)}", did_you_mean(str(attention), told)
+    )
 
 
 def choose_dtype(dtype: object, device: torch.device) -> torch.dtype:

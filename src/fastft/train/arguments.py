@@ -241,7 +241,10 @@ MOST = {"label_smoothing_factor": 1}
 SHARES = ("warmup_steps", "logging_steps", "eval_steps", "save_steps")
 # Of these, those that say how often -> the field that says whether they do.
 EVERY = {"logging_steps": "logging_strategy", "eval_steps": "eval_strategy", "save_steps": "save_strategy"}
-REMEDIES = {"save_total_limit": "Left out, all are kept; save_strategy='no' writes none."}
+REMEDIES = {
+    "save_total_limit": "Left out, all are kept; save_strategy='no' writes none.",
+    "neftune_noise_alpha": "Left out, no noise is added.",
+}
 
 
 def _wrong_numbers(args: Any) -> list[Problem]:
