@@ -4,6 +4,7 @@ import pytest
 import transformers
 
 from fastft.errors import LoadError, UsageError
+from fastft.graph.attention import register
 from fastft.model.config import attention_problem
 from fastft.model.load import load
 
@@ -36,6 +37,7 @@ def test_no_folder_and_no_name(source):
 
 
 def test_an_attention_that_there_is_not(tiny):
+    register()  # as compiling does
     with pytest.raises(UsageError) as caught:
         load(tiny(), attn_implementation="flash")
     text = str(caught.value)
