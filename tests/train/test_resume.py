@@ -452,3 +452,16 @@ def test_how_batches_are_copied_is_no_other_setting():
     assert lineage.changes(record(), record(non_blocking=True)) == {}
     (name,) = lineage.changes(record(), record(non_blocking=True, even_batches=False))
     assert name == "accelerator_config"
+
+
+def test_a_run_that_is_over_by_its_epochs_is_not_gone_on_with(build_model, tokenizer, dataset, settings):
+    folder = Path(settings["output_dir"])
+    once = {"max_steps": -1, "num_train_epochs": 1, "save_strategy": "epoch"}
+    trainer(build_model(), tokenizer, dataset, settings, **once).train()
+    (saved,) = checkpoint.checkpoints(folder)
+    with pytest.raises(UsageError, match="SFTConfig num_train_epochs: expected more than the 1 epochs that") as caught:
+        trainer(build_model(), tokenizer, dataset, settings, **once).train(resume_from_checkpoint=str(saved))
+    assert "ask for more epochs" in str(caught.value) and checkpoint.checkpoints(folder) == [saved]
+    more = trainer(build_model(), tokenizer, dataset, settings, **{**once, "num_train_epochs": 2})
+    more.train(resume_from_checkpoint=str(saved))
+    assert more.state.epoch == 2.0

@@ -28,7 +28,19 @@ from fastft.graph.compile import release_weights
 from fastft.graph.planned import PlannedLayers
 from fastft.noise import between_libraries, quiet
 from fastft.state import base_model, get_state, planned_of
-from fastft.train import card, checkpoint, earlier, flops, hygiene, lineage, memory, optimizers, recomputing, telling
+from fastft.train import (
+    batches,
+    card,
+    checkpoint,
+    earlier,
+    flops,
+    hygiene,
+    lineage,
+    memory,
+    optimizers,
+    recomputing,
+    telling,
+)
 from fastft.train import resume as resuming
 from fastft.train.arguments import refuse_unevaluated
 from fastft.train.best import BestWeights, Measured, refuse_unmeasured
@@ -121,6 +133,7 @@ class Trained(LateLog):
         """
         if self.model is not model:  # TRL has wrapped it with the `peft_config` it was given
             base_model(self.model).__dict__.pop("forward", None)
+        batches.refuse_none(self.args, self.train_dataset)
         if self.compute_metrics is not None:
             self.compute_metrics = Checked(self.compute_metrics)
         if compile:
@@ -301,6 +314,11 @@ class Trained(LateLog):
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         refuse_missing(self.args, metrics)
         return super()._determine_best_metric(metrics=metrics, trial=trial)
+
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what TRL's trainer does; the last rows are never left out."""
+        with batches.all_kept(self.args):
+            return super().get_eval_dataloader(*args, **kwargs)
 
     def begin_evaluation(self) -> None:
         """Make room for an evaluation, which may come in the middle of a run."""

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from fastft.graph.capture import quant_state_tensors
 from fastft.graph.head import unwrapped
 from fastft.state import get_state, planned_of
+from fastft.train import dropping
 
 SETTLED = 3
 # Steps of a shape whose times are compared: a single one may have met a GPU that others used or that had idled.
@@ -326,9 +327,9 @@ def _offloader(model: Any) -> Any:
 
 
 def _random(model: Any) -> str:
+    if dropped := dropping.first_on(model):
+        return f"dropout in {dropped}: every step draws its own random numbers"
     for name, module in model.named_modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0 and module.training:
-            return f"dropout in {name}: every step draws its own random numbers"
         if module._forward_hooks and isinstance(module, nn.Embedding):
             return f"a hook on {name}: it may draw random numbers"
     return ""

@@ -13,13 +13,14 @@ from typing import Any
 
 import torch
 from attrs import frozen
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastft.graph import attention
 from fastft.graph.head import find_spec, unwrapped
 from fastft.kernels.attention import Numbers, SharedPrompts
 from fastft.kernels.attention.parts import flash_refusal
 from fastft.state import base_model
+from fastft.train import dropping
 from fastft.train.flops import windows_of
 
 ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
@@ -99,7 +100,7 @@ def sharing_refusal(model: Any, longest_row: int) -> str:
     windows = [window for window in windows_of(config) if window is not None]
     if windows and longest_row > min(windows):
         return f"a row of {longest_row} tokens does not fit the sliding window of {min(windows)}"
-    if base.training and _drops(base, config):
+    if dropping.first_on(base):
         return "dropout is on, and every completion's own copy of the prompt would draw its own"
     if device.type != "cuda":
         return ""
@@ -108,13 +109,6 @@ def sharing_refusal(model: Any, longest_row: int) -> str:
     heads = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else base.dtype
     return flash_refusal(device, dtype, heads)
-
-
-def _drops(base: nn.Module, config: Any) -> bool:
-    modules = (module for module in base.modules() if isinstance(module, nn.Dropout))
-    return bool(getattr(config, "attention_dropout", 0.0)) or any(
-        module.p > 0 and module.training for module in modules
-    )
 
 
 def _lengths(mask: Tensor, keep: int) -> Lengths | None:

@@ -76,7 +76,12 @@ def check(resume: Any, args: Any, model: Any, method: str, own: Callable[[Path],
         remedy = f"resume={str(whole)!r} goes on from the newest whole one" if whole else "there is no other whole one"
         raise UsageError(*problems, f"{folder} cannot be resumed: {remedy}, or start anew with resume=False")
     problems = [*_foreign(folder, model, method), *own(folder), *aside]
-    done = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8")).get("global_step", 0)
+    state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+    done, epochs = state.get("global_step", 0), state.get("epoch") or 0
+    if args.max_steps <= 0 and done and epochs >= args.num_train_epochs:
+        remedy = "Nothing is left to train: ask for more epochs, or start anew with resume=False."
+        expected = f"more than the {epochs:g} epochs that {folder} has"
+        problems.append(Problem(f"{type(args).__name__} num_train_epochs", args.num_train_epochs, expected, remedy))
     if 0 < args.max_steps <= done:
         remedy = "Nothing is left to train: ask for more steps, or start anew with resume=False."
         expected = f"more than the {done} steps that {folder} has"

@@ -11,7 +11,7 @@ from torch import nn
 from fastft.errors import DataError, Problem, UsageError
 from fastft.given import model_problem, refuse
 from fastft.state import get_state
-from fastft.train import rounding, step
+from fastft.train import dropping, rounding, step
 
 # Largest relative difference allowed: (a loss, a gradient norm, the mean residual of either).
 # The first two follow from the rounding of the dtype over a few layers; the mean residual is bias, not noise, and is
@@ -175,10 +175,8 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
     with torch.random.fork_rng(devices=cuda):
         try:
             model.train()
-            for module in model.modules():
-                if isinstance(module, nn.modules.dropout._DropoutNd):
-                    module.eval()
-            yield
+            with dropping.off(model):
+                yield
         finally:
             for module, mode in modes:
                 module.training = mode

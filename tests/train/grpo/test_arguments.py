@@ -15,6 +15,19 @@ def test_longer_prompts_are_left_out_and_told(trainer, capsys):
     assert "1 of 9 prompts are longer than max_prompt_length=3: left out." in capsys.readouterr().out
 
 
+def test_longer_prompts_are_left_out_of_every_evaluation_set(config, build_model, tokenizer, capsys):
+    sets = {"one": PROMPTS[:2], "two": ["w1 w2 w3 w4 w5", *PROMPTS[2:5]]}
+    made = GRPOTrainer(
+        build_model(), even, GRPOConfig(**config, max_prompt_length=3), processing_class=tokenizer, compile=False,
+        train_dataset=[{"prompt": prompt} for prompt in PROMPTS], engine=GivenRollouts(),
+        eval_dataset={name: [{"prompt": prompt} for prompt in texts] for name, texts in sets.items()},
+    )  # fmt: skip
+    assert {name: len(rows) for name, rows in made.eval_dataset.items()} == {"one": 2, "two": 3}
+    assert "two: 1 of 4 prompts are longer than max_prompt_length=3: left out." in capsys.readouterr().out
+    metrics = made.evaluate()
+    assert {"eval_one_loss", "eval_two_loss"} <= set(metrics), metrics
+
+
 def test_older_names_and_fields(config, build_model, tokenizer, capsys):
     class SamplingParams:
         min_p, top_p, top_k, temperature, repetition_penalty, stop = 0.1, 0.9, -1, 1.0, 1.0, ["</s>"]

@@ -442,3 +442,23 @@ def test_a_routers_loss_is_that_of_the_batch_however_it_is_accumulated(build_mod
         losses.append([line["loss"] for line in made.state.log_history if "loss" in line])
     assert losses[1] == pytest.approx(losses[0], rel=1e-5) and losses[2] == pytest.approx(losses[0], rel=1e-5)
     assert losses[0][0] > 4.6 + 0.5  # a loss of the tokens alone would be ln 96 or so
+
+
+def test_the_last_rows_are_left_out_of_training_and_of_no_evaluation(build_model, build_rows, tokenizer, settings):
+    rows, found = Dataset.from_list(build_rows(5)), []
+    for dropped in (False, True):
+        args = SFTConfig(**settings, dataloader_drop_last=dropped, per_device_eval_batch_size=4)
+        made = SFTTrainer(
+            build_model(), args, train_dataset=rows, eval_dataset=rows, processing_class=tokenizer, compile=False
+        )
+        assert len(made.get_train_dataloader()) == (2 if dropped else 3)
+        found.append({name: made.evaluate()[f"eval_{name}"] for name in ("loss", "num_targets")})
+        assert made.args.dataloader_drop_last is dropped
+    assert found[0] == found[1]
+
+
+def test_training_without_a_whole_batch_is_refused(build_model, build_rows, tokenizer, settings):
+    rows = Dataset.from_list(build_rows(3))
+    args = SFTConfig(**{**settings, "per_device_train_batch_size": 4}, dataloader_drop_last=True)
+    with pytest.raises(UsageError, match="SFTConfig dataloader_drop_last: expected at least 4 rows, a whole batch"):
+        SFTTrainer(build_model(), args, train_dataset=rows, processing_class=tokenizer, compile=False)

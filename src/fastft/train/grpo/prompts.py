@@ -45,6 +45,15 @@ def _turned(rows: Any) -> Any:
         return rows.map(_as_turn)
 
 
+def each_within_length(held: Any, fit: Callable[[Any, str], tuple[Any, int]]) -> tuple[Any, int]:
+    """Return prompts to evaluate, one set or a dict of them, as `fit` leaves each, and the longest; no streams."""
+    several = isinstance(held, Mapping)
+    sets = held if several else {"eval": held}
+    fitted = {name: fit(rows, name) for name, rows in sets.items() if hasattr(rows, "__len__")}
+    kept = {**sets, **{name: rows for name, (rows, _) in fitted.items()}}
+    return kept if several else kept["eval"], max((longest for _, longest in fitted.values()), default=0)
+
+
 def within_length(
     rows: Any, name: str, limit: int | None, sizes_of: Callable[[Sequence[Any]], list[int]]
 ) -> tuple[Any, int]:

@@ -125,9 +125,8 @@ class GRPOTrainer(Trained, trl.GRPOTrainer):
         if self.environment_factories is not None or not hasattr(self.train_dataset, "__len__"):
             return self.args.max_prompt_length
         self.train_dataset, longest = self._within_length(self.train_dataset, "train")
-        if hasattr(self.eval_dataset, "__len__") and not isinstance(self.eval_dataset, Mapping):
-            self.eval_dataset, other = self._within_length(self.eval_dataset, "eval")
-            longest = max(longest, other)
+        self.eval_dataset, other = prompts.each_within_length(self.eval_dataset, self._within_length)
+        longest = max(longest, other)
         config = base_model(self.model).config.get_text_config()
         room = get_state(self.model).max_length or getattr(config, "max_position_embeddings", None)
         problems: list[Problem | str] = []

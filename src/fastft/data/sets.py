@@ -1,0 +1,37 @@
+"""Several evaluation sets, each by its name."""
+
+from collections.abc import Mapping
+from glob import has_magic
+from pathlib import Path
+from typing import Any
+
+from fastft.data.files import SUFFIXES
+
+PREFIX = "eval "
+
+
+def named_sets(train: Any, held: Any, name: str = "train") -> dict[str, Any]:
+    """Return the data of a run by what errors call them: `name`, "eval", or of a dict of sets "eval 'NAME'" each."""
+    parts = {"eval": held} if held is not None else {}
+    if _are_sets(held):
+        parts = {f"{PREFIX}{str(part)!r}": rows for part, rows in held.items()}
+    return {name: train, **parts}
+
+
+def evaluated(made: Mapping[str, Any], held: Any) -> Any:
+    """Return of what `named_sets` names that which is evaluated: one set, a dict of them by name, or None."""
+    if not _are_sets(held):
+        return made.get("eval")
+    return {str(part): made[f"{PREFIX}{str(part)!r}"] for part in held}
+
+
+def _are_sets(held: Any) -> bool:
+    """Say whether it is a dict of sets, and neither one row nor columns."""
+    return isinstance(held, Mapping) and bool(held) and all(map(_is_set, held.values()))
+
+
+def _is_set(part: Any) -> bool:
+    if isinstance(part, str | Path):
+        return Path(part).suffix.lower() in SUFFIXES or has_magic(str(part)) or Path(part).exists()
+    is_list = isinstance(part, list | tuple)
+    return hasattr(part, "column_names") or (is_list and bool(part) and all(isinstance(row, Mapping) for row in part))
