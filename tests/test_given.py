@@ -74,6 +74,7 @@ def test_neither_a_model_nor_a_folder(loaded, told):
     for function, args in ((fastft.merge, ("mm",)), (fastft.save_adapter, ("mm",)), (fastft.verify_export, ())):
         (line,) = told(function, model, *args, tokenizer=5)
         assert line == "tokenizer: expected a tokenizer, got 'int'"
+    assert told(fastft.export_gguf, model, 5) == ["tokenizer: expected a tokenizer, got 'int'"]
     for folder in (None, "", 5):
         line = f"folder: expected the path of a folder, got {folder!r}"
         assert told(fastft.merge, model, folder) == [line]

@@ -99,7 +99,8 @@ def export_gguf(
     the next run. Raises UsageError for what cannot be exported (before any work, all reasons at once) and SaveError
     for a disk that is too small or fails.
     """
-    refuse_export(model_or_folder, tokenizer, folder, "model_or_folder")
+    path = isinstance(tokenizer, str | Path)  # which may be where the files are to go: `_check_names` tells it
+    refuse_export(model_or_folder, None if path else tokenizer, folder, "model_or_folder")
     _check_arguments(unknown, device)
     chosen = chosen_quants(quants)
     target = Path(folder).expanduser()
