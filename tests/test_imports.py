@@ -12,13 +12,14 @@ ROOT = Path(fastft.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 TREES = {path.relative_to(ROOT).as_posix(): ast.parse(path.read_text("utf-8")) for path in FILES}
 
-BOTTOM = {"errors", "state", "environment", "noise"}
+BOTTOM = {"errors", "given", "state", "environment", "noise"}
 LOW = BOTTOM | {"registry", "kernels", "memory"}
 MIDDLE = {"model", "data"}
 # layer -> the layers of fastft that it may import besides itself; a layer that is not named may import all
 ALLOWED = {
     "errors": set(),
     "environment": set(),
+    "given": {"errors"},
     "noise": set(),
     "registry": {"errors"},
     "state": {"registry"},
@@ -36,6 +37,7 @@ OUTSIDE = {
     "__init__": set(),
     "errors": {"attrs"},
     "environment": set(),
+    "given": set(),
     "noise": set(),
     "registry": {"attrs", "cattrs"},
     "state": {"attrs"},

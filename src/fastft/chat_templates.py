@@ -52,7 +52,7 @@ def get_chat_template(
     """
     from copy import deepcopy
 
-    from fastft.data.check import tokenizer_problem
+    from fastft.given import tokenizer_problem
     from fastft.registry.chat_jinja import renamed
 
     wrong = tokenizer_problem(tokenizer)

@@ -9,6 +9,7 @@ from tokenizers import normalizers
 
 import fastft
 from fastft.data.chat import chat_dataset, tokenised
+from fastft.data.preview import preview
 from fastft.data.recognise import canonical, recognise
 from fastft.data.sources import load_rows
 from fastft.errors import DataError
@@ -36,6 +37,36 @@ def test_json_lines(tmp_path):
     assert [line.split(": expected")[0] for line in file_told(path)] == [f"{path}, line 1", f"{path}, line 2"]
     path.write_text("{\n" * 1000)
     assert file_told(path)[-1] == "and 990 more rows"
+
+
+def test_lines_that_are_no_rows_are_told_with_what_is_wrong_in_the_others(tmp_path, build_tokenizer):
+    path, tokenizer = tmp_path / "a.jsonl", build_tokenizer()
+    good, bad = ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": c}]} for c in "b ")
+    rows = [good, [1, 2], bad, None, good, bad, *[good] * 3]
+    lines = [json.dumps(row) if row else "{" for row in rows]
+    path.write_text("\n\n".join(lines))
+    numbers = [3, 5, 7, 11]
+    for call in (chat_dataset, partial(tokenised, train_on="assistant", name="train"), preview):
+        with pytest.raises(DataError) as caught:
+            call(path, tokenizer)
+        problems = caught.value.problems
+        places = [problem.where.partition(", ")[2] for problem in problems]
+        assert [place.partition(",")[0] for place in places] == [f"line {number}" for number in numbers]
+        assert places[1] == "line 5, messages[1].content" and places[2].startswith("line 7, column 2")
+        assert (
+            problems[0].expected == "a JSON object, one row" and problems[3].expected == "an answer that is not empty"
+        )
+    assert [line.partition(": ")[0] for line in file_told(path)] == [f"{path}, line 3", f"{path}, line 7, column 2"]
+    path.write_text("[1]\n" * 7 + lines[2] + "\n" + "[1]\n" * 7 + (lines[2] + "\n") * 3)
+    with pytest.raises(DataError) as caught:
+        chat_dataset(path, tokenizer)
+    *told, more = caught.value.problems
+    assert [problem.where.split(", ")[1] for problem in told] == [f"line {number}" for number in range(1, 11)]
+    assert more == "and 8 more rows"
+    path.write_text('[1]\n{"answer": 1}\n')  # of a kind that is not known: that is told when all lines are rows
+    with pytest.raises(DataError) as caught:
+        chat_dataset(path, tokenizer)
+    assert [problem.where for problem in caught.value.problems] == [f"{path}, line 1"]
 
 
 def test_json(tmp_path):

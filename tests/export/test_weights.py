@@ -213,7 +213,7 @@ def test_what_cannot_be_merged_is_refused(tmp_path):
     prefix = get_peft_model(model, PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"))
     with pytest.raises(UsageError, match="learns inputs and changes no weight"):
         weight_source(prefix)
-    with pytest.raises(UsageError, match="a model or a path"):
+    with pytest.raises(UsageError, match="a model, or the path of a folder"):
         weight_source({"a": 1})
     with pytest.raises(LoadError, match="no weights, no adapter and no checkpoint"):
         weight_source(tmp_path)

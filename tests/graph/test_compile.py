@@ -10,7 +10,9 @@ from transformers import DynamicCache
 import fastft
 from fastft.errors import UsageError
 from fastft.graph.compile import uncompile, uncompiled
+from fastft.graph.pipeline import PASSES
 from fastft.graph.twin import tiny_model
+from fastft.state import get_state
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ATTENTION_FAMILIES = ("llama", "gemma2", "gemma3_text", "mistral", "cohere2", "phi3")
@@ -253,12 +255,48 @@ def test_unknown_architecture_runs_unrewritten_and_says_so():
         ({"backend": "inducter"}, ["did you mean 'inductor'"]),
         ({"disable": ("norms",), "plan": "x"}, ["'norms'", "did you mean 'norm'", "plan"]),
         ({"implementations": {"norm": "triton"}}, ["implementations['norm']", "'op' or 'torch'"]),
+        ({"implementations": {"nrm": "op"}}, ["implementations: expected one of", "'nrm'. did you mean 'norm'?"]),
+        ({"implementations": "torch"}, ["implementations: expected a dict", "Such as {"]),
+        ({"dynamic": "yes"}, ["dynamic: expected True, False or None, got 'yes'"]),
     ],
 )
 def test_wrong_arguments_are_named_together(options, told):
     with pytest.raises(UsageError) as caught:
         fastft.compile(make("llama", torch.float32, False), **options)
     assert all(text in str(caught.value) for text in told)
+
+
+def test_one_rewrite_alone_is_told_once_and_with_a_list():
+    def told(disable):
+        with pytest.raises(UsageError) as caught:
+            fastft.compile(make("llama", torch.float32, False), disable=disable)
+        return str(caught.value)
+
+    start = f"disable: expected a list of names of rewrites, of {[step.name for step in PASSES]}, got"
+    assert told("rope") == f"{start} 'rope'. Write ['rope']."
+    assert told("ropes") == f"{start} 'ropes'. did you mean 'rope'?"
+    assert told(5) == f"{start} 5"
+    assert told(iter(["rope"])).startswith(f"{start} <list_iterator object")  # which could be gone through once
+
+
+@pytest.mark.parametrize("batch", [5, (4,), (4, 0), (4, 1.5), "ab", (True, 8)])
+def test_a_wrong_largest_batch_leaves_the_model_as_it_was(batch):
+    model = fastft.compile(make("llama", torch.float32, True), backend="eager", disable=["rope"])
+    before = get_state(model).compiled
+    with pytest.raises(UsageError) as caught:
+        fastft.compile(model, batch=batch)
+    assert str(caught.value) == (
+        f"batch: expected (rows, length), two whole numbers of at least 1, or None, got {batch!r}. "
+        "Such as (4, 1024): 4 rows of 1024 tokens."
+    )
+    assert get_state(model).compiled is before and before.settings.backend == "eager"
+    assert all(layer._compiled_call_impl is not None for layer in before.layers)
+
+
+@pytest.mark.parametrize("call", [fastft.compile, fastft.report])
+def test_what_is_no_model(call):
+    with pytest.raises(UsageError, match=r"^model: expected a model, got 'int'. fastft.load returns the pair"):
+        call(5)
 
 
 def test_disabled_rewrites_are_left_out():

@@ -204,6 +204,12 @@ def test_mistakes(loaded):
             generate(model, tokenizer, prompts)
     with pytest.raises(UsageError, match="stream: expected one prompt, not 2"):
         generate(model, tokenizer, ["a", "b"], stream=True)
+    without = [{"content": "hi"}, {"role": "user", "content": "a"}]
+    said = "The message has the fields ['content'] and no 'role'."
+    for prompts, where in ((without, "prompts"), ([CHAT, without], "prompts[1]")):
+        with pytest.raises(DataError) as caught:
+            generate(model, tokenizer, prompts)
+        assert str(caught.value) == f"{where}[0].role: expected a text such as 'user' or 'assistant', got None. {said}"
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(DataError, match="roles must alternate"):
         generate(model, tokenizer, CHAT)

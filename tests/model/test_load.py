@@ -126,23 +126,6 @@ def test_a_device_that_is_not_there(device, there, told, monkeypatch):
         export_gguf("no/where", device=device)
 
 
-def test_all_wrong_arguments_are_told_at_once():
-    with pytest.raises(UsageError) as caught:
-        load("x", quant="4bit", dtype="flot32", max_length=0, full=True, load_in_4bit=True, revison="a", quux=1)
-    text = str(caught.value)
-    assert len(caught.value.problems) == 7
-    for part in (
-        "quant: expected None, 'nf4', 'int8' or 'fp8', got '4bit'. did you mean 'nf4'?",
-        "did you mean 'float32'?",
-        "max_length: expected a positive number",
-        "full: expected False together with quant",
-        "'load_in_4bit'; here it is quant='nf4'",
-        "'revison'; did you mean 'revision'?",
-        "'quux'; it takes",
-    ):
-        assert part in text
-
-
 def test_missing_model_says_where_was_looked(tmp_path):
     with pytest.raises(LoadError) as caught:
         load("nobody/no-such-model")

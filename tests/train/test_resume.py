@@ -45,14 +45,35 @@ def test_a_damaged_state(run, build_model, tokenizer, dataset, settings):
 
 def test_checkpoints_of_another_run(run, build_model, tokenizer, dataset, settings):
     made = trainer(build_model(targets=["q_proj"]), tokenizer, dataset, settings, max_steps=3)
-    with pytest.raises(UsageError, match="expected no such tensor"):
+    every = "['down_proj', 'gate_proj', 'k_proj', 'o_proj', 'q_proj', 'up_proj', 'v_proj']"
+    with pytest.raises(UsageError) as caught:
         made.train(resume_from_checkpoint=True)
-    wider = build_model(targets=["q_proj", "v_proj", "lm_head"])
-    with pytest.raises(UsageError, match=r"lm_head.*no such tensor.*another run"):
-        trainer(wider, tokenizer, dataset, settings, max_steps=9).train(resume_from_checkpoint=True)
+    assert str(caught.value) == (
+        f"{run / 'checkpoint-2'} adapter, targets: expected ['q_proj'], as in the model that is trained, got {every}. "
+        f"To go on, put such an adapter on the model: add_lora(targets={every}); or start with resume=False."
+    )
+    smaller = build_model(hidden_size=16)
+    with pytest.raises(UsageError, match=r"lora_A.weight: expected \(4, 16\), got \(4, 32\).*another run"):
+        trainer(smaller, tokenizer, dataset, settings, max_steps=9).train(resume_from_checkpoint=True)
     with pytest.raises(UsageError, match=r"expected a whole model.*got 'an adapter'"):
         whole = build_model(lora=False)
         trainer(whole, tokenizer, dataset, settings, max_steps=9).train(resume_from_checkpoint=True)
+
+
+def test_an_adapter_of_another_rank(run, build_model, tokenizer, dataset, settings):
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=8, target_modules="all-linear", modules_to_save=["lm_head"], task_type="CAUSAL_LM")
+    model = get_peft_model(build_model(lora=False), config)
+    with pytest.raises(UsageError) as caught:
+        trainer(model, tokenizer, dataset, settings, max_steps=9).train(resume_from_checkpoint=True)
+    told, (go_on, anew) = run / "checkpoint-2", ("To go on, put such an adapter on the model:", "; or start with")
+    assert str(caught.value).splitlines() == [
+        f"{told} adapter, r: expected 8, as in the model that is trained, got 4. {go_on} add_lora(r=4){anew} "
+        "resume=False.",
+        f"{told} adapter, modules_to_save: expected ['lm_head'], as in the model that is trained, got None. {go_on} "
+        f"add_lora(modules_to_save=None){anew} resume=False.",
+    ]
 
 
 def test_nothing_left_to_train(run, build_model, tokenizer, dataset, settings):

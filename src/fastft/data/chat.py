@@ -18,16 +18,15 @@ from fastft.data.check import (
     overlong_problems,
     refuse_empty,
     refuse_unlearnable,
-    tokenizer_problem,
     whole_number,
 )
 from fastft.data.control import find_control
 from fastft.data.files import told_by_file, told_of
 from fastft.data.notes import Notes, StreamNotes, unpacked
 from fastft.data.rendering import templates_of
-from fastft.data.sources import open_named
 from fastft.data.tokenise import Encoder, Row, Unlearnable
 from fastft.errors import DataError, Problem, UsageError, did_you_mean
+from fastft.given import tokenizer_problem
 
 TrainOn = Literal["assistant", "last", "completion", "all"]
 TRAIN_ON = ("assistant", "last", "completion", "all")
@@ -107,7 +106,7 @@ def tokenised(
 
     Raises `UsageError` and `DataError`.
     """
-    source = open_named(data, name)
+    source = inputs.open_named_rows(data, name, alternate)
     rows = source.rows
     with told_of(name, source.files):
         if isinstance(rows, list) and rows and isinstance(rows[0], Mapping) and "input_ids" in rows[0]:

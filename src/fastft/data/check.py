@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral
-from pathlib import Path
 from typing import Any
 
 from attrs import evolve
@@ -56,17 +55,32 @@ def row_problem(where: str, ids: Sequence[int], labels: Sequence[int]) -> Proble
     return None
 
 
-def refuse_unlearnable(lost: int, total: int, limit: int | None, allowed: float, name: str = "") -> None:
-    """Raise `DataError` if more than a share `allowed` of `total` rows has nothing to learn within `limit` tokens."""
+def refuse_unlearnable(
+    lost: int, total: int, limit: int | None, allowed: float, name: str = "", rows: Iterable[Problem] = ()
+) -> None:
+    """Raise `DataError` if more than a share `allowed` of `total` rows has nothing to learn within `limit` tokens.
+
+    `rows`: what is wrong with each of them, where that is known.
+    """
     if lost <= allowed * total:
         return
+    mistakes = Mistakes()
+    for problem in rows:
+        mistakes.add([problem])
     share = lost / total
     remedy = "Raise max_length."
     if lost < total:
         remedy = f"Raise max_length, or leave them out with max_unlearnable={min(1.0, share + 0.005):.2f}."
     got = f"{lost} of {total} ({share:.2%})"
     where = f"{name}rows with nothing left to learn within max_length={limit}"
-    raise DataError(Problem(where, got, f"at most {allowed:.2%}", remedy))
+    raise DataError(*mistakes.told(), Problem(where, got, f"at most {allowed:.2%}", remedy))
+
+
+def nothing_left(where: str, size: int, limit: int | None) -> Problem:
+    """Return the problem of a row of `size` tokens that has nothing to learn among the first `limit`."""
+    remedy = "Cutting left no token that bears loss: raise max_length."
+    got = f"nothing to learn, cut from {size} tokens"
+    return Problem(f"{where}, labels", got, f"some within max_length={limit}", remedy)
 
 
 def refuse(problems: Iterable[Problem | str]) -> None:
@@ -100,15 +114,18 @@ class Mistakes:
 
         `also` is said besides: it is about all rows, and none of them.
         """
-        if not self.count:
-            return
+        if self.count:
+            raise DataError(*self.told(total), *also)
+
+    def told(self, total: int | None = None) -> list[Problem | str]:
+        """Return the first mistakes and, where there are more, a line with their number."""
         hidden = self.count - len(self.kept)
         more = [f"and {self._unseen:,} more row{'s' * (self._unseen != 1)}"] if self._unseen else []
         if hidden and not self._unseen:
             more = [f"and {hidden:,} more mistakes in these rows"]
         if more and total is not None:
             more = [f"{more[0]}: {self.rows:,} of {total:,} rows cannot be used ({self.count:,} mistakes)"]
-        raise DataError(*self.kept, *more, *also)
+        return [*self.kept, *more]
 
 
 def text_problem(where: str, text: Any, *, may_be_empty: bool = False, longest: int | None = LONGEST) -> Problem | None:
@@ -233,16 +250,6 @@ def _parts_problem(where: str, parts: Sequence[Any]) -> Problem | None:
             if problem:
                 return problem
     return None
-
-
-def tokenizer_problem(tokenizer: Any) -> Problem | None:
-    """Return what is wrong with something that is given as a tokenizer."""
-    if callable(getattr(tokenizer, "convert_tokens_to_ids", None)):
-        return None
-    path = isinstance(tokenizer, str | Path)
-    remedy = f"transformers.AutoTokenizer.from_pretrained({str(tokenizer)!r}) loads it." if path else ""
-    remedy = "Pass its .tokenizer." if hasattr(tokenizer, "tokenizer") else remedy
-    return Problem("tokenizer", short(str(tokenizer)) if path else type(tokenizer).__name__, "a tokenizer", remedy)
 
 
 def whole_number(value: Any) -> bool:

@@ -33,6 +33,10 @@ class Columns:
         whole = np.concatenate([[0], np.cumsum(values, dtype=np.int64)])
         return whole[self.starts + self.lengths] - whole[self.starts]
 
+    def places(self) -> np.ndarray:
+        """Return the place of each token in its row (int64)."""
+        return np.arange(len(self.ids)) - np.repeat(self.starts, self.lengths)
+
     def bearing(self) -> np.ndarray:
         """Return which tokens bear loss (bool): those with a label, a row's first token excepted: none predicts it."""
         found = self.labels != IGNORE
@@ -67,9 +71,12 @@ def lengths(dataset: Any, column: str = "input_ids") -> np.ndarray:
     return np.concatenate(parts) if parts else np.zeros(0, np.int64)
 
 
-def loss_bearing(dataset: Any) -> np.ndarray:
-    """Return the number of loss-bearing tokens of every row (int64)."""
-    parts = [batch.per_row(batch.bearing()) for batch in columns(dataset)]
+def loss_bearing(dataset: Any, limit: int | None = None) -> np.ndarray:
+    """Return the number of loss-bearing tokens of every row (int64), among its first `limit` where that is given."""
+    parts = [
+        batch.per_row(batch.bearing() if limit is None else batch.bearing() & (batch.places() < limit))
+        for batch in columns(dataset)
+    ]
     return np.concatenate(parts) if parts else np.zeros(0, np.int64)
 
 

@@ -4,6 +4,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from attrs import evolve
+
 from fastft.data.check import message_problems, repeated_answers, text_problem
 from fastft.data.kinds import CALL_ROLES, ROLE_OF, ROLES, SYSTEM_COLUMNS, Recognised
 from fastft.errors import Problem, did_you_mean, short
@@ -325,11 +327,14 @@ def _pair_problems(where: str, chosen: list[Row], rejected: list[Row]) -> Proble
 
 def _side(where: str, value: Any, role: str, recognised: Recognised) -> tuple[list[Row], Problems]:
     """Return a prompt or an answer as messages: a text is one turn of `role`, or several of a marked dialogue."""
-    if not isinstance(value, str) or value.lstrip().startswith('[{"'):
+    turns = isinstance(value, Sequence) and not isinstance(value, str | bytes)
+    if turns or (isinstance(value, str) and value.lstrip().startswith('[{"')):
         return _turns(where, value, recognised, False)
     problem = text_problem(where, value)
     if problem:
-        return [], [problem]
+        role_key, content_key = recognised.keys or CHAT_KEYS
+        either = f"a text, or a list of {{{role_key!r}, {content_key!r}}}"
+        return [], [problem if isinstance(value, str) else evolve(problem, expected=either)]
     return (_dialogue(value) if value.startswith(_HUMAN) else [{"role": role, "content": value}]), []
 
 

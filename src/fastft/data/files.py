@@ -25,18 +25,49 @@ _BOM = b"\xef\xbb\xbf"
 _ENCODING = "Save the file as UTF-8, or put the damaged bytes right."
 _CELL = 2**31 - 1  # longest cell of a CSV file, in characters: as good as none
 _SEPARATORS = (",", ";", "\t", "|")
-_ROW = re.compile(r"row (\d+)\b")
 Row = dict[str, Any]
 Placed = tuple[str, Row]  # a row and where it stands: file and line, or file and number
 Told = Callable[[Problem], None]
 
 
+class BrokenFilesError(DataError):
+    """Files of which something is no row: a line that is no JSON, or no object. What is wrong in their rows may follow.
+
+    `rows` are the rows all the same. `before`: of each of the mistakes that are told, how many of them come before it.
+    """
+
+    def __init__(self, mistakes: Mistakes, paths: Sequence[Path], rows: Sequence[Row], before: Sequence[int]) -> None:
+        super().__init__(*mistakes.told())
+        self.mistakes, self.paths, self.rows, self.before = mistakes, paths, rows, before
+
+    def refuse_with(self, wrong_in: Callable[[str, Row], Sequence[Problem]]) -> None:
+        """Raise `DataError` with the mistakes and those `wrong_in("row 3", row)`, in the order of the lines."""
+        both, own = Mistakes(), list(zip(self.before, self.mistakes.kept, strict=True))
+        for index, row in enumerate(self.rows):
+            while own and own[0][0] <= index:
+                both.add([own.pop(0)[1]])
+            both.add(wrong_in(f"row {index}", row))
+        for _, problem in own:
+            both.add([problem])
+        for _ in range(self.mistakes.count - len(self.before)):  # those that are only counted come behind the others
+            both.add(self.mistakes.kept[-1:])
+        with told_by_file(self.paths):
+            both.refuse()
+
+
 def read_files(paths: Sequence[Path]) -> list[Row]:
-    """Return the rows of files in their order. Raises `DataError` with the mistakes of all of them together."""
-    mistakes, rows = Mistakes(), []
+    """Return the rows of files in their order. Raises `BrokenFilesError` with the mistakes of all of them together."""
+    mistakes, rows, before = Mistakes(), [], []
+
+    def tell(problem: Problem) -> None:
+        mistakes.add([problem])
+        before.extend([len(rows)] if len(before) < len(mistakes.kept) else [])
+
     for path in paths:
-        rows.extend(row for _, row in _rows_of(path, lambda problem: mistakes.add([problem])))
-    mistakes.refuse()
+        for _, row in _rows_of(path, tell):
+            rows.append(row)
+    if mistakes.count:
+        raise BrokenFilesError(mistakes, paths, rows, before)
     return rows
 
 
@@ -48,15 +79,17 @@ def stream_files(paths: Sequence[Path]) -> Iterator[Row]:
 
 
 @contextmanager
-def told_by_file(paths: Sequence[Path]) -> Iterator[None]:
+def told_by_file(paths: Sequence[Path], name: str = "") -> Iterator[None]:
     """Let a `DataError` about rows that came out of files, in their order, name file and line instead of "row 3".
 
-    The error stays the one that was raised, with its cause; a second one would show all mistakes twice.
+    With a `name` of the data it is those about "train row 3", say. The error stays the one that was raised, with its
+    cause; a second one would show all mistakes twice.
     """
     try:
         yield
     except DataError as error:
-        found = [_ROW.match(problem.where) if isinstance(problem, Problem) else None for problem in error.problems]
+        row = re.compile(rf"{re.escape(f'{name} ' if name else '')}row (\d+)\b")
+        found = [row.match(problem.where) if isinstance(problem, Problem) else None for problem in error.problems]
         places = places_of(paths, {int(match[1]) for match in found if match})
         told = [
             evolve(problem, where=f"{places.get(int(match[1]), match[0])}{problem.where[match.end() :]}")
@@ -95,7 +128,7 @@ def _places_in(path: Path) -> Iterator[str]:
         from pyarrow.parquet import ParquetFile
 
         return (f"{path}, row {number}" for number in range(ParquetFile(path).metadata.num_rows))
-    return (place for place, _ in _rows_of(path, _raise))
+    return (place for place, _ in _rows_of(path, lambda problem: None))  # what is no row has been told
 
 
 def _raise(problem: Problem) -> None:

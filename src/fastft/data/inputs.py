@@ -1,7 +1,7 @@
 """Whatever users have, read and recognised: the rows as they are, and how each becomes one that can be rendered."""
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +9,13 @@ from attrs import evolve, frozen
 
 from fastft.data.check import refuse_empty
 from fastft.data.convert import Row, convert_row
-from fastft.data.kinds import PLAIN, Recognised
+from fastft.data.files import BrokenFilesError, told_of
+from fastft.data.kinds import PLAIN, Kind, Recognised
 from fastft.data.recognise import SAMPLE, recognise
-from fastft.data.sources import open_source
+from fastft.data.sources import Source, open_source
 from fastft.errors import DataError, Problem
 
+READ: tuple[Kind, ...] = (*PLAIN, "sharegpt", "instruction")  # what is rendered, or a text
 _BESIDE = ("tools", "chat_template_kwargs")
 _OTHERS = {
     "preference": "They are preferences: fine-tune on the chosen answers as 'messages'.",
@@ -43,13 +45,40 @@ class Input:
         return made
 
 
+def open_rows(source: Any, alternate: bool = True, kinds: Collection[Kind] = READ) -> Source:
+    """Return what `open_source` returns. Of files of which some lines are no rows, what is wrong in the others is told
+    with it, where these are of one of the `kinds`.
+    """
+    try:
+        return open_source(source)
+    except BrokenFilesError as error:
+        try:
+            recognised = recognise(error.rows)
+        except DataError:
+            raise error from None
+        if recognised.kind not in kinds:
+            raise
+
+        def wrong_in(where: str, row: Row) -> Sequence[Problem]:
+            return convert_row(where, row, recognised, None, alternate)[1]
+
+        error.refuse_with(wrong_in)
+        raise
+
+
+def open_named_rows(source: Any, name: str, alternate: bool = True, kinds: Collection[Kind] = READ) -> Source:
+    """Return what `open_rows` returns; errors tell the data's `name`."""
+    with told_of(name):
+        return open_rows(source, alternate, kinds)
+
+
 def read(source: Any, alternate: bool = True) -> Input:
     """Return the rows of what `open_source` takes or returns, recognised; one line says what becomes something else.
 
     Of an iterator the first `SAMPLE` rows are read, and come again in `rows`. Raises `DataError` where nothing is
     recognised or more than one kind is.
     """
-    source = open_source(source)
+    source = open_rows(source, alternate)
     rows = source.rows
     if hasattr(rows, "__next__"):
         head = list(itertools.islice(rows, SAMPLE))

@@ -9,7 +9,7 @@ import numpy as np
 from attrs import define, field, frozen
 
 from fastft.data import mask
-from fastft.data.check import row_problem
+from fastft.data.check import nothing_left, row_problem
 from fastft.data.control import Control
 from fastft.data.inputs import Input
 from fastft.data.kinds import SYSTEM_COLUMNS
@@ -249,14 +249,7 @@ class Encoder:
         if not row.ids or not any(end > max(start, 1) for start, end in row.spans):
             cut = size > len(row.ids) > 0
             problem = row_problem(row.where, row.ids, [IGNORE] * len(row.ids))
-            row.problems.append(Unlearnable(_nothing_left(row, size, self.max_length)) if cut else problem)
-
-
-def _nothing_left(row: "Row", size: int, limit: int) -> Problem:
-    """Return the problem of a row of `size` tokens that has nothing to learn among the first `limit`."""
-    remedy = "Cutting left no token that bears loss: raise max_length."
-    got = f"nothing to learn, cut from {size} tokens"
-    return Problem(f"{row.where}, labels", got, f"some within max_length={limit}", remedy)
+            row.problems.append(Unlearnable(nothing_left(row.where, size, self.max_length)) if cut else problem)
 
 
 @frozen

@@ -81,7 +81,7 @@ def truncation_table(dataset: Any, lengths: Sequence[int] = LENGTHS) -> Truncati
         per_row = batch.per_row(marks)
         rows, whole, bearing = rows + len(batch.lengths), whole + len(batch.ids), bearing + int(per_row.sum())
         longest = max(longest, int(batch.lengths.max(initial=0)))
-        place = np.arange(len(batch.ids)) - np.repeat(batch.starts, batch.lengths)
+        place = batch.places()
         for length in lengths:
             kept = batch.per_row(marks & (place < length))
             cut[length] += int((batch.lengths > length).sum())

@@ -15,6 +15,7 @@ from fastft.export.encode import DENSE, PRECISIONS, Encoding, Planned, decode, p
 from fastft.export.place import check_target, new_folder
 from fastft.export.tensorfile import TensorFile
 from fastft.export.weights import Weight, WeightSource, weight_source
+from fastft.given import refuse_export
 from fastft.model import files
 
 SHARD_BYTES = 5 * 10**9
@@ -92,6 +93,7 @@ def merge(
     folder appears when it is whole; an export that is there is replaced then. Raises `UsageError` and `SaveError`: too
     little room on the disk (told before anything is written), NaN or infinity, a number too large for fp16.
     """
+    refuse_export(model, tokenizer, folder)
     precision = chosen_precision(precision)
     started = time.monotonic()
     folder = Path(folder).expanduser()
@@ -248,6 +250,7 @@ def save_adapter(model: Any, folder: str | Path, tokenizer: Any = None) -> Path:
     It is PEFT's format: `fastft.load(folder)` and `PeftModel.from_pretrained` put it on its base again. The folder
     appears when it is whole. Raises `UsageError` for a model without an adapter and `SaveError`.
     """
+    refuse_export(model, tokenizer, folder)
     folder = Path(folder).expanduser()
     if isinstance(model, str | Path):
         return companions.copy_adapter(Path(model).expanduser(), folder, tokenizer)

@@ -15,6 +15,7 @@ from fastft.export.compare import Distance, Limits, distance, limits_of
 from fastft.export.engines import CONTEXT, Engine, artefact_problem, engine, run_model, token_ids
 from fastft.export.folder import assumptions, find_weights, load_folder
 from fastft.export.questions import Message, Prompt, Questions, questions_of, render, room_of
+from fastft.given import refuse_export
 from fastft.model.files import ADAPTER_CONFIG
 from fastft.state import base_model, get_state
 
@@ -131,6 +132,7 @@ def verify_export(
     transformers, which a note says. What cannot be read has failed, with its reason; a GGUF file of an adapter alone is
     left out with a note, and refused where there is nothing else. Nothing is written and the model is left as it was.
     """
+    refuse_export(model, tokenizer)
     notes: list[str] = []
     paths = artefacts_in(artefact, notes)
     model, tokenizer, reference = _reference(model, tokenizer, notes)
@@ -157,8 +159,6 @@ def _reference(model: Any, tokenizer: Any, notes: list[str]) -> tuple[Any, Any, 
         found = find_weights(Path(model).expanduser())
         model = load_folder(found)
         notes += assumptions(found)
-    if not isinstance(model, nn.Module):
-        raise UsageError(Problem("model", type(model).__name__, "a model, or the path of a folder"))
     state = get_state(model)
     tokenizer = tokenizer if tokenizer is not None else state.tokenizer
     if tokenizer is None:

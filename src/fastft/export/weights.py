@@ -14,6 +14,7 @@ from fastft.errors import LoadError, Problem, UsageError, did_you_mean
 from fastft.export import deltas
 from fastft.export.folder import Found, assumptions, find_weights, load_folder
 from fastft.export.stored import StoredTensor, stored_tensors
+from fastft.given import refuse_export
 from fastft.model import files
 from fastft.model.dense import dense_like, dense_weight
 from fastft.noise import quiet
@@ -99,13 +100,11 @@ def weight_source(model_or_folder: Any, base: str = "dequantised", device: torch
     Raises `UsageError` for what cannot be merged and `LoadError` for files that cannot be read.
     """
     check_base(base)
+    refuse_export(model_or_folder, where="model_or_folder")
     if isinstance(model_or_folder, nn.Module):
         return _of_model(model_or_folder, base)
-    if isinstance(model_or_folder, str | Path):
-        with quiet():  # PEFT imports what warns then
-            return _of_folder(Path(model_or_folder).expanduser(), base, device)
-    remedy = "Pass the model that fastft.load or add_lora returned, or the path of a folder."
-    raise UsageError(Problem("model_or_folder", type(model_or_folder).__name__, "a model or a path", remedy))
+    with quiet():  # PEFT imports what warns then
+        return _of_folder(Path(model_or_folder).expanduser(), base, device)
 
 
 def _of_model(model: nn.Module, base: str) -> WeightSource:

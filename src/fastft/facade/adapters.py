@@ -4,11 +4,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from attrs import evolve
-from torch import nn
 
 from fastft.errors import Problem, UsageError, argument_names
 from fastft.facade.methods import with_methods
 from fastft.facade.names import IDLE_IN_ADAPTERS, REFUSED_IN_ADAPTERS, plan_for, sort_out
+from fastft.given import model_problem, refuse
 from fastft.model.adapters import DEFAULT_SEED, PASSED_ON, add_lora, linear_names, problems_of
 from fastft.state import base_model, get_state, update_state
 
@@ -100,10 +100,7 @@ def get_peft_model(
 
 def check_model(owner: str, model: Any) -> None:
     """Raise `UsageError` if `model` is not a language model, but its tokenizer, say."""
-    if isinstance(model, nn.Module) and hasattr(base_model(model), "config"):
-        return
-    remedy = "Pass the model alone, not its tokenizer or the pair."
-    raise UsageError(Problem(f"{owner} model", type(model).__name__, "the model", remedy))
+    refuse(model_problem(model, f"{owner} model"))
 
 
 def _task_problem(task: Any) -> Problem | None:

@@ -9,10 +9,12 @@ import torch
 from attrs import define, evolve, field
 from torch import nn
 
-from fastft.errors import Problem, UsageError, did_you_mean
+from fastft.errors import Problem, UsageError
+from fastft.given import model_problem, refuse
 from fastft.graph import attention
 from fastft.graph.ahead import make_ahead, prepare_inductor
-from fastft.graph.backend import BACKENDS, RewritingBackend, Settings
+from fastft.graph.arguments import check_arguments
+from fastft.graph.backend import RewritingBackend, Settings
 from fastft.graph.calls import Kind, kind_of
 from fastft.graph.capture import is_instance_of
 from fastft.graph.first_calls import first_calls
@@ -21,12 +23,12 @@ from fastft.graph.head import NOT_FP8_HEAD, head_check
 from fastft.graph.keepable import eight_bits_obstacle
 from fastft.graph.outer_norms import norm_dispatcher, norm_settings, outer_norms
 from fastft.graph.passes.norm import RULE as NORM
-from fastft.graph.pipeline import PASSES, default_implementations
+from fastft.graph.pipeline import default_implementations
 from fastft.graph.planned import PlannedLayers
 from fastft.graph.report import RewriteReport
 from fastft.graph.uncompiled_calls import Counts, cause, notes, reason, run_uncompiled
 from fastft.kernels import fp8
-from fastft.memory.estimate import COMPUTE, Mode
+from fastft.memory.estimate import Mode
 from fastft.memory.plan import EIGHT_BITS, fast_is_keep, named_part, not_in_eight_bits, plan_problem
 from fastft.registry.resolve import find
 from fastft.registry.spec import ModelSpec
@@ -144,6 +146,8 @@ def compile(
     It registers the attention "fastft" with transformers and sets `torch._dynamo.config.specialize_float`, without
     which constants such as epsilon become inputs of a graph with dynamic lengths. Raises UsageError.
     """
+    refuse(model_problem(model))
+    check_arguments(plan, backend, disable, implementations, dynamic, batch, compute)
     base = base_model(model)
     settings = _settings(model, base, plan, backend, disable, implementations, compute)
     spec = get_state(model).spec or find(base.config)
@@ -176,7 +180,6 @@ def _settings(
     Raises UsageError for arguments that are wrong, by themselves or with this model.
     """
     chosen = {**default_implementations(), **(implementations or {})}
-    _check_arguments(plan, backend, disable, chosen, compute)
     _check_device(base, compute)
     plan = _of_state(plan, get_state(model).plan)
     problem = plan_problem(plan)
@@ -215,28 +218,6 @@ def _check_device(base: nn.Module, compute: str) -> None:
     why = fp8.device_obstacle(weight.device) if compute != "exact" else ""
     if why:
         raise UsageError(Problem("compute", compute, f"'exact' here: {why}"))
-
-
-def _check_arguments(
-    plan: object, backend: str, disable: Sequence[str], implementations: Mapping[str, str], compute: object
-) -> None:
-    names = [step.name for step in PASSES]
-    problems: list[Problem] = []
-    wrong_plan = plan_problem(plan)
-    if wrong_plan is not None:
-        problems.append(wrong_plan)
-    if backend not in BACKENDS:
-        problems.append(Problem("backend", backend, f"one of {BACKENDS}", did_you_mean(backend, BACKENDS)))
-    if compute not in COMPUTE:
-        problems.append(Problem("compute", compute, f"one of {COMPUTE}", did_you_mean(str(compute), COMPUTE)))
-    for name in (*disable, *implementations):
-        if name not in names:
-            problems.append(Problem("rewrite", name, f"one of {names}", did_you_mean(name, names)))
-    for name, value in implementations.items():
-        if value not in ("op", "torch"):
-            problems.append(Problem(f"implementations[{name!r}]", value, "'op' or 'torch'"))
-    if problems:
-        raise UsageError(*problems)
 
 
 def decoder_layers(base: nn.Module, spec: ModelSpec) -> tuple[nn.Module, ...]:
@@ -471,6 +452,7 @@ def uncompiled(model: nn.Module) -> Iterator[nn.Module]:
 
 def report(model: nn.Module) -> RewriteReport:
     """Return what `compile` did to `model`: regions replaced and refused with reasons. Raises UsageError before it."""
+    refuse(model_problem(model))
     compiled = get_state(model).compiled
     if compiled is None:
         raise UsageError(Problem("model", type(model).__name__, "a compiled model", "call fastft.compile(model) first"))

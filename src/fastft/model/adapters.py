@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from fastft.errors import Problem, UsageError, argument_names, did_you_mean, unknown_arguments
+from fastft.given import model_problem, refuse
 from fastft.model.loftq import start_from_residual
 from fastft.noise import between_libraries, quiet
 from fastft.state import ModelState, base_model, get_state, quant_of, update_state
@@ -81,6 +82,7 @@ def add_lora(
         "modules_to_save": modules_to_save, "layers": layers, "layers_pattern": layers_pattern,
         "targets": targets, "train_tokens": train_tokens, "seed": seed,
     }  # fmt: skip
+    refuse(model_problem(model))
     problems = problems_of(model, given, options)
     if problems:
         raise UsageError(*problems)

@@ -1,5 +1,6 @@
 """A model's config: the dtype to load it in, and its rotary positions widened to the length asked for."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -46,6 +47,28 @@ def device_problem(device: Any, others: str = "'auto', ") -> Problem | None:
     if (place.index or 0) >= there:
         return Problem("device", str(device), f"one of {', '.join(f'cuda:{index}' for index in range(there))}")
     return None
+
+
+def attention_problem(attention: Any) -> Problem | None:
+    """Return what is wrong with an `attn_implementation` argument, None if nothing is.
+
+    Beside transformers' names that may be one with "paged|" before it, a kernel of the hub ("owner/name"), or a dict of
+    these for the parts of a model.
+    """
+    if attention is None or isinstance(attention, Mapping):
+        return None
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    from fastft.graph.attention import NAME
+
+    known = {"eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()}
+    name = attention.removeprefix("paged|") if isinstance(attention, str) else ""
+    if name in known or "/" in name:
+        return None
+    told = sorted(name for name in known if "|" not in name and name != NAME)  # which compiling puts in place
+    return Problem(
+        "attn_implementation", attention, f"None or one of {', '.join(told)}", did_you_mean(str(attention), told)
+    )
 
 
 def choose_dtype(dtype: object, device: torch.device) -> torch.dtype:

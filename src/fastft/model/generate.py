@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 
+from fastft.data.check import message_problems
 from fastft.errors import DataError, Problem, UsageError, argument_names, unknown_arguments
+from fastft.given import model_problem, refuse, tokenizer_problem
 from fastft.noise import quiet
 from fastft.state import get_state
 
@@ -49,7 +51,9 @@ def generate(
     Raises `UsageError` for wrong arguments and for prompts that do not fit, `DataError` for conversations that cannot
     be rendered.
     """
-    _check(max_new_tokens, temperature, {"top_p": top_p, "top_k": top_k, "min_p": min_p}, options)
+    sampling = {"top_p": top_p, "top_k": top_k, "min_p": min_p}
+    wrong = _problems(max_new_tokens, temperature, sampling, options)
+    refuse(model_problem(model), tokenizer_problem(tokenizer), *wrong)
     batch = as_batch(prompts)
     if stream and len(batch) != 1:
         raise UsageError(Problem("stream", True, f"one prompt, not {len(batch)}", "Leave stream out for a batch."))
@@ -81,7 +85,10 @@ def generate(
 SAMPLING = {"top_p": 1, "top_k": 0, "min_p": 0}
 
 
-def _check(max_new_tokens: Any, temperature: Any, sampling: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+def _problems(
+    max_new_tokens: Any, temperature: Any, sampling: Mapping[str, Any], options: Mapping[str, Any]
+) -> list[Problem | str]:
+    """Return what is wrong with the numbers and with the names of further options."""
     from transformers import GenerationConfig
 
     problems: list[Problem | str] = []
@@ -105,8 +112,7 @@ def _check(max_new_tokens: Any, temperature: Any, sampling: Mapping[str, Any], o
     instead = {"do_sample": "temperature above 0 samples, 0 does not"}
     theirs = [name for name in vars(GenerationConfig()) if not name.startswith("_") and name not in instead]
     problems += unknown_arguments("generate", options, ours, elsewhere=instead, unlisted=theirs)
-    if problems:
-        raise UsageError(*problems)
+    return problems
 
 
 def as_batch(prompts: Any) -> list[str | Messages]:
@@ -143,14 +149,15 @@ def token_rows(tokenizer: Any, batch: Sequence[str | Messages], template: Mappin
         if isinstance(prompt, str):
             ids = tokenizer(prompt)["input_ids"]
         else:
-            ids = tokenizer(_render(tokenizer, prompt, template), add_special_tokens=False)["input_ids"]
+            where = f"prompts[{index}]" if len(batch) > 1 else "prompts"
+            ids = tokenizer(_render(tokenizer, prompt, template, where), add_special_tokens=False)["input_ids"]
         if not ids:
             raise UsageError(Problem(f"prompts[{index}]", prompt, "a prompt of at least one token"))
         rows.append(ids)
     return rows
 
 
-def _render(tokenizer: Any, messages: Messages, template: Mapping[str, Any]) -> str:
+def _render(tokenizer: Any, messages: Messages, template: Mapping[str, Any], where: str) -> str:
     from jinja2 import TemplateError
 
     if not getattr(tokenizer, "chat_template", None):
@@ -168,7 +175,9 @@ def _render(tokenizer: Any, messages: Messages, template: Mapping[str, Any]) -> 
             **template,
         )
     except (TemplateError, KeyError, TypeError, ValueError) as error:
-        raise DataError(f"prompts: the chat template cannot render {list(messages)!r}: {error}") from error
+        if wrong := message_problems(where, messages):
+            raise DataError(*wrong) from error
+        raise DataError(f"{where}: the chat template cannot render {list(messages)!r}: {error}") from error
 
 
 def _room(model: Any, encoded: Mapping[str, torch.Tensor], asked: int | None) -> int:

@@ -9,9 +9,10 @@ from attrs import frozen
 
 from fastft.environment import local_rank
 from fastft.errors import LoadError, Problem, UsageError, argument_names, unknown_arguments
+from fastft.given import is_path, path_problem
 from fastft.model import files
 from fastft.model.adapters import DEFAULT_SEED, cuda_devices
-from fastft.model.config import choose_dtype, device_problem, dtype_problem, widen_positions
+from fastft.model.config import attention_problem, choose_dtype, device_problem, dtype_problem, widen_positions
 from fastft.model.fp8_linear import quantize_linears
 from fastft.model.quantize import (
     compute_in,
@@ -102,7 +103,8 @@ def load(
 
     Raises `UsageError` for arguments that cannot work (all at once) and `LoadError` for files that cannot be loaded.
     """
-    _check_arguments(quant, dtype, max_length, full, device, options, _revision_problem(path_or_id, revision))
+    revised = _revision_problem(path_or_id, revision)
+    _check_arguments(path_or_id, quant, dtype, max_length, full, device, attn_implementation, options, revised)
     request = _Request(
         str(path_or_id),
         quant,
@@ -123,15 +125,20 @@ def load(
 
 
 def _check_arguments(
+    source: object,
     quant: object,
     dtype: object,
     max_length: object,
     full: object,
     device: object,
+    attention: object,
     options: Mapping[str, Any],
     *told: Problem | None,
 ) -> None:
-    problems: list[Problem | str | None] = [*told, quant_problem(quant), dtype_problem(dtype), device_problem(device)]
+    remedy = "Such as 'models/llama' or 'owner/name'."
+    where = path_problem("load path_or_id", source, "the folder of a model, or its name on the hub", remedy)
+    problems: list[Problem | str | None] = [where, *told, quant_problem(quant), dtype_problem(dtype)]
+    problems += [device_problem(device), attention_problem(attention)]
     if max_length is not None and (not isinstance(max_length, int) or isinstance(max_length, bool) or max_length < 1):
         problems.append(Problem("max_length", max_length, "a positive number of tokens, or None"))
     if full and quant is not None:
@@ -146,7 +153,7 @@ def _check_arguments(
 
 def _revision_problem(path_or_id: str | Path, revision: str | None) -> Problem | None:
     """Return what is wrong with a revision of a folder here, which has none."""
-    if revision is None or not Path(path_or_id).expanduser().is_dir():
+    if revision is None or not is_path(path_or_id) or not Path(path_or_id).expanduser().is_dir():
         return None
     remedy = f"{str(path_or_id)!r} is a folder here, which is read as it stands; only models of the hub have revisions."
     return Problem("revision", revision, "None for a folder", remedy)
@@ -290,6 +297,10 @@ def _from_pretrained(
     except torch.OutOfMemoryError:
         raise
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError) as error:
+        asked = arguments.get("attn_implementation")
+        if asked is not None and isinstance(error, ImportError):  # of a package that it needs
+            told = Problem("attn_implementation", asked, "None, or one that can be had here", str(error))
+            raise UsageError(told) from error
         raise LoadError(f"{folder}: the weights cannot be loaded ({type(error).__name__}): {error}") from error
     absent = sorted(info.get("missing_keys") or ())
     wrong = sorted(str(entry) for entry in info.get("mismatched_keys") or ())

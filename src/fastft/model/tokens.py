@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from fastft.errors import Problem, UsageError
+from fastft.given import refuse_pair
 from fastft.state import base_model, get_state, update_state
 
 
@@ -18,6 +19,7 @@ def add_tokens(model: Any, tokenizer: Any, tokens: str | Sequence[str], special:
 
     Raises `UsageError` if the model already carries an adapter or is compiled, or for tokens that are no texts.
     """
+    refuse_pair(model, tokenizer)
     wanted = [tokens] if isinstance(tokens, str) else list(tokens)
     _check(model, wanted)
     from transformers import AddedToken

@@ -48,6 +48,12 @@ ELSEWHERE = {
     name: f"fastft.compile(model, {name}=...) takes it, before"
     for name in ("plan", "backend", "disable", "implementations")
 }
+# Arguments of one training function alone, which its options are not -> the function.
+ALONE = {
+    **dict.fromkeys(("train_on", "alternate", "overlong", "compute_metrics"), "sft"),
+    **dict.fromkeys(("rewards", "engine", "engine_options", "chat"), "grpo"),
+    **dict.fromkeys(("loss", "ref_model"), "preference"),
+}
 
 
 class DefaultLength(int):
@@ -81,12 +87,14 @@ def refuse_unknown(
     known: Iterable[str],
     unlisted: Iterable[str] = (),
     config: type | None = None,
+    belonging: Mapping[str, str] | None = None,
 ) -> None:
     """Raise `UsageError` that tells every one of `names` that `owner` does not know, with what it is called here.
 
-    `config`: the class of the config beside `owner`'s own arguments, where fields belong into that.
+    `config`: the class of the config beside `owner`'s own arguments, where fields belong into that. `belonging`: what
+    to say of names that belong to something else.
     """
-    renamed, elsewhere = RENAMED, ELSEWHERE
+    renamed, elsewhere = RENAMED, {**ELSEWHERE, **(belonging or {})}
     if config is not None:
         place = config.__name__
         renamed = {name: f"{place}({field if '=' in field else f'{field}=...'})" for name, field in RENAMED.items()}
@@ -101,13 +109,22 @@ def field_names(config: type) -> list[str]:
 
 
 def config_fields(
-    owner: str, options: Mapping[str, Any], known: Iterable[str], plain: Mapping[str, str] = PLAIN
+    owner: str,
+    options: Mapping[str, Any],
+    known: Iterable[str],
+    plain: Mapping[str, str] = PLAIN,
+    belonging: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Turn the plain names of the function `owner` into fields of its config; a field's own name is taken as well.
 
-    Raises `UsageError` for unknown names, and for a field given under both names.
+    Raises `UsageError` for unknown names, and for a field given under both names. `belonging`: what to say of names
+    that belong to something else; what to say of those of another training function is known.
     """
-    refuse_unknown(owner, options, [*known, *plain])
+    others = {
+        name: f"it belongs to fastft.{function}({name}=...)" for name, function in ALONE.items() if function != owner
+    }
+    known = [*known, *plain, *(name for name, function in ALONE.items() if function == owner)]
+    refuse_unknown(owner, options, known, belonging={**others, **(belonging or {})})
     doubled = [
         Problem(
             f"{owner}: {short} and {name}", (options[short], options[name]), "one of the two: they are the same setting"
@@ -223,13 +240,17 @@ MEASURES = {
     "weight_decay": 0,
     "label_smoothing_factor": 0,
     "max_unlearnable": 0,
+    "neftune_noise_alpha": 0,
 }
 MOST = {"label_smoothing_factor": 1}
 # Fields that count steps, or say below 1 a share of them all.
 SHARES = ("warmup_steps", "logging_steps", "eval_steps", "save_steps")
 # Of these, those that say how often -> the field that says whether they do.
 EVERY = {"logging_steps": "logging_strategy", "eval_steps": "eval_strategy", "save_steps": "save_strategy"}
-REMEDIES = {"save_total_limit": "Left out, all are kept; save_strategy='no' writes none."}
+REMEDIES = {
+    "save_total_limit": "Left out, all are kept; save_strategy='no' writes none.",
+    "neftune_noise_alpha": "Left out, no noise is added.",
+}
 
 
 def _wrong_numbers(args: Any) -> list[Problem]:
@@ -287,14 +308,14 @@ def wrong_switches(args: Any) -> list[Problem]:
     for one in dataclasses.fields(args):
         name, value = one.name, getattr(args, one.name, None)
         switch = one.type in SWITCHES and (one.default is None or isinstance(one.default, bool))
-        if not switch or value is None or _on_or_off(value):
+        if not switch or value is None or on_or_off(value):
             continue
         near = f"Write {value.capitalize()} without quotes." if str(value).lower() in ("true", "false") else ""
         problems.append(Problem(f"{type(args).__name__} {name}", value, "True or False", near))
     return problems
 
 
-def _on_or_off(value: Any) -> bool:
+def on_or_off(value: Any) -> bool:
     """Say whether a value is True or False, or 1 or 0; numpy has its own."""
     return (isinstance(value, int) and value in (0, 1)) or type(value).__name__ in ("bool", "bool_")
 
@@ -337,31 +358,6 @@ def _wrong_choices(args: Any) -> list[Problem]:
             remedy = f"pip install {value}, or leave report_to out."
             problems.append(Problem(f"{owner} report_to", value, "a tracker that is installed here", remedy))
     return problems
-
-
-def refuse_pair(model: Any, tokenizer: Any = None, needed: bool = False) -> None:
-    """Raise `UsageError` if `model` is no language model or `tokenizer` no tokenizer: swapped, say, or both in one.
-
-    None stands for a tokenizer that is not given, which is wrong where one is `needed`.
-    """
-    problems = []
-    if not hasattr(model, "parameters") or not hasattr(model, "get_input_embeddings"):
-        remedy = "fastft.load returns the pair (model, tokenizer); pass each in its place."
-        problems.append(Problem("model", type(model).__name__, "a model", remedy))
-    left = tokenizer is None and not needed
-    if not left and not callable(getattr(tokenizer, "convert_tokens_to_ids", None)):
-        problems.append(Problem("tokenizer", type(tokenizer).__name__, "a tokenizer"))
-    if problems:
-        raise UsageError(*problems)
-
-
-def refuse_untrainable(model: Any, peft_config: Any) -> None:
-    """Raise `UsageError` if no weight of `model` is trainable and no adapter is to be put on it."""
-    if peft_config is None and not any(parameter.requires_grad for parameter in model.parameters()):
-        raise UsageError(
-            "model: none of its weights is trainable; put an adapter on it with add_lora(model), or load it with "
-            "full=True to train every weight"
-        )
 
 
 def evaluation_defaults(fields: Mapping[str, Any]) -> dict[str, Any]:

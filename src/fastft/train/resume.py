@@ -134,6 +134,42 @@ def _foreign(folder: Path, model: Any, method: str) -> list[Problem]:
     wrong = [name for name in both if shapes.get(name) != own.get(name)]
     if not wrong:
         return []
+    if others := _other_settings(folder, model.peft_config["default"]):
+        return others
     name, nothing = wrong[0], "no such tensor"
     remedy = f"{len(wrong)} tensors of the adapter differ: the checkpoint is of another run; start with resume=False."
     return [Problem(f"{path} {name}", shapes.get(name, nothing), f"{own.get(name, nothing)}", remedy)]
+
+
+# What decides which tensors an adapter has, and their shapes: PEFT's name -> that of `add_lora`.
+_SHAPING = {
+    "r": "r",
+    "target_modules": "targets",
+    "layers_to_transform": "layers",
+    "modules_to_save": "modules_to_save",
+    "trainable_token_indices": "train_tokens",
+    "use_dora": "dora",
+    "bias": "bias",
+}
+
+
+def _other_settings(folder: Path, config: Any) -> list[Problem]:
+    """Return which settings of a checkpoint's adapter are others than those of the model's, which are in `config`."""
+    stored = files.read_json(folder / files.ADAPTER_CONFIG)
+    problems = []
+    for theirs, name in _SHAPING.items():
+        made, own = _plain(stored.get(theirs)), _plain(getattr(config, theirs, None))
+        if made == own:
+            continue
+        remedy = f"To go on, put such an adapter on the model: add_lora({name}={made!r}); or start with resume=False."
+        problems.append(Problem(f"{folder} adapter, {name}", made, f"{own!r}, as in the model that is trained", remedy))
+    return problems
+
+
+def _plain(setting: Any) -> Any:
+    """Return a setting as JSON has it, and what says nothing as None."""
+    if isinstance(setting, list | tuple | set | frozenset):  # of modules by their whole paths the names
+        setting = sorted({one.rpartition(".")[2] if isinstance(one, str) else one for one in setting}, key=str)
+    if isinstance(setting, dict):
+        setting = {name: _plain(value) for name, value in sorted(setting.items())}
+    return None if setting is False or setting in ([], {}, "none") else setting

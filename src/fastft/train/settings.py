@@ -14,7 +14,7 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 
 from fastft.errors import Problem, UsageError, argument_names
 from fastft.state import base_model
-from fastft.train import arguments, best, recomputing
+from fastft.train import arguments, best, handed, recomputing
 
 
 @dataclasses.dataclass
@@ -74,7 +74,10 @@ class Settings:
 
     def mistakes(self) -> list[Problem]:
         """Return all fields that cannot be meant."""
-        return [*arguments.value_problems(self), *best.problems(self), *_idle_on_cpu(self)]
+        folder = self.output_dir  # None is transformers' own
+        wrong = None if folder is None else handed.folder_problem(f"{type(self).__name__} output_dir", folder)
+        told = [] if wrong is None else [wrong]
+        return [*told, *arguments.value_problems(self), *best.problems(self), *_idle_on_cpu(self)]
 
 
 def _idle_on_cpu(args: Settings) -> list[Problem]:

@@ -9,6 +9,7 @@ from attrs import evolve, frozen
 from torch import nn
 
 from fastft.errors import DataError, Problem, UsageError
+from fastft.given import model_problem, refuse
 from fastft.state import get_state
 from fastft.train import dropping, rounding, step
 
@@ -91,6 +92,7 @@ def verify(model: Any, batches: Iterable[Mapping[str, Any]], steps: int | None =
     `fastft verify` on the command line is another thing: it compares an exported model with the one it was made of
     (`fastft.verify_export`). Raises `DataError` without batches, `UsageError` for what are no batches.
     """
+    refuse(model_problem(model))
     pairs, taken = [], []
     device = model.get_input_embeddings().weight.device
     with _undisturbed(model):

@@ -65,6 +65,29 @@ def test_rows_of_a_file_are_named_by_file_and_line(tokenizer, tmp_path):
         preference_dataset(rows, tokenizer, [PAIRS], "train")
 
 
+@pytest.mark.parametrize("value", [None, 5, float("nan")])
+def test_an_answer_that_is_no_text_among_texts(value, tokenizer):
+    with pytest.raises(DataError) as caught:
+        preference_dataset([FORMS["texts"], {**FORMS["texts"], "chosen": value}], tokenizer, [PAIRS], "train")
+    (problem,) = caught.value.problems
+    assert problem.where == "train row 1, chosen" and problem.expected == "a text, or a list of {'role', 'content'}"
+    assert problem.remedy
+
+
+def test_a_line_that_is_no_row_is_told_with_the_others_mistakes(tokenizer, tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    rows = [FORMS["texts"], [1], {**FORMS["texts"], "chosen": ""}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError) as caught:
+        preference_dataset(path, tokenizer, [PAIRS], "train")
+    assert [problem.where for problem in caught.value.problems] == [f"{path}, line 2", f"{path}, line 3, chosen"]
+    verdicts = [{"prompt": "w1", "completion": "", "label": True}, [1]]  # no prompts with completions to learn
+    path.write_text("".join(json.dumps(row) + "\n" for row in verdicts))
+    with pytest.raises(DataError) as caught:
+        preference_dataset(path, tokenizer, [VERDICTS, PAIRS], "train")
+    assert [problem.where for problem in caught.value.problems] == [f"{path}, line 2"]
+
+
 def test_verdicts(tokenizer):
     rows = [{"prompt": f"w{n}", "completion": "w9", "label": n % 2 == 0} for n in range(8)]
     made = preference_dataset(rows, tokenizer, [VERDICTS, PAIRS], "train")

@@ -280,3 +280,46 @@ def test_many_rows_are_tokenised_over_as_many_processes_as_the_config_says(
         more = {"dataset_text_field": "prompt"} if how == "field" else {}
         sft(build_model(), tokenizer, data[0], eval=data[1], compile=False, **options, **more)
     assert processes == [3, 3]
+
+
+def test_rows_left_with_nothing_to_learn_are_named_by_their_lines(tmp_path, build_model, tokenizer, settings):
+    path = tmp_path / "long.jsonl"
+    rows = [{"prompt": " ".join(["w1"] * (40 if n in (10, 12) else 2)), "completion": "w2"} for n in range(14)]
+    path.write_text("".join(f"{json.dumps(row)}\n\n" for row in rows))  # two lines each
+    more = {"output_dir": tmp_path / "run", "compile": False, "max_length": 16, "steps": 1}
+    summary = (
+        "rows with nothing left to learn within max_length=16: expected at most 0.00%, got '2 of 14 (14.29%)'. "
+        "Raise max_length, or leave them out with max_unlearnable=0.15."
+    )
+    told = "labels: expected some within max_length=16, got 'nothing to learn, cut from 42 tokens'"
+    remedy = "For these 2: Cutting left no token that bears loss: raise max_length."
+    for data, name in (({"train": path}, "train"), ({"train": rows[:2], "eval": path}, "eval")):
+        with pytest.raises(DataError) as caught:
+            sft(build_model(), tokenizer, **data, overlong="truncate", **more)
+        lines = [f"{path}, line 21, {told}", f"{path}, line 25, {told}", remedy, f"{name} {summary}"]
+        assert str(caught.value).splitlines() == lines
+    with pytest.raises(DataError) as caught:
+        SFTTrainer(
+            build_model(), SFTConfig(**{**settings, "max_length": 16}), train_dataset=rows, processing_class=tokenizer,
+            compile=False,
+        )  # fmt: skip
+    lines = [f"train row 10, {told}", f"train row 12, {told}", remedy, f"train {summary}"]
+    assert str(caught.value).splitlines() == lines
+
+
+def test_lines_that_are_no_rows_are_told_with_what_is_wrong_in_the_others(tmp_path, build_model, tokenizer, settings):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "w1 w2"}\n[1, 2]\n{"text": ""}\n')
+    places = [f"{path}, line 2", f"{path}, line 3, text"]
+    more = {"train_dataset": path, "processing_class": tokenizer, "compile": False}
+    for call in (
+        lambda: sft(build_model(), tokenizer, path, tmp_path / "run", train_on="all"),
+        lambda: SFTTrainer(build_model(), SFTConfig(**settings), **more),
+    ):
+        with pytest.raises(DataError) as caught:
+            call()
+        assert [problem.where for problem in caught.value.problems] == places
+    column = SFTConfig(**settings, dataset_text_field="text")  # rows of whose kind nothing is asked
+    with pytest.raises(DataError) as caught:
+        SFTTrainer(build_model(), column, **more)
+    assert [problem.where for problem in caught.value.problems] == places[:1]

@@ -29,6 +29,7 @@ from fastft.export.gguf.stream import Phases, check_folder, make_folder, stream
 from fastft.export.gguf.tensors import FileTensor, plan_tensors
 from fastft.export.gguf.vocabulary import vocabulary_of
 from fastft.export.weights import WeightSource, weight_source
+from fastft.given import refuse_export
 from fastft.model.config import device_problem
 from fastft.model.tokenizer import end_tokens
 from fastft.registry.resolve import resolve
@@ -98,6 +99,8 @@ def export_gguf(
     the next run. Raises UsageError for what cannot be exported (before any work, all reasons at once) and SaveError
     for a disk that is too small or fails.
     """
+    path = isinstance(tokenizer, str | Path)  # which may be where the files are to go: `_check_names` tells it
+    refuse_export(model_or_folder, None if path else tokenizer, folder, "model_or_folder")
     _check_arguments(unknown, device)
     chosen = chosen_quants(quants)
     target = Path(folder).expanduser()
@@ -188,10 +191,7 @@ def family(model_or_folder: Any) -> ModelSpec:
     """Return the spec of a model, or of what a folder holds, without reading weights."""
     if isinstance(model_or_folder, nn.Module):
         return resolve(base_model(model_or_folder).config)
-    if isinstance(model_or_folder, str | Path):
-        return resolve(base_folder(find_weights(Path(model_or_folder).expanduser())))
-    remedy = "Pass the model that fastft.load or add_lora returned, or the path of a folder."
-    raise UsageError(Problem("model_or_folder", type(model_or_folder).__name__, "a model or a path", remedy))
+    return resolve(base_folder(find_weights(Path(model_or_folder).expanduser())))
 
 
 def _importance(

@@ -15,6 +15,7 @@ from fastft.export.gguf.architecture import Heads, check_supported, heads_of
 from fastft.export.gguf.file import FileWriter, Value, check_space, f32, tensor_entry, text, u32
 from fastft.export.gguf.stream import check_folder, make_folder, stream
 from fastft.export.gguf.tensors import FileTensor, change_of, gguf_name
+from fastft.given import model_or_folder_problem, path_problem, refuse
 from fastft.registry.resolve import resolve
 from fastft.registry.spec import ModelSpec
 from fastft.state import base_model
@@ -47,6 +48,8 @@ def export_lora_gguf(
     every reason at once, for what such a file cannot hold: DoRA, trained copies of whole modules, trained token rows,
     biases, adapters on tied embeddings; those can be merged.
     """
+    where = path_problem("path", path, "the path of a .gguf file")
+    refuse(model_or_folder_problem(model_or_folder, "model_or_folder"), where)
     check_quant(quant)
     path = Path(path).expanduser()
     check_folder(path.parent)
@@ -81,12 +84,10 @@ def _model(model_or_folder: Any) -> nn.Module:
 
     if isinstance(model_or_folder, nn.Module):
         return model_or_folder
-    if isinstance(model_or_folder, str | Path):
-        found = find_weights(Path(model_or_folder).expanduser())
-        if not found.adapter:
-            raise UsageError(f"{model_or_folder}: this folder holds no adapter; {_MERGE}")
-        return load_folder(found)
-    raise UsageError(Problem("model_or_folder", type(model_or_folder).__name__, "a model or a path"))
+    found = find_weights(Path(model_or_folder).expanduser())
+    if not found.adapter:
+        raise UsageError(f"{model_or_folder}: this folder holds no adapter; {_MERGE}")
+    return load_folder(found)
 
 
 def _metadata(spec: ModelSpec, name: str, quant: str, alpha: float | None) -> dict[str, Value]:

@@ -6,9 +6,11 @@ from typing import Any
 
 from attrs import field, frozen
 
+from fastft import given
+from fastft.data.sets import evaluated, named_sets
 from fastft.rewards.texts import of_texts
 from fastft.rollout.base import Engine
-from fastft.train import arguments
+from fastft.train import handed
 from fastft.train.grpo import prompts as prompt_data
 from fastft.train.grpo.checks import listed
 from fastft.train.grpo.config import PLAIN, GRPOConfig, make_config
@@ -44,7 +46,7 @@ def grpo(
     tokenizer: Any,
     prompts: Any,
     rewards: Sequence[Any],
-    output_dir: str | Path = "run",
+    output_dir: str | Path = handed.RUN,
     eval: Any = None,
     *,
     engine: str | Engine = "auto",
@@ -59,7 +61,8 @@ def grpo(
     """Train `model` to earn `rewards` with its own answers to `prompts` (GRPO and its kin).
 
     `prompts` (and `eval`): texts, or rows with a `prompt` (a text or messages) and columns for the rewards, as
-    `fastft.load_rows` takes them. With `chat` a text is what the user says, else it is continued as it stands.
+    `fastft.load_rows` takes them; `eval` may be a dict of several sets by name. With `chat` a text is what the user
+    says, else it is continued as it stands.
     `rewards`: functions `f(prompts, completions, **columns)` that return a number or None for each completion, such as
     those of `fastft.rewards`; a list, or one alone. They get texts where the prompts were texts, and lists of messages
     where they were messages. `engine`: "transformers", "vllm", "auto" or an `Engine`, with `engine_options`.
@@ -70,23 +73,23 @@ def grpo(
     Ctrl-C ends it with the step that is running, saved; a second one at once (docs/how-to/resume.md).
     Raises `UsageError`, `DataError`, `EngineError`, `RewardError`, `SaveError`.
     """
-    arguments.refuse_pair(model, tokenizer)
+    given.refuse(*handed.function_problems("grpo", GRPOConfig, model, tokenizer, output_dir, config, callbacks))
     with in_words_of("grpo", GRPOTrainer, GRPOConfig, config, options, PLAIN, OWN):
         args = make_config(config, options, str(output_dir), model, evaluated=eval is not None)
         if engine_options is not None:
             args.engine_options = {**(args.engine_options or {}), **engine_options}
         resume_from = to_resume(resume, args)
-        given = {"prompts": prompts} | ({} if eval is None else {"eval": eval})
+        rows = named_sets(prompts, eval, "prompts")
         functions = listed(rewards)
-        data, texts = prompt_data.prompt_datasets(given, tokenizer, chat)
+        data, texts = prompt_data.prompt_datasets(rows, tokenizer, chat)
         trainer = GRPOTrainer(
             model,
             [of_texts(function) for function in functions] if texts else functions,
             args,
             train_dataset=data["prompts"],
-            eval_dataset=data.get("eval"),
+            eval_dataset=evaluated(data, eval),
             processing_class=tokenizer,
-            callbacks=list(callbacks),
+            callbacks=list(callbacks or ()),
             engine=engine,
             compile=compile,
         )

@@ -24,7 +24,7 @@ from fastft.rewards.guarding import calls_of
 from fastft.rollout import make_engine
 from fastft.rollout.base import Engine, Sampling
 from fastft.state import base_model, get_state
-from fastft.train import arguments, checkpoint, plots, settings
+from fastft.train import checkpoint, handed, plots, settings
 from fastft.train.base import Trained, built, load_named, take_recompute
 from fastft.train.grpo import batching, checks, groups, measured, prompts, rollouts, scored, telling
 from fastft.train.grpo import kept as kept_rollouts
@@ -76,7 +76,7 @@ class GRPOTrainer(Trained, trl.GRPOTrainer):
         args, kwargs = settings.take_older_arguments(trl.GRPOTrainer, GRPOConfig, args, kwargs, LEGACY, OWN)
         if isinstance(model, str):
             model, kwargs = load_named("GRPOTrainer", model, args, kwargs)
-        arguments.refuse_pair(model, kwargs.get("processing_class"))
+        handed.refuse_in_trainer("GRPOTrainer", model, kwargs)
         args = copy.copy(settings.as_config(GRPOConfig, trl.GRPOTrainer, args))
         kwargs.setdefault("processing_class", get_state(model).tokenizer)
         checks.refuse(model, args, checks.listed(reward_funcs), kwargs, compile)
@@ -84,7 +84,6 @@ class GRPOTrainer(Trained, trl.GRPOTrainer):
         kwargs |= checks.datasets(kwargs)
         checks.refuse_columns(functions, kwargs)
         checkpoint.make_folder(Path(args.output_dir))
-        arguments.refuse_untrainable(model, kwargs.get("peft_config"))
         self.check_evaluations(args, kwargs, measured.measured(args, checks.listed(reward_funcs), kwargs, engine))
         recompute = take_recompute(args, compile)
         # With an adapter and a beta TRL would copy the adapter; the reference here is the model without it.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastft.errors import Problem, UsageError
 from fastft.state import base_model, get_state
-from fastft.train import arguments, checkpoint, settings, step
+from fastft.train import arguments, checkpoint, handed, settings, step
 from fastft.train.base import Trained, built, load_named, take_recompute
 from fastft.train.hygiene import own_adapters
 from fastft.train.preference import data as preference_data
@@ -40,7 +40,7 @@ class Preferring(Trained):
         args, kwargs = settings.take_older_arguments(self.THEIRS, self.CONFIG, args, kwargs, legacy_of(self.CONFIG))
         if isinstance(model, str):
             model, kwargs = load_named(name, model, args, kwargs)
-        arguments.refuse_pair(model, kwargs.get("processing_class"))
+        handed.refuse_in_trainer(name, model, kwargs)
         args = settings.as_config(self.CONFIG, self.THEIRS, args)
         args = arguments.with_length(args, get_state(model).max_length)
         if kwargs.get("processing_class") is None:
@@ -48,7 +48,6 @@ class Preferring(Trained):
         kwargs |= preference_data.datasets_of(kwargs, self.KINDS)
         checkpoint.make_folder(Path(args.output_dir))
         refuse_router(model, args)
-        arguments.refuse_untrainable(model, kwargs.get("peft_config"))
         self.check_evaluations(args, kwargs, MEASURED[self.METHOD])
         recompute = take_recompute(args, compile)
         self.before(model, args, kwargs)

@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from fastft.errors import Problem, UsageError, did_you_mean
+from fastft.errors import Problem, did_you_mean
 from fastft.train import arguments, settings
 from fastft.train.best import Measured
 
@@ -117,17 +117,16 @@ def make_config(
     model: Any,
     eval: Any,
     own: Mapping[str, Any],
+    belonging: Mapping[str, str],
 ) -> Any:
     """Return the config of `preference`: the one given, or a `kind` of the loss's `own` fields and the options.
 
-    Raises `UsageError` for both a config and options, and for a config of another kind.
+    `belonging`: what to say of options that belong to another loss. Raises `UsageError` for both a config and options.
     """
     settings.refuse_both("preference", config, options)
     if config is not None:
-        if not isinstance(config, kind):
-            raise UsageError(Problem("preference config", type(config).__name__, f"a fastft.{kind.__name__}"))
         return config
-    fields = arguments.config_fields("preference", options, arguments.field_names(kind), PLAIN)
+    fields = arguments.config_fields("preference", options, arguments.field_names(kind), PLAIN, belonging)
     defaults: dict[str, Any] = {
         **settings.model_defaults(model, output_dir, fields),
         "learning_rate": 2e-5 if hasattr(model, "peft_config") else 1e-6,

@@ -1,6 +1,7 @@
 """Rows for preference training: pairs of answers, or answers with a verdict, as TRL's trainers take them."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from fastft.data import check
@@ -8,9 +9,11 @@ from fastft.data.bars import bars_if_large
 from fastft.data.columns import lengths as lengths_of
 from fastft.data.control import tell_control
 from fastft.data.files import told_of
+from fastft.data.inputs import open_named_rows
 from fastft.data.recognise import canonical, recognise
 from fastft.data.sources import Source, open_named
-from fastft.errors import DataError, Problem, did_you_mean
+from fastft.errors import DataError, Problem, did_you_mean, short
+from fastft.train import arguments
 
 PAIRS = ("chosen", "rejected")
 VERDICTS = ("prompt", "completion", "label")
@@ -24,8 +27,10 @@ def preference_dataset(rows: Any, tokenizer: Any, kinds: Sequence[Sequence[str]]
     Raises `DataError` with the rows that cannot be used.
     """
     chat = getattr(tokenizer, "chat_template", None) is not None
-    source = open_named(rows, name).listed()
-    made = _listed(source, chat, kinds, name)
+    opened = partial(open_named_rows, kinds=("preference",)) if chat else open_named
+    source = opened(rows, name).listed()
+    with told_of(name, source.files):
+        made = _listed(source, chat, kinds, name)
     if chat:
         tell_control(made, SPOKEN, tokenizer, name, source.files)
     return made
@@ -35,8 +40,7 @@ def _listed(source: Source, chat: bool, kinds: Sequence[Sequence[str]], name: st
     rows = source.rows
     columns = set(_columns(rows))
     if chat and set(PAIRS) <= columns:
-        with told_of(name, source.files):
-            rows = canonical(rows, recognise(rows))
+        rows = canonical(rows, recognise(rows))
     elif chat and set(VERDICTS) <= columns:
         made = as_dataset(rows, kinds, name)
         with bars_if_large(made):
@@ -69,11 +73,14 @@ def datasets_of(kwargs: Mapping[str, Any], kinds: Sequence[Sequence[str]]) -> di
             continue
         parts = isinstance(data, Mapping) and not hasattr(data, "column_names")
         made[argument] = (
-            {part: as_dataset(rows, kinds, part) for part, rows in data.items()}
-            if parts
-            else as_dataset(data, kinds, name)
+            {part: _named(rows, kinds, part) for part, rows in data.items()} if parts else _named(data, kinds, name)
         )
     return made
+
+
+def _named(rows: Any, kinds: Sequence[Sequence[str]], name: str) -> Any:
+    with told_of(name):
+        return as_dataset(rows, kinds, name)
 
 
 def as_dataset(rows: Any, kinds: Sequence[Sequence[str]], name: str) -> Any:
@@ -85,7 +92,10 @@ def as_dataset(rows: Any, kinds: Sequence[Sequence[str]], name: str) -> Any:
 
     if not hasattr(rows, "column_names"):
         check.refuse_empty(rows, name)
-        rows = Dataset.from_list(list(rows))
+        rows = list(rows)
+        if VERDICTS in kinds:
+            _refuse_labels(rows)  # before Arrow asks for values of one type
+        rows = Dataset.from_list(rows)
     columns = rows.column_names
     if columns is not None and not any(set(kind) <= set(columns) for kind in kinds):
         missing = sorted({column for kind in kinds for column in kind} - set(columns))
@@ -96,7 +106,19 @@ def as_dataset(rows: Any, kinds: Sequence[Sequence[str]], name: str) -> Any:
         raise DataError(Problem(f"{name} columns", sorted(columns), expected, near))
     if hasattr(rows, "__len__"):
         check.refuse_empty(rows, name)
+        if VERDICTS in kinds and "label" in rows.column_names:
+            _refuse_labels({"label": label} for label in rows["label"])
     return rows
+
+
+def _refuse_labels(rows: Iterable[Any]) -> None:
+    """Raise `DataError` naming the rows whose verdict is none."""
+    remedy = "True where the completion is a good one, False where it is not; without quotes."
+    check.refuse(
+        Problem(f"row {number}, label", short(row["label"]), "True or False", remedy)
+        for number, row in enumerate(rows)
+        if isinstance(row, Mapping) and "label" in row and not arguments.on_or_off(row["label"])
+    )
 
 
 def without_long_prompts(rows: Any, column: str, limit: int | None, name: str) -> Any:

@@ -1,6 +1,7 @@
 """What a trainer asks of its data once they are token ids: something to learn in every row, and an end to learn."""
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -36,7 +37,7 @@ def without_unlearnable(given: Any, made: Any, limit: int | None, allowed: float
     """
     total, bearing = len(given), columns.loss_bearing(made)
     lost = total - int((bearing > 0).sum())
-    check.refuse_unlearnable(lost, total, limit, allowed, f"{name} ")
+    check.refuse_unlearnable(lost, total, limit, allowed, f"{name} ", _unlearnable(given, limit, lost, name))
     if lost:
         print(f"fastft: {lost} of {total} rows have nothing to learn within max_length={limit}: left out.")
         made = made if (bearing > 0).all() else made.select(np.flatnonzero(bearing))
@@ -48,6 +49,19 @@ def without_unlearnable(given: Any, made: Any, limit: int | None, allowed: float
         told = "are longer than" if known is given else "fill"
         print(f"fastft: {cut} of {total} rows {told} max_length={limit}; what is longer is cut off.")
     return made
+
+
+def _unlearnable(given: Any, limit: int | None, lost: int, name: str) -> Iterator[Problem]:
+    """Yield what is wrong with each of the rows that have nothing to learn; nothing where they are not these alone.
+
+    `given` are the rows as they came, of which TRL leaves some out, and masks may say what is learnt of them.
+    """
+    if limit is None or not lost or "input_ids" not in given.column_names:
+        return
+    bearing, sizes = columns.loss_bearing(given, limit), columns.lengths(given)
+    rows = np.flatnonzero(bearing == 0).tolist()
+    if len(rows) == lost:
+        yield from (check.nothing_left(f"{name} row {row}", int(sizes[row]), limit) for row in rows)
 
 
 def check_labels(data: Any, collator: Any, processing_class: Any, refuse_without_stop: bool) -> None:

@@ -183,7 +183,8 @@ def datasets_of(kwargs: Mapping[str, Any], reading: Reading, template: Any = Non
 def _dataset(rows: Any, tokenizer: Any, reading: Reading, template: Any, name: str) -> Any:
     from datasets import Dataset
 
-    source = open_named(rows, name).listed()
+    as_recognised = reading.text_field is None and reading.formatting is None and not reading.skip
+    source = (inputs.open_named_rows if as_recognised else open_named)(rows, name).listed()
     rows = source.rows
     if hasattr(rows, "__len__"):
         check.refuse_empty(rows, name)

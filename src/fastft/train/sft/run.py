@@ -1,18 +1,22 @@
 """The function `sft`: fine-tune on data, and leave everything in a folder."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from attrs import evolve, field, frozen
 
+from fastft import given
 from fastft.data import check
 from fastft.data.chat import tokenised
-from fastft.data.files import told_of
+from fastft.data.files import told_by_file, told_of
+from fastft.data.inputs import open_named_rows
+from fastft.data.sets import evaluated, named_sets
 from fastft.data.sources import Source, open_named
-from fastft.errors import Problem, UsageError
-from fastft.train import arguments
+from fastft.errors import Problem
+from fastft.train import arguments, handed
 from fastft.train.record import curve, ends, last_evaluation
 from fastft.train.resume import to_resume
 from fastft.train.sft.config import SFTConfig, make_config, settle_length
@@ -36,7 +40,7 @@ def sft(
     model: Any,
     tokenizer: Any,
     train: Any,
-    output_dir: str | Path = "run",
+    output_dir: str | Path = handed.RUN,
     eval: Any = None,
     *,
     config: SFTConfig | None = None,
@@ -52,7 +56,8 @@ def sft(
     """Fine-tune `model` on `train` and leave model, checkpoints and run record in `output_dir`.
 
     `train` and `eval` are token ids (`chat_dataset`'s result) or what `chat_dataset` takes, which renders it with
-    `train_on` and `alternate`. `dataset_text_field` names a column to learn whole, as text, whatever stands beside it.
+    `train_on` and `alternate`; `eval` may be a dict of several sets by name. `dataset_text_field` names a column to
+    learn whole, as text, whatever stands beside it.
     `overlong`: what becomes of rows of more than `max_length` tokens. "refuse" names them, by file and line where they
     are out of files; "truncate" cuts them at their end, and says how many, and of the rows that are left without
     anything to learn a share of `max_unlearnable` is left out. Left out it means "refuse", and with a `config`
@@ -65,16 +70,22 @@ def sft(
     Ctrl-C ends it with the step that is running, saved; a second one at once (docs/how-to/resume.md).
     Raises `UsageError`, `DataError`, `SaveError`.
     """
-    arguments.refuse_pair(model, tokenizer)
     uncalled = [] if eval is not None else arguments.uncalled("sft", {"compute_metrics": compute_metrics})
-    if wrong := [*check.overlong_problems(overlong or "refuse"), *_said_by_train_on(options), *uncalled]:
-        raise UsageError(*wrong)
-    given = {"train": train} | ({} if eval is None else {"eval": eval})
+    given.refuse(
+        *handed.function_problems(
+            "sft", SFTConfig, model, tokenizer, output_dir, config, callbacks, compute_metrics=compute_metrics
+        ),
+        *check.overlong_problems(overlong or "refuse"),
+        *_said_by_train_on(options),
+        *uncalled,
+    )
+    data = named_sets(train, eval)
     with in_words_of("sft", SFTTrainer, SFTConfig, config, options, arguments.PLAIN):
         args = make_config(config, options, str(output_dir), model, eval is not None)  # before any data are read
         resume_from = to_resume(resume, args)
-        sources = {name: open_named(data, name) for name, data in given.items()}
         reading = evolve(reading_of(args, None), must=config is None)
+        opened = partial(open_named_rows, alternate=alternate) if reading.text_field is None else open_named
+        sources = {name: opened(rows, name) for name, rows in data.items()}
         whole_rows = partial(tokenised, num_proc=reading.processes)
         read = whole_rows if reading.text_field is None else reading.column
         made = {name: read(source, tokenizer, train_on, name, alternate) for name, source in sources.items()}
@@ -82,16 +93,19 @@ def sft(
             settle_length(args, made.values())
         if (overlong or ("refuse" if config is None else "truncate")) == "refuse":
             _refuse_overlong(made, sources, args.max_length)
-        trainer = SFTTrainer(
-            model,
-            args,
-            train_dataset=made["train"],
-            eval_dataset=made.get("eval"),
-            processing_class=tokenizer,
-            callbacks=list(callbacks),
-            compute_metrics=compute_metrics,
-            compile=compile,
-        )
+        with ExitStack() as told:
+            for name, source in sources.items():
+                told.enter_context(told_by_file(source.files, name))
+            trainer = SFTTrainer(
+                model,
+                args,
+                train_dataset=made["train"],
+                eval_dataset=evaluated(made, eval),
+                processing_class=tokenizer,
+                callbacks=list(callbacks or ()),
+                compute_metrics=compute_metrics,
+                compile=compile,
+            )
         output = trainer.train(resume_from_checkpoint=resume_from)
     trainer.save_model()
     trainer.create_model_card()

@@ -20,7 +20,7 @@ from fastft.data.training_collator import CountingCollator, lengths_vary, longes
 from fastft.errors import Problem, UsageError
 from fastft.noise import quiet
 from fastft.state import get_state
-from fastft.train import arguments, checkpoint, memory, settings, step
+from fastft.train import arguments, checkpoint, handed, memory, settings, step
 from fastft.train.base import Trained, built, load_named, take_recompute
 from fastft.train.cuda_graphs import Replayer, moves_activations
 from fastft.train.sft import preparation, reading
@@ -55,12 +55,11 @@ class SFTTrainer(Trained, trl.SFTTrainer):
         args, kwargs = settings.take_older_arguments(trl.SFTTrainer, SFTConfig, args, kwargs, arguments.LEGACY)
         if isinstance(model, str):
             model, kwargs = load_named("SFTTrainer", model, args, kwargs)
-        arguments.refuse_pair(model)
+        handed.refuse_in_trainer("SFTTrainer", model, kwargs)
         args = settings.as_config(SFTConfig, trl.SFTTrainer, args)
         args = arguments.with_length(args, get_state(model).max_length)
         self._reading = reading.reading_of(args, kwargs.get("formatting_func"))
         given_ids = reading.is_token_ids(kwargs.get("train_dataset"))
-        arguments.refuse_untrainable(model, kwargs.get("peft_config"))
         self.check_evaluations(args, kwargs, MEASURED if kwargs.get("compute_loss_func") is None else LOSS_ALONE)
         kwargs |= reading.datasets_of(kwargs, self._reading, args.chat_template_path)
         checkpoint.make_folder(Path(args.output_dir))
