@@ -248,3 +248,13 @@ def test_a_name_that_is_nowhere(folder, monkeypatch):
             load_rows("fastft-tests-nobody/nothing")
         assert "no file or folder" in str(caught.value) and str(datasets.config.HF_DATASETS_CACHE) in str(caught.value)
         assert len(str(caught.value).splitlines()) == 1
+
+
+def test_lists_of_rows_by_split_whatever_their_names():
+    parts = {"easy": [{"text": "a"}], "hard": [{"text": "b"}, {"text": "c"}]}
+    assert load_rows(parts, split="hard") == parts["hard"]
+    with pytest.raises(DataError, match=r"one of \['easy', 'hard'\], got None. Choose one: split='easy', split='hard'"):
+        load_rows(parts)
+    for row in ({"messages": [{"role": "user", "content": "a"}]}, {"conversations": [{"from": "human", "value": "a"}]}):
+        with pytest.raises(DataError, match="Put the row into a list"):
+            load_rows(row)

@@ -69,11 +69,12 @@ def test_grpo_evaluates_every_set_by_its_name(build_model, tokenizer, tmp_path):
     [
         (ROWS[0], r"eval rows: expected a list of rows.*Put the row into a list"),
         ({"prompt": ["a", "b"], "completion": ["c", "d"]}, r"eval rows: expected.*from_dict\(columns\)"),
+        ({"messages": [{"role": "user", "content": "w1"}]}, r"eval rows: expected.*Put the row into a list"),
         ({"one": ROWS[:2], "two": [{"prompt": "w1"}]}, r"eval 'two'"),
         ({"one": ROWS[:2], "two": "nowhere.jsonl"}, r"eval 'two' rows: expected a file or folder that exists"),
         ({}, r"eval rows: expected a list of rows"),
     ],
-    ids=["row", "columns", "row of a set", "file", "empty"],
+    ids=["row", "columns", "conversation", "row of a set", "file", "empty"],
 )
 def test_what_is_no_dict_of_sets_is_told(held, told, build_model, tokenizer, tmp_path):
     with pytest.raises(DataError, match=told):

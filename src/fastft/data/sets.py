@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fastft.data.files import SUFFIXES
+from fastft.data.sources import are_rows
 
 PREFIX = "eval "
 
@@ -33,5 +34,4 @@ def _are_sets(held: Any) -> bool:
 def _is_set(part: Any) -> bool:
     if isinstance(part, str | Path):
         return Path(part).suffix.lower() in SUFFIXES or has_magic(str(part)) or Path(part).exists()
-    is_list = isinstance(part, list | tuple)
-    return hasattr(part, "column_names") or (is_list and bool(part) and all(isinstance(row, Mapping) for row in part))
+    return hasattr(part, "column_names") or are_rows(part)

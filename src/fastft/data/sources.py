@@ -121,11 +121,17 @@ def _parts(source: Mapping[Any, Any]) -> Mapping[Any, Any]:
     """Return a dict of data sets. Raises `DataError` for one row."""
     if source and all(hasattr(part, "column_names") or isinstance(part, list) for part in source.values()):
         named = [name for name in source if any(name in (split, *words) for split, words in SPLITS.items())]
-        if named or all(hasattr(part, "column_names") for part in source.values()):
+        if named or all(hasattr(part, "column_names") or are_rows(part) for part in source.values()):
             return source
     columns = source and all(isinstance(part, list) for part in source.values()) and "messages" not in source
     remedy = "datasets.Dataset.from_dict(columns) makes rows of columns." if columns else "Put the row into a list."
     raise DataError(Problem("rows", type(source).__name__, ROWS, remedy))
+
+
+def are_rows(part: Any) -> bool:
+    """Say whether it is a list of rows; the turns of a conversation are one row's."""
+    listed = isinstance(part, list | tuple) and bool(part) and all(isinstance(row, Mapping) for row in part)
+    return listed and not any("role" in row or "from" in row for row in part)
 
 
 def _refuse_texts(texts: Sequence[str | Path]) -> None:
