@@ -123,7 +123,7 @@ def _parts(source: Mapping[Any, Any]) -> Mapping[Any, Any]:
         named = [name for name in source if any(name in (split, *words) for split, words in SPLITS.items())]
         if named or all(hasattr(part, "column_names") or are_rows(part) for part in source.values()):
             return source
-    columns = source and all(isinstance(part, list) for part in source.values()) and "messages" not in source
+    columns = source and all(isinstance(part, list) and not _has_turns(part) for part in source.values())
     remedy = "datasets.Dataset.from_dict(columns) makes rows of columns." if columns else "Put the row into a list."
     raise DataError(Problem("rows", type(source).__name__, ROWS, remedy))
 
@@ -131,7 +131,11 @@ def _parts(source: Mapping[Any, Any]) -> Mapping[Any, Any]:
 def are_rows(part: Any) -> bool:
     """Say whether it is a list of rows; the turns of a conversation are one row's."""
     listed = isinstance(part, list | tuple) and bool(part) and all(isinstance(row, Mapping) for row in part)
-    return listed and not any("role" in row or "from" in row for row in part)
+    return listed and not _has_turns(part)
+
+
+def _has_turns(part: Sequence[Any]) -> bool:
+    return any(isinstance(turn, Mapping) and ("role" in turn or "from" in turn) for turn in part)
 
 
 def _refuse_texts(texts: Sequence[str | Path]) -> None:
