@@ -109,6 +109,7 @@ def test_layers_in_pieces_are_moved_too(plan, backend):
     assert planned.offloader.moved_bytes > 0 and not get_state(model).compiled.whole
     assert abs(expected[1] - got[1]) < 1e-6 and expected[2].keys() == got[2].keys()
     assert max(relative(expected[2][name], got[2][name]) for name in got[2]) < 5e-6
+    assert "in pieces, which keep more for the backward than the memory plan says" in fastft.report(model).notes[0]
 
 
 def test_a_budget_is_solved_for_the_largest_batch_seen():

@@ -38,10 +38,16 @@ DEFAULT_ATTENTION = ("sdpa", "eager", attention.NAME)
 CACHES = ("cache", "past_key_values")
 OFFSETS = ("cu_seq_lens_q", "cu_seq_lens_k")
 
-
+IN_PIECES = (
+    "layers are captured in pieces, which keep more for the backward than the memory plan says; Dynamo cannot trace "
+    "them whole: {}"
+)
 FEWER_KEPT = (
     "layers that keep fewer copies of weights than planned, or none: {}; some linears of theirs were not replaced"
 )
+
+# The number of the layers' structure, their level, whether weights are dequantised, the calls, whether it is one graph.
+VersionKey = tuple[int, str, bool, Kind, bool]
 
 
 @define(eq=False)
@@ -51,6 +57,7 @@ class Compiled:
     `plain_attention` is transformers' own implementation that computes the same; `enabled` switches the compiled path;
     `planned` says what each layer keeps; `pieces` are the kinds of calls in which a layer is more than one graph,
     `remarks` and `eager_calls` say why. `last`: the kind of the layers' last call, None where it ran uncompiled.
+    `eager_layers`: those that ran so with gradients.
     `fp8_head`: the loss head's products are to have fp8 factors as well.
     """
 
@@ -66,6 +73,7 @@ class Compiled:
     fp8_head: bool = False
     remarks: list[str] = field(factory=list)
     eager_calls: Counts = field(factory=dict)
+    eager_layers: set[int] = field(factory=set)
     norms: tuple[nn.Module, ...] = ()
     last: Kind | None = None
 
@@ -84,6 +92,7 @@ class Compiled:
         modes = self.planned.described() if self.planned else ""
         exact_head = any(remark.startswith(NOT_FP8_HEAD.format("")) for remark in self.remarks)
         head = self.base_report.head + (", with fp8 factors" if self.fp8_head and not exact_head else "")
+        eager = notes(self.eager_calls, self.eager_layers, len(self.layers))
         fewer = self.planned.fewer if self.planned else 0
         kept = [FEWER_KEPT.format(fewer)] if fewer else []
         kept += [self.planned.unmet] if self.planned and self.planned.unmet else []
@@ -92,7 +101,7 @@ class Compiled:
             head=head,
             graphs=graphs,
             modes=modes,
-            notes=(*self.base_report.notes, *self.remarks, *notes(self.eager_calls), *kept),
+            notes=(*self.base_report.notes, *self.remarks, *eager, *kept),
         )
 
 
@@ -291,12 +300,15 @@ def _install(
         base, spec, settings, layers, graphs=planned.graphs, weights=planned.weights, first=FirstInput(layers)
     )
     compiled = Compiled(spec, settings, layers, rewriting, report_, planned, plain, fp8_head=fp8_head)
-    versions: dict[tuple[str, bool, Kind, bool], Callable[..., Any]] = {}
-    both: set[tuple[str, bool, Kind, bool]] = set()  # of those, the ones with two forms (`first_input`)
+    versions: dict[VersionKey, Callable[..., Any]] = {}
+    both: set[VersionKey] = set()  # of those, the ones with two forms (`first_input`)
 
-    def version(mode: Mode, kind: Kind, whole: bool) -> Callable[..., Any]:
-        """Return the compiled version of a layer that keeps what `mode` says, for such calls, made on first use."""
-        key = (mode.level, mode.dequantised, kind, whole)
+    def version(index: int, mode: Mode, kind: Kind, whole: bool) -> Callable[..., Any]:
+        """Return the compiled version of a layer that keeps what `mode` says, for such calls, made on first use.
+
+        Each structure of layers has its own: Dynamo keeps few captures of one.
+        """
+        key = (rewriting.first.number(index), mode.level, mode.dequantised, kind, whole)
         if rewriting.first.shown is not None and key not in both:  # what was captured before has one form alone
             versions.pop(key, None)
             both.add(key)
@@ -367,7 +379,7 @@ def _mark_documents(kwargs: Mapping[str, Any]) -> None:
 def _dispatcher(
     layer: nn.Module,
     index: int,
-    version: Callable[[Mode, Kind, bool], Callable[..., Any]],
+    version: Callable[[int, Mode, Kind, bool], Callable[..., Any]],
     compiled: Compiled,
     fixed: bool,
 ) -> Callable[..., Any]:
@@ -390,7 +402,7 @@ def _dispatcher(
         def run(mode: Mode, whole: bool, given: Sequence[Any], named: Mapping[str, Any]) -> Any:
             if lengths_vary and not fixed:
                 _mark_lengths(given, named)
-            return version(mode, kind, whole)(layer, *given, **named)
+            return version(index, mode, kind, whole)(layer, *given, **named)
 
         # Without gradients nothing is kept for a backward, whatever the plan.
         forward = nullcontext(Mode(dequantised=planned.mode(index).dequantised))
@@ -406,7 +418,7 @@ def _dispatcher(
                 if kind in compiled.pieces:
                     raise
                 compiled.pieces.add(kind)
-                _remark(compiled, f"layers are captured in pieces, Dynamo cannot trace them whole: {cause(error)}")
+                _remark(compiled, IN_PIECES.format(cause(error)))
                 return run(mode, False, args, kwargs)
 
     def shares(other: int) -> bool:
@@ -415,6 +427,8 @@ def _dispatcher(
 
     def eagerly(why: str, *args: Any, **kwargs: Any) -> Any:
         compiled.last = None
+        if torch.is_grad_enabled():
+            compiled.eager_layers.add(index)
         return run_uncompiled(compiled.eager_calls, layer, "a layer", why, args, kwargs)
 
     return call
