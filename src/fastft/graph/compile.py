@@ -13,7 +13,7 @@ from fastft.errors import Problem, UsageError, did_you_mean
 from fastft.graph import attention
 from fastft.graph.ahead import make_ahead, prepare_inductor
 from fastft.graph.backend import BACKENDS, RewritingBackend, Settings
-from fastft.graph.calls import Kind, kind_of
+from fastft.graph.calls import Kind, kind_of, mark_documents, mark_lengths
 from fastft.graph.capture import is_instance_of
 from fastft.graph.first_calls import first_calls
 from fastft.graph.first_input import FirstInput
@@ -36,7 +36,6 @@ from fastft.state import base_model, get_state, update_state
 DEFAULT_ATTENTION = ("sdpa", "eager", attention.NAME)
 # What a decoder layer calls its key-value cache: the second until transformers 5.23.
 CACHES = ("cache", "past_key_values")
-OFFSETS = ("cu_seq_lens_q", "cu_seq_lens_k")
 
 IN_PIECES = (
     "layers are captured in pieces, which keep more for the backward than the memory plan says; Dynamo cannot trace "
@@ -54,7 +53,8 @@ VersionKey = tuple[int, str, bool, Kind, bool]
 class Compiled:
     """A compiled model's layers, its norms outside them, and what was done to both.
 
-    `plain_attention` is transformers' own implementation that computes the same; `enabled` switches the compiled path;
+    `plain_attention` is transformers' own implementation that computes the same, `earlier_attention` are those that the
+    model had before (`attention.implementations`); `enabled` switches the compiled path;
     `planned` says what each layer keeps; `pieces` are the kinds of calls in which a layer is more than one graph,
     `remarks` and `eager_calls` say why. `last`: the kind of the layers' last call, None where it ran uncompiled.
     `eager_layers`: those that ran so with gradients.
@@ -68,6 +68,7 @@ class Compiled:
     base_report: RewriteReport
     planned: PlannedLayers | None = None
     plain_attention: str = "sdpa"
+    earlier_attention: Mapping[str, str] = field(factory=dict)
     enabled: bool = True
     pieces: set[Kind] = field(factory=set)
     fp8_head: bool = False
@@ -82,9 +83,10 @@ class Compiled:
         """Say whether a layer is one graph, whatever the call."""
         return not self.pieces
 
-    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+    def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
         # A copied or unpickled model has none: `nn.Module` leaves the compiled call of a layer behind.
-        return type(None), ()
+        # The attention that its config names is to be known where it is loaded.
+        return attention.register, ()
 
     def report(self) -> RewriteReport:
         """Return what was rewritten up to now, and what was not."""
@@ -263,13 +265,9 @@ def _install(
     batch: tuple[int, int] | None,
     compute: str,
 ) -> Compiled:
-    notes = []
-    attention.register()
-    given = base.config._attn_implementation
-    if given in DEFAULT_ATTENTION:
-        base.set_attn_implementation(attention.NAME)
-    else:
-        notes.append(f"attention implementation {given!r} was asked for and is kept")
+    # transformers' SDPA path leaves a soft cap out without a word.
+    plain = "eager" if any(point.softcap for point in spec.attentions) else "sdpa"
+    notes, earlier = _take_attention(base, plain)
     head = head_check(model)
     torch._dynamo.config.specialize_float = True
     told = "chunked, from hidden states" if head.fused else head.reason
@@ -286,8 +284,6 @@ def _install(
         notes=tuple(notes),
         compute=compute,
     )
-    # transformers' SDPA path leaves a soft cap out without a word.
-    plain = "eager" if any(point.softcap for point in spec.attentions) else "sdpa"
     obstacle = eight_bits_obstacle(layers, spec, settings.disable, settings.implementations)
     settings = evolve(settings, eight_bits=named_part(settings.plan)[1] and not obstacle)
     eight_bits = None if obstacle else settings.eight_bits
@@ -299,7 +295,7 @@ def _install(
     rewriting = RewritingBackend(
         base, spec, settings, layers, graphs=planned.graphs, weights=planned.weights, first=FirstInput(layers)
     )
-    compiled = Compiled(spec, settings, layers, rewriting, report_, planned, plain, fp8_head=fp8_head)
+    compiled = Compiled(spec, settings, layers, rewriting, report_, planned, plain, earlier, fp8_head=fp8_head)
     versions: dict[VersionKey, Callable[..., Any]] = {}
     both: set[VersionKey] = set()  # of those, the ones with two forms (`first_input`)
 
@@ -322,6 +318,19 @@ def _install(
         layer._compiled_call_impl = _dispatcher(layer, index, version, compiled, dynamic is False)
     update_state(model, compiled=compiled)
     return compiled
+
+
+def _take_attention(base: nn.Module, plain: str) -> tuple[list[str], dict[str, str]]:
+    """Give the model fastft's attention unless it was given another; return notes on that, and what it had before.
+
+    A copy of a compiled model has fastft's without ever having had another: `plain` then stands for it.
+    """
+    attention.register()
+    before = attention.implementations(base)
+    if before[""] in DEFAULT_ATTENTION:
+        base.set_attn_implementation(attention.NAME)
+        return [], {name: plain if given in (attention.NAME, None) else given for name, given in before.items()}
+    return [f"attention implementation {before['']!r} was asked for and is kept"], {}
 
 
 def _install_norms(compiled: Compiled, dynamic: bool | None) -> None:
@@ -362,20 +371,6 @@ def _own_copy(function: FunctionType) -> FunctionType:
     return FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
 
 
-def _mark_lengths(args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    """Say to Dynamo that the length of this batch's row is of this batch alone."""
-    length = (args[0] if args else kwargs["hidden_states"]).shape[1]
-    for leaf in torch.utils._pytree.tree_leaves((args, dict(kwargs))):
-        if isinstance(leaf, torch.Tensor) and leaf.dim() > 1 and leaf.shape[1] == length:
-            torch._dynamo.maybe_mark_dynamic(leaf, 1)
-
-
-def _mark_documents(kwargs: Mapping[str, Any]) -> None:
-    """Say to Dynamo that the number of this batch's documents is of this batch alone."""
-    for offsets in {id(one): one for name in OFFSETS if (one := kwargs.get(name)) is not None}.values():
-        torch._dynamo.maybe_mark_dynamic(offsets, 0)
-
-
 def _dispatcher(
     layer: nn.Module,
     index: int,
@@ -397,11 +392,11 @@ def _dispatcher(
             return eagerly("a key-value cache is in use (pass use_cache=False)", *args, **kwargs)
         lengths_vary, planned = kwargs.pop("lengths_vary", False), compiled.planned
         if kind.rows == "cu_seq_lens_q" and not fixed:
-            _mark_documents(kwargs)
+            mark_documents(kwargs)
 
         def run(mode: Mode, whole: bool, given: Sequence[Any], named: Mapping[str, Any]) -> Any:
             if lengths_vary and not fixed:
-                _mark_lengths(given, named)
+                mark_lengths(given, named)
             return version(index, mode, kind, whole)(layer, *given, **named)
 
         # Without gradients nothing is kept for a backward, whatever the plan.
@@ -440,11 +435,13 @@ def _remark(compiled: Compiled, told: str) -> None:
 
 
 def uncompile(model: nn.Module) -> nn.Module:
-    """Take the compiled path off `model` again and return it."""
+    """Take the compiled path off `model` again, attention included, and return it."""
     compiled = get_state(model).compiled
     if compiled is not None:
         for unit in (*compiled.layers, *compiled.norms):
             unit._compiled_call_impl = None
+        if compiled.earlier_attention:
+            attention.put_back(base_model(model), compiled.earlier_attention)
         release_weights(model)
         update_state(model, compiled=None)
     return model
