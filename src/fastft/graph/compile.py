@@ -95,16 +95,12 @@ class Compiled:
         exact_head = any(remark.startswith(NOT_FP8_HEAD.format("")) for remark in self.remarks)
         head = self.base_report.head + (", with fp8 factors" if self.fp8_head and not exact_head else "")
         eager = notes(self.eager_calls, self.eager_layers, len(self.layers))
+        made = evolve(self.base_report, head=head, graphs=graphs, modes=modes)
         fewer = self.planned.fewer if self.planned else 0
         kept = [FEWER_KEPT.format(fewer)] if fewer else []
+        kept += filter(None, [not_in_eight_bits(self.settings.plan, made.why_not_in_eight_bits())])
         kept += [self.planned.unmet] if self.planned and self.planned.unmet else []
-        return evolve(
-            self.base_report,
-            head=head,
-            graphs=graphs,
-            modes=modes,
-            notes=(*self.base_report.notes, *self.remarks, *eager, *kept),
-        )
+        return evolve(made, notes=(*made.notes, *self.remarks, *eager, *kept))
 
 
 def compile(
