@@ -1,14 +1,19 @@
 """When the compiled path is taken, how often it compiles, and that masks, packing and modes stay exact."""
 
 import copy
+import subprocess
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from tiny import batch, flat, in_nf4, make, relative, run, with_lora
 from transformers import DynamicCache
 
 import fastft
 from fastft.errors import UsageError
+from fastft.graph import attention
 from fastft.graph.compile import uncompile, uncompiled
 from fastft.graph.pipeline import PASSES
 from fastft.graph.twin import tiny_model
@@ -443,3 +448,62 @@ def test_a_copy_of_a_compiled_model_says_that_it_is_not_compiled():
     agree(expected, run(copied, batch(0)))
     agree(expected, run(fastft.compile(copied, backend="eager"), batch(0)))
     assert graphs(copied) == graphs(model) == 3
+
+
+def in_a_process_of_its_own(*lines):
+    done = subprocess.run([sys.executable, "-c", "\n".join(("import torch", *lines))], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_what_is_pickled_while_compiled_finds_its_attention_where_it_is_loaded(tmp_path):
+    _, model = pair("llama")
+    torch.save(model.get_base_model(), tmp_path / "model.pt")
+    told = in_a_process_of_its_own(
+        f"model = torch.load({str(tmp_path / 'model.pt')!r}, weights_only=False).eval()",
+        "print(model.config._attn_implementation, *model(input_ids=torch.tensor([[3, 4]])).logits.shape)",
+    )
+    assert told == "fastft 1 2 259"
+
+
+@pytest.mark.parametrize("earlier", ["sdpa", "eager"])
+def test_uncompile_gives_back_the_attention_that_the_model_had(earlier, tmp_path):
+    model = tiny_model("llama")
+    model.set_attn_implementation(earlier)
+    for _ in range(2):  # compiled again, it was not fastft's either
+        fastft.compile(model, backend="eager")
+        assert model.config._attn_implementation == "fastft"
+    model.save_pretrained(tmp_path / "saved")
+    assert "fastft" not in (tmp_path / "saved" / "config.json").read_text()
+    uncompile(model)
+    assert model.config._attn_implementation == earlier
+    model.__dict__.pop("fastft_state")  # nothing else of fastft is left that would register its attention
+    torch.save(model, tmp_path / "model.pt")
+    told = in_a_process_of_its_own(
+        f"model = torch.load({str(tmp_path / 'model.pt')!r}, weights_only=False)",
+        "print(model.config._attn_implementation, *model(input_ids=torch.tensor([[3, 4]])).logits.shape)",
+    )
+    assert told == f"{earlier} 1 2 259"
+
+
+def test_uncompile_leaves_an_attention_that_was_set_since():
+    model = fastft.compile(tiny_model("llama"), backend="eager")
+    model.set_attn_implementation("eager")
+    uncompile(model)
+    assert model.config._attn_implementation == "eager"
+    copied = copy.deepcopy(fastft.compile(model, backend="eager"))
+    assert uncompile(fastft.compile(copied, backend="eager")).config._attn_implementation == "sdpa"
+
+
+def test_attentions_of_sub_configs_are_given_back_one_by_one():
+    given = {"": "sdpa", "text_config": "eager", "vision_config": "sdpa"}
+    config = transformers.AutoConfig.for_model("gemma3")
+    config._attn_implementation = given
+    model = SimpleNamespace(
+        config=config, set_attn_implementation=lambda one: setattr(config, "_attn_implementation", one)
+    )
+    before = attention.implementations(model)
+    assert before == given
+    config._attn_implementation = {"": "fastft", "text_config": "fastft", "vision_config": "flash_attention_2"}
+    attention.put_back(model, before)
+    assert attention.implementations(model) == given | {"vision_config": "flash_attention_2"}

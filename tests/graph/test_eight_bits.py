@@ -22,6 +22,7 @@ from fastft.train import card
 ROWS, LENGTH = 4, 64
 # 64 numbers have a scale: a width of whole blocks is what the estimate counts.
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+WIDE = "gate and up are kept as they are, not in 8 bits: in 2 of 2 graphs of layers, {}"
 
 
 def llama(plan, dtype=torch.float32, nf4=False, family="llama", compute="exact", wide=None, **changes):
@@ -48,7 +49,7 @@ def test_the_same_loss_to_the_bit_and_gradients_within_a_hundredth(family, dtype
     assert relative(truth, flat(got[2])) < 0.01 + relative(truth, flat(exact[2]))
     assert relative(flat(exact[2]), flat(got[2])) > 1e-4
     report = fastft.report(model)
-    assert report.refused() == report.not_in_eight_bits() == ()
+    assert report.refused() == report.not_in_eight_bits() == report.notes == ()
     assert [r.module for g in report.graphs for r in g.rewrites if r.kept == "8 bits"] != []
     assert report.modes == "2 layers keep (gate and up in 8 bits, not exact)" and report.modes in str(report)
 
@@ -126,6 +127,7 @@ def test_a_proof_that_refuses_is_told_and_keeps_them_as_they_are(monkeypatch):
     assert torch.equal(flat(run(model, inputs)[2]), flat(exact[2]))
     report = fastft.report(model)
     assert "not kept in 8 bits: model.layers.0.mlp: gradients differ by 0.5" in str(report)
+    assert report.notes == (WIDE.format("gradients differ by 0.5"),)
     chosen = get_state(model).compiled.planned  # what is told and predicted is what is
     assert report.modes == "2 layers keep" and chosen.setup.eight_bits is False
     assert chosen.predicted().peak == estimate(evolve(chosen.setup, eight_bits=False), [Mode()] * 2).peak
@@ -138,6 +140,7 @@ def test_a_feed_forward_that_is_not_replaced_whole_is_told(monkeypatch):
     report = fastft.report(model)
     assert "not kept in 8 bits: LlamaDecoderLayer: its feed-forward was not replaced as a whole" in str(report)
     assert report.modes == "2 layers keep" and not chosen.eight_bits
+    assert report.notes == (WIDE.format("its feed-forward was not replaced as a whole"),)
 
 
 def test_passes_without_gradients_keep_nothing():

@@ -4,7 +4,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from tiny import batch, make, run
+from tiny import batch, make, run, with_lora
 from torch._dynamo.utils import counters
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -12,6 +12,8 @@ import fastft
 from fastft.graph.attention import only_causal
 from fastft.graph.compile import decoder_layers
 from fastft.graph.first_input import FirstInput, structure
+from fastft.graph.twin import tiny_model
+from fastft.graph.uncompiled_calls import NOT_AS_PLANNED
 from fastft.registry.resolve import find
 from fastft.state import base_model
 from fastft.train import step
@@ -90,6 +92,42 @@ def test_layers_of_one_structure_are_told_from_others():
     next(layers[1].parameters()).requires_grad_(True)
     layers[2].self_attn.scaling *= 2
     assert structure(layers[0]) != structure(layers[1]) and structure(layers[0]) != structure(layers[2])
+
+
+def test_every_structure_of_layers_has_its_own_room_for_captures():
+    """Dynamo keeps 8 captures of one: with a second for lengths that vary, that is 4 structures of layers."""
+    structures, layers = 6, 8
+    ranks = {f"model.layers.{index}.self_attn.q_proj": 2 + index % structures for index in range(layers)}
+    models = []
+    for _ in range(2):
+        base = tiny_model("llama", num_hidden_layers=layers)
+        base.set_attn_implementation("eager")
+        models.append(with_lora(base, torch.float32, rank_pattern=ranks).train())
+    eager, model = models[0], fastft.compile(models[1], "min", backend="aot_eager")
+    for index, length in enumerate((13, 17)):
+        expected, got = run(eager, batch(index, length=length)), run(model, batch(index, length=length))
+        for name, gradient in expected[2].items():
+            assert (got[2][name] - gradient).norm() <= 5e-6 * gradient.norm()
+    report = fastft.report(model)
+    assert report.notes == () and sum(graph.unit == "LlamaDecoderLayer" for graph in report.graphs) >= 2 * structures
+    assert report.modes == "8 layers min"
+
+
+def test_layers_that_run_uncompiled_are_said_to_keep_more_than_the_plan_says():
+    model = make("llama", torch.float32, True, num_hidden_layers=2)
+    fastft.compile(model, "min", backend="eager", dynamic=False)
+    with (
+        torch._dynamo.config.patch(recompile_limit=2),
+        pytest.warns(UserWarning, match="differ in more ways than the 2"),
+    ):
+        for length in (5, 6, 7):
+            run(model, batch(0, length=length))
+        # The norm behind them has its own room, and is not compiled where the layers are not.
+        calls, layers = fastft.report(model).notes
+    assert calls.startswith(
+        "2 training calls of a layer ran uncompiled: its calls differ in more ways than the 2 captures"
+    )
+    assert layers == NOT_AS_PLANNED.format(2, 2) and "more than the memory plan" in layers
 
 
 def test_what_is_said_of_lengths_is_said_of_the_input_that_is_shown(shown):

@@ -91,6 +91,27 @@ def test_mixed_and_moved_layers_give_the_gradients_of_eager_without_compiling_ag
     assert get_state(model).compiled.whole and not get_state(model).compiled.eager_calls
 
 
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("plan", ["offload", "min"])
+def test_layers_in_pieces_are_moved_too(plan, backend):
+    """What runs between the pieces runs under Dynamo, the hooks that move what it saves among it."""
+    torch._dynamo.reset()
+    base = tiny_model("llama", num_hidden_layers=3)
+    base.set_attn_implementation("sdpa")
+    model = with_lora(base, torch.float32, use_dora=True, target_modules=["q_proj", "down_proj"]).train()
+    expected = run(model, batch(0))
+    fastft.compile(model, plan, backend=backend)
+    planned = get_state(model).compiled.planned
+    planned.offloader = Offloader(torch.device("cpu"), least_bytes=1)
+    if plan == "min":  # the layer behind those that move lets go of what they parked
+        planned.chosen = (Mode("min", True), Mode("min"), Mode("min", True))
+    got = run(model, batch(0))
+    assert planned.offloader.moved_bytes > 0 and not get_state(model).compiled.whole
+    assert abs(expected[1] - got[1]) < 1e-6 and expected[2].keys() == got[2].keys()
+    assert max(relative(expected[2][name], got[2][name]) for name in got[2]) < 5e-6
+    assert "in pieces, which keep more for the backward than the memory plan says" in fastft.report(model).notes[0]
+
+
 def test_a_budget_is_solved_for_the_largest_batch_seen():
     model = make("llama", torch.bfloat16, True, num_hidden_layers=4)
     model = fastft.compile(model, plan="100MB", backend="aot_eager", batch=(2, 32))

@@ -4,6 +4,7 @@ Both are needed. Without a mask function transformers makes no mask at all for a
 padding mask would be dropped in silence.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -20,6 +21,21 @@ def register() -> None:
     """Register the attention with transformers under the name "fastft"; safe to call again."""
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, attention_mask_for)
+
+
+def implementations(model: Any) -> dict[str, str | None]:
+    """Return the attention implementations of a transformers model: its own under "", and those of its sub-configs."""
+    config = model.config
+    parts = {name: getattr(config, name, None) for name in config.sub_configs}
+    own = {name: part._attn_implementation for name, part in parts.items() if part is not None}
+    return {"": config._attn_implementation, **own}
+
+
+def put_back(model: Any, earlier: Mapping[str, str]) -> None:
+    """Give a transformers model the `implementations` it had wherever it has fastft's; others were set since."""
+    now = implementations(model)
+    if NAME in now.values():
+        model.set_attn_implementation({name: earlier[name] if given == NAME else given for name, given in now.items()})
 
 
 def only_causal(device: torch.device) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """Calls of a decoder layer by kind: each kind is captured apart, with its recompilations counted apart."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from torch import nn
 
 # What says that a batch's rows lie end to end, and how.
 ROWS = ("shared_prompts", "cu_seq_lens_q")
+OFFSETS = ("cu_seq_lens_q", "cu_seq_lens_k")
 
 
 @frozen
@@ -43,3 +44,17 @@ def active_adapters(layer: nn.Module) -> tuple[str, ...]:
         if hasattr(module, "disable_adapters") and hasattr(module, "active_adapters"):
             return () if module.disable_adapters else tuple(module.active_adapters)
     return ()
+
+
+def mark_lengths(args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Say to Dynamo that the length of this batch's row is of this batch alone."""
+    length = (args[0] if args else kwargs["hidden_states"]).shape[1]
+    for leaf in torch.utils._pytree.tree_leaves((args, dict(kwargs))):
+        if isinstance(leaf, torch.Tensor) and leaf.dim() > 1 and leaf.shape[1] == length:
+            torch._dynamo.maybe_mark_dynamic(leaf, 1)
+
+
+def mark_documents(kwargs: Mapping[str, Any]) -> None:
+    """Say to Dynamo that the number of this batch's documents is of this batch alone."""
+    for offsets in {id(one): one for name in OFFSETS if (one := kwargs.get(name)) is not None}.values():
+        torch._dynamo.maybe_mark_dynamic(offsets, 0)

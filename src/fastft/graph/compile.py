@@ -15,7 +15,7 @@ from fastft.graph import attention
 from fastft.graph.ahead import make_ahead, prepare_inductor
 from fastft.graph.arguments import check_arguments
 from fastft.graph.backend import RewritingBackend, Settings
-from fastft.graph.calls import Kind, kind_of
+from fastft.graph.calls import Kind, kind_of, mark_documents, mark_lengths
 from fastft.graph.capture import is_instance_of
 from fastft.graph.first_calls import first_calls
 from fastft.graph.first_input import FirstInput
@@ -38,21 +38,28 @@ from fastft.state import base_model, get_state, update_state
 DEFAULT_ATTENTION = ("sdpa", "eager", attention.NAME)
 # What a decoder layer calls its key-value cache: the second until transformers 5.23.
 CACHES = ("cache", "past_key_values")
-OFFSETS = ("cu_seq_lens_q", "cu_seq_lens_k")
 
-
+IN_PIECES = (
+    "layers are captured in pieces, which keep more for the backward than the memory plan says; Dynamo cannot trace "
+    "them whole: {}"
+)
 FEWER_KEPT = (
     "layers that keep fewer copies of weights than planned, or none: {}; some linears of theirs were not replaced"
 )
+
+# The number of the layers' structure, their level, whether weights are dequantised, the calls, whether it is one graph.
+VersionKey = tuple[int, str, bool, Kind, bool]
 
 
 @define(eq=False)
 class Compiled:
     """A compiled model's layers, its norms outside them, and what was done to both.
 
-    `plain_attention` is transformers' own implementation that computes the same; `enabled` switches the compiled path;
+    `plain_attention` is transformers' own implementation that computes the same, `earlier_attention` are those that the
+    model had before (`attention.implementations`); `enabled` switches the compiled path;
     `planned` says what each layer keeps; `pieces` are the kinds of calls in which a layer is more than one graph,
     `remarks` and `eager_calls` say why. `last`: the kind of the layers' last call, None where it ran uncompiled.
+    `eager_layers`: those that ran so with gradients.
     `fp8_head`: the loss head's products are to have fp8 factors as well.
     """
 
@@ -63,11 +70,13 @@ class Compiled:
     base_report: RewriteReport
     planned: PlannedLayers | None = None
     plain_attention: str = "sdpa"
+    earlier_attention: Mapping[str, str] = field(factory=dict)
     enabled: bool = True
     pieces: set[Kind] = field(factory=set)
     fp8_head: bool = False
     remarks: list[str] = field(factory=list)
     eager_calls: Counts = field(factory=dict)
+    eager_layers: set[int] = field(factory=set)
     norms: tuple[nn.Module, ...] = ()
     last: Kind | None = None
 
@@ -76,9 +85,10 @@ class Compiled:
         """Say whether a layer is one graph, whatever the call."""
         return not self.pieces
 
-    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+    def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
         # A copied or unpickled model has none: `nn.Module` leaves the compiled call of a layer behind.
-        return type(None), ()
+        # The attention that its config names is to be known where it is loaded.
+        return attention.register, ()
 
     def report(self) -> RewriteReport:
         """Return what was rewritten up to now, and what was not."""
@@ -86,16 +96,13 @@ class Compiled:
         modes = self.planned.described() if self.planned else ""
         exact_head = any(remark.startswith(NOT_FP8_HEAD.format("")) for remark in self.remarks)
         head = self.base_report.head + (", with fp8 factors" if self.fp8_head and not exact_head else "")
+        eager = notes(self.eager_calls, self.eager_layers, len(self.layers))
+        made = evolve(self.base_report, head=head, graphs=graphs, modes=modes)
         fewer = self.planned.fewer if self.planned else 0
         kept = [FEWER_KEPT.format(fewer)] if fewer else []
+        kept += filter(None, [not_in_eight_bits(self.settings.plan, made.why_not_in_eight_bits())])
         kept += [self.planned.unmet] if self.planned and self.planned.unmet else []
-        return evolve(
-            self.base_report,
-            head=head,
-            graphs=graphs,
-            modes=modes,
-            notes=(*self.base_report.notes, *self.remarks, *notes(self.eager_calls), *kept),
-        )
+        return evolve(made, notes=(*made.notes, *self.remarks, *eager, *kept))
 
 
 def compile(
@@ -235,13 +242,9 @@ def _install(
     batch: tuple[int, int] | None,
     compute: str,
 ) -> Compiled:
-    notes = []
-    attention.register()
-    given = base.config._attn_implementation
-    if given in DEFAULT_ATTENTION:
-        base.set_attn_implementation(attention.NAME)
-    else:
-        notes.append(f"attention implementation {given!r} was asked for and is kept")
+    # transformers' SDPA path leaves a soft cap out without a word.
+    plain = "eager" if any(point.softcap for point in spec.attentions) else "sdpa"
+    notes, earlier = _take_attention(base, plain)
     head = head_check(model)
     torch._dynamo.config.specialize_float = True
     told = "chunked, from hidden states" if head.fused else head.reason
@@ -258,8 +261,6 @@ def _install(
         notes=tuple(notes),
         compute=compute,
     )
-    # transformers' SDPA path leaves a soft cap out without a word.
-    plain = "eager" if any(point.softcap for point in spec.attentions) else "sdpa"
     obstacle = eight_bits_obstacle(layers, spec, settings.disable, settings.implementations)
     settings = evolve(settings, eight_bits=named_part(settings.plan)[1] and not obstacle)
     eight_bits = None if obstacle else settings.eight_bits
@@ -271,13 +272,16 @@ def _install(
     rewriting = RewritingBackend(
         base, spec, settings, layers, graphs=planned.graphs, weights=planned.weights, first=FirstInput(layers)
     )
-    compiled = Compiled(spec, settings, layers, rewriting, report_, planned, plain, fp8_head=fp8_head)
-    versions: dict[tuple[str, bool, Kind, bool], Callable[..., Any]] = {}
-    both: set[tuple[str, bool, Kind, bool]] = set()  # of those, the ones with two forms (`first_input`)
+    compiled = Compiled(spec, settings, layers, rewriting, report_, planned, plain, earlier, fp8_head=fp8_head)
+    versions: dict[VersionKey, Callable[..., Any]] = {}
+    both: set[VersionKey] = set()  # of those, the ones with two forms (`first_input`)
 
-    def version(mode: Mode, kind: Kind, whole: bool) -> Callable[..., Any]:
-        """Return the compiled version of a layer that keeps what `mode` says, for such calls, made on first use."""
-        key = (mode.level, mode.dequantised, kind, whole)
+    def version(index: int, mode: Mode, kind: Kind, whole: bool) -> Callable[..., Any]:
+        """Return the compiled version of a layer that keeps what `mode` says, for such calls, made on first use.
+
+        Each structure of layers has its own: Dynamo keeps few captures of one.
+        """
+        key = (rewriting.first.number(index), mode.level, mode.dequantised, kind, whole)
         if rewriting.first.shown is not None and key not in both:  # what was captured before has one form alone
             versions.pop(key, None)
             both.add(key)
@@ -291,6 +295,19 @@ def _install(
         layer._compiled_call_impl = _dispatcher(layer, index, version, compiled, dynamic is False)
     update_state(model, compiled=compiled)
     return compiled
+
+
+def _take_attention(base: nn.Module, plain: str) -> tuple[list[str], dict[str, str]]:
+    """Give the model fastft's attention unless it was given another; return notes on that, and what it had before.
+
+    A copy of a compiled model has fastft's without ever having had another: `plain` then stands for it.
+    """
+    attention.register()
+    before = attention.implementations(base)
+    if before[""] in DEFAULT_ATTENTION:
+        base.set_attn_implementation(attention.NAME)
+        return [], {name: plain if given in (attention.NAME, None) else given for name, given in before.items()}
+    return [f"attention implementation {before['']!r} was asked for and is kept"], {}
 
 
 def _install_norms(compiled: Compiled, dynamic: bool | None) -> None:
@@ -331,24 +348,10 @@ def _own_copy(function: FunctionType) -> FunctionType:
     return FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
 
 
-def _mark_lengths(args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    """Say to Dynamo that the length of this batch's row is of this batch alone."""
-    length = (args[0] if args else kwargs["hidden_states"]).shape[1]
-    for leaf in torch.utils._pytree.tree_leaves((args, dict(kwargs))):
-        if isinstance(leaf, torch.Tensor) and leaf.dim() > 1 and leaf.shape[1] == length:
-            torch._dynamo.maybe_mark_dynamic(leaf, 1)
-
-
-def _mark_documents(kwargs: Mapping[str, Any]) -> None:
-    """Say to Dynamo that the number of this batch's documents is of this batch alone."""
-    for offsets in {id(one): one for name in OFFSETS if (one := kwargs.get(name)) is not None}.values():
-        torch._dynamo.maybe_mark_dynamic(offsets, 0)
-
-
 def _dispatcher(
     layer: nn.Module,
     index: int,
-    version: Callable[[Mode, Kind, bool], Callable[..., Any]],
+    version: Callable[[int, Mode, Kind, bool], Callable[..., Any]],
     compiled: Compiled,
     fixed: bool,
 ) -> Callable[..., Any]:
@@ -366,12 +369,12 @@ def _dispatcher(
             return eagerly("a key-value cache is in use (pass use_cache=False)", *args, **kwargs)
         lengths_vary, planned = kwargs.pop("lengths_vary", False), compiled.planned
         if kind.rows == "cu_seq_lens_q" and not fixed:
-            _mark_documents(kwargs)
+            mark_documents(kwargs)
 
         def run(mode: Mode, whole: bool, given: Sequence[Any], named: Mapping[str, Any]) -> Any:
             if lengths_vary and not fixed:
-                _mark_lengths(given, named)
-            return version(mode, kind, whole)(layer, *given, **named)
+                mark_lengths(given, named)
+            return version(index, mode, kind, whole)(layer, *given, **named)
 
         # Without gradients nothing is kept for a backward, whatever the plan.
         forward = nullcontext(Mode(dequantised=planned.mode(index).dequantised))
@@ -387,7 +390,7 @@ def _dispatcher(
                 if kind in compiled.pieces:
                     raise
                 compiled.pieces.add(kind)
-                _remark(compiled, f"layers are captured in pieces, Dynamo cannot trace them whole: {cause(error)}")
+                _remark(compiled, IN_PIECES.format(cause(error)))
                 return run(mode, False, args, kwargs)
 
     def shares(other: int) -> bool:
@@ -396,6 +399,8 @@ def _dispatcher(
 
     def eagerly(why: str, *args: Any, **kwargs: Any) -> Any:
         compiled.last = None
+        if torch.is_grad_enabled():
+            compiled.eager_layers.add(index)
         return run_uncompiled(compiled.eager_calls, layer, "a layer", why, args, kwargs)
 
     return call
@@ -407,11 +412,13 @@ def _remark(compiled: Compiled, told: str) -> None:
 
 
 def uncompile(model: nn.Module) -> nn.Module:
-    """Take the compiled path off `model` again and return it."""
+    """Take the compiled path off `model` again, attention included, and return it."""
     compiled = get_state(model).compiled
     if compiled is not None:
         for unit in (*compiled.layers, *compiled.norms):
             unit._compiled_call_impl = None
+        if compiled.earlier_attention:
+            attention.put_back(base_model(model), compiled.earlier_attention)
         release_weights(model)
         update_state(model, compiled=None)
     return model

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from attrs import define, field
+from attrs import define
 from torch import fx, nn
 
 from fastft.graph.capture import Binding, copy_graph
@@ -23,12 +23,13 @@ OWN_NUMBER = "layer_idx"
 class FirstInput:
     """The input of the call under way as it is shown to Dynamo; `shown` is None where it is given as it is.
 
-    `layers`: those that share captures. `alike`: of a layer, the others of its structure, as far as was asked.
+    `layers`: those that share captures where they are of one structure. `numbers`: of each, its structure's, once they
+    were asked for.
     """
 
     layers: Sequence[nn.Module] = ()
     shown: torch.Tensor | None = None
-    alike: dict[int, tuple[int, ...]] = field(factory=dict)
+    numbers: tuple[int, ...] = ()
 
     @contextmanager
     def of(
@@ -52,16 +53,20 @@ class FirstInput:
 
     def _shared(self, index: int, same: Callable[[int], bool]) -> bool:
         """Say whether a later layer, whose input needs a gradient, would share the capture."""
-        later = [other for other in self._alike(index) if other > index and same(other)]
+        own = self.number(index)
+        later = [other for other in range(index + 1, len(self.layers)) if self.number(other) == own and same(other)]
         between = self.layers[index : later[-1]] if later else ()
         return any(parameter.requires_grad for layer in between for parameter in layer.parameters())
 
-    def _alike(self, index: int) -> tuple[int, ...]:
-        if index not in self.alike:
-            own = structure(self.layers[index])
-            others = (place for place in range(len(self.layers)) if place != index)
-            self.alike[index] = tuple(place for place in others if structure(self.layers[place]) == own)
-        return self.alike[index]
+    def number(self, index: int) -> int:
+        """Return the number of layer `index`'s structure, the same for all that have it."""
+        if not self.numbers:  # all at once: some modules note on themselves that they were called
+            known: list[tuple[object, ...]] = []
+            for layer in self.layers:
+                own = structure(layer)
+                known += [] if own in known else [own]
+                self.numbers = (*self.numbers, known.index(own))
+        return self.numbers[index]
 
     def name(self, binding: Binding) -> str:
         """Return the name of the shown input in a graph, "" where it is none of its inputs."""
@@ -105,7 +110,8 @@ def _hooked(layer: nn.Module) -> bool:
 def structure(layer: nn.Module) -> tuple[object, ...]:
     """Return what Dynamo may tell layers apart by: classes, settings, shapes, dtypes and what is trained.
 
-    It need not be all: where a layer turns out to be another after all, one form too many was made.
+    It need not be all: where a layer turns out to be another after all, one form too many was made, and captures of
+    several structures count for one.
     """
     parts: list[object] = []
     for name, module in layer.named_modules():

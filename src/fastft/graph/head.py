@@ -53,9 +53,9 @@ def head_check(model: Any) -> HeadCheck:
     """Say whether the spec's head is the model's, once a model: the spec's logits are compared with the model's own."""
     inner = unwrapped(model)
     base = base_model(inner)
-    prompt = _prompt_learning(inner)
-    if prompt:
-        return HeadCheck(False, prompt)
+    own = _own_forward(inner)
+    if own:
+        return HeadCheck(False, own)
     spec = find_spec(base)
     if spec is None:
         kind = getattr(base.config, "model_type", type(base).__name__)
@@ -168,11 +168,14 @@ def _active(module: nn.Module) -> nn.Module:
     return module.original_module if module.disable_adapters or not active else module.modules_to_save[active[0]]
 
 
-def _prompt_learning(model: Any) -> str:
+def _own_forward(model: Any) -> str:
+    """Return why the loss is what the adapter's own forward makes of it, "" where it adds nothing of its own."""
     configs = getattr(model, "peft_config", None) or {}
     for name, config in configs.items():
         if getattr(config, "is_prompt_learning", False):
             return f"adapter {name!r} ({config.peft_type}) puts virtual tokens before the input: own forward"
+        if getattr(config, "orth_reg_weight", None):
+            return f"adapter {name!r} ({config.peft_type}) adds a term to the loss: own forward"
     return ""
 
 

@@ -88,6 +88,12 @@ class RewriteReport:
             found += reasons or ([(graph.unit, whole)] if graph.eight_bits is False else [])
         return tuple(found)
 
+    def why_not_in_eight_bits(self) -> str:
+        """Return in how many graphs gate and up stay as they are though 8 bits were asked for, and why; "" if none."""
+        asked = [graph.eight_bits for graph in self.graphs if graph.eight_bits is not None]
+        reasons = dict.fromkeys(reason for _, reason in self.not_in_eight_bits())
+        return f"in {asked.count(False)} of {len(asked)} graphs of layers, {'; '.join(reasons)}" if reasons else ""
+
     def to_dict(self) -> dict[str, object]:
         """Return the report as plain lists, dicts and strings, ready for JSON."""
         return asdict(self) | {"applied": self.applied(), "refused": [asdict(r) for r in self.refused()]}

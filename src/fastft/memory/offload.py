@@ -8,7 +8,7 @@ first of them alone, and with steps of other sizes the pool holds no more than t
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -126,7 +126,7 @@ class Offloader:
                 return tensor
             return self._park(tensor, group)
 
-        with torch.autograd.graph.saved_tensors_hooks(pack, self._unpack):
+        with _untraced_hooks(pack, self._unpack):
             yield
         self._settle(group)
 
@@ -140,7 +140,7 @@ class Offloader:
             yield
             return
         group = Group(weakref.ref(self._groups[-1]))
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: Stayed(group, t, t._version), self._unpack):
+        with _untraced_hooks(lambda t: Stayed(group, t, t._version), self._unpack):
             yield
         self._settle(group)
 
@@ -268,3 +268,12 @@ class Offloader:
     @staticmethod
     def _view(host: Tensor, parked: Parked) -> Tensor:
         return host.view(parked.dtype).as_strided(parked.shape, parked.stride)
+
+
+def _untraced_hooks(pack: Callable[[Tensor], Any], unpack: Callable[[Any], Tensor]) -> AbstractContextManager[None]:
+    """Return the context that sets these hooks, which Dynamo is not to trace.
+
+    Of a layer that is captured in pieces it traces what runs between the pieces, hooks included.
+    """
+    untraced = torch.compiler.disable
+    return torch.autograd.graph.saved_tensors_hooks(untraced(pack), untraced(unpack))

@@ -145,6 +145,9 @@ def obstacle(module: nn.Module) -> str:
         return "DoRA and other LoRA variants run as PEFT wrote them"
     if not isinstance(module.lora_dropout[adapter], nn.Identity):
         return "LoRA dropout above 0 runs as PEFT wrote it"
+    parts = module.lora_A[adapter], module.lora_B[adapter]
+    if not all(isinstance(part, nn.Linear) for part in parts):
+        return f"the adapter of {type(module).__name__} is no pair of linears and runs as PEFT wrote it"
     if module.lora_B[adapter].bias is not None:
         return "a bias on lora_B runs as PEFT wrote it"
     base = module.base_layer
@@ -157,8 +160,14 @@ def active_adapters(module: nn.Module) -> list[str]:
 
 
 def _quant_parts(base: nn.Module) -> int | None:
-    """Return how many tensors the quantisation state of a supported base layer has, None for an unsupported one."""
-    state = getattr(base.weight, QUANT_STATE, None)
+    """Return how many tensors the quantisation state of a supported base layer has, None for an unsupported one.
+
+    Some of these (GPTQ, AWQ) have no weight, only what it is packed into.
+    """
+    weight = getattr(base, "weight", None)
+    if not isinstance(weight, torch.Tensor):
+        return None
+    state = getattr(weight, QUANT_STATE, None)
     if is_fp8_linear(base):
         return 1
     if state is not None:
@@ -166,8 +175,8 @@ def _quant_parts(base: nn.Module) -> int | None:
             state.quant_type == "nf4" and state.blocksize == 64 and (not state.nested or state.state2.blocksize == 256)
         )
         return (4 if state.nested else 1) if fits else None
-    plain = base.weight.is_floating_point() and base.weight.dim() == 2 and isinstance(base, nn.Linear)
-    return 0 if plain and not hasattr(base.weight, "CB") else None
+    plain = weight.is_floating_point() and weight.dim() == 2 and isinstance(base, nn.Linear)
+    return 0 if plain and not hasattr(weight, "CB") else None
 
 
 def _replace_group(
