@@ -271,9 +271,9 @@ def test_choices_and_metrics_of_sft(told, tmp_path):
         (found,) = told("sft", eval=DATA["sft"], metric_for_best_model="accuracy", **more).values()
         where = "sft metric_for_best_model"
         assert str(found).startswith(f"{where}: expected what an evaluation gives: {measured}, got 'accuracy'")
-    parted = {"validation": DATA["sft"]}  # of which one is taken: its numbers have no name of their own
+    parted = {"validation": DATA["sft"]}  # its numbers have its name, though it is the only one
     found = told("sft", eval=parted, metric_for_best_model="accuracy")["metric_for_best_model"]
-    assert found.expected == f"what an evaluation gives: {measured}"
+    assert found.expected == f"what an evaluation gives: {measured.replace('eval_', 'eval_validation_')}"
     for metric, greater in (("perplexity", False), ("eval_perplexity", False), ("mean_token_accuracy", True)):
         made = fastft.SFTConfig(str(tmp_path), metric_for_best_model=metric, early_stopping_patience=1, **EVERY_STEP)
         assert made.greater_is_better is greater

@@ -148,7 +148,7 @@ def test_sft_takes_a_named_text_as_the_trainer_does(build_model, tokenizer, sett
     ]
     assert runs[0].losses == runs[1].losses
     config = SFTConfig(**{**settings, "max_steps": 1, "save_strategy": "no"}, dataset_text_field="txt")
-    made = sft(build_model(), tokenizer, both, tmp_path, config=config, compile=False)
+    made = sft(build_model(), tokenizer, both, config=config, compile=False)
     assert made.record["data"]["sha256"] == expected
     assert hash_of(CHATS, dataset_text_field="messages") == hash_of(CHATS) != expected  # turns stay turns
 
