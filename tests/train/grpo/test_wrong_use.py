@@ -4,6 +4,7 @@ import functools
 import re
 
 import pytest
+from datasets import Dataset
 from grpo_runs import PROMPTS, GivenRollouts, even
 from transformers import AutoModelForSequenceClassification
 
@@ -11,6 +12,7 @@ import fastft
 from fastft.errors import DataError, UsageError
 from fastft.rewards import combine, length, number
 from fastft.rewards.texts import of_texts
+from fastft.train.grpo import checks
 from fastft.train.grpo.config import GRPOConfig
 from fastft.train.grpo.prompts import prompt_datasets
 from fastft.train.grpo.trainer import GRPOTrainer
@@ -140,6 +142,14 @@ def test_rewards_that_are_given_what_they_ask_for_are_taken(trainer):
     decorated = bringing(asks)
     rewards = [given, functools.partial(asks, anwser="w1"), decorated, of_texts(decorated), of_texts(given)]
     assert len(trainer(prompts=rows, rewards=rewards).reward_funcs) == 5
+
+
+def test_what_a_rollout_function_gives_beside_is_not_known():
+    """Its further entries come to the rewards by their names, as columns do."""
+    rows = Dataset.from_list([{"prompt": prompt} for prompt in PROMPTS])
+    with pytest.raises(UsageError, match="asks: parameter"):
+        checks.refuse_columns([asks], {"train_dataset": rows})
+    checks.refuse_columns([asks, number("score")], {"train_dataset": rows, "rollout_func": print})
 
 
 def test_one_reward_alone(build_model, tokenizer, config):

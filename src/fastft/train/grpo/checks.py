@@ -28,7 +28,12 @@ def listed(functions: Any) -> list[Any]:
 
 
 def refuse_columns(functions: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    """Raise `UsageError` for columns that rewards look at, or must be called with, and the data do not have."""
+    """Raise `UsageError` for columns that rewards look at, or must be called with, and the data do not have.
+
+    Nothing is known where a `rollout_func` may give more of them with what it samples.
+    """
+    if kwargs.get("rollout_func") is not None:
+        return
     problems = []
     for argument in ("train_dataset", "eval_dataset"):
         data = kwargs.get(argument)
