@@ -108,3 +108,13 @@ def test_a_config_says_the_folder(build_model, tokenizer, tmp_path):
     for given in ({}, {"output_dir": tmp_path / "a"}):
         result = fastft.sft(build_model(), tokenizer, ROWS[:2], config=config, compile=False, **given)
         assert result.output_dir == str(tmp_path / "a") and (tmp_path / "a" / "run.json").is_file()
+
+
+def test_early_stopping_looks_at_the_set_that_its_metric_is_of(build_model, tokenizer, tmp_path, caplog):
+    options = {**OPTIONS, "steps": 9, "save_strategy": "steps", "learning_rate": 0.0, "early_stopping_patience": 2}
+    result = fastft.sft(
+        build_model(), tokenizer, ROWS[:4], tmp_path / "run", eval={"a": ROWS[4:6], "b": ROWS[6:8]},
+        metric_for_best_model="eval_a_loss", **options,
+    )  # fmt: skip
+    assert result.record["steps"] == 3 and result.record["status"] == "stopped early"  # as nothing is learnt
+    assert not [one.getMessage() for one in caplog.records if "disabled" in one.getMessage()]

@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from tqdm.auto import tqdm
-from transformers import EarlyStoppingCallback
 
 from fastft.data.bars import bars_if_large
 from fastft.errors import EngineError, MetricError, Problem, RewardError, SaveError, UsageError
@@ -43,7 +42,7 @@ from fastft.train import (
 )
 from fastft.train import resume as resuming
 from fastft.train.arguments import refuse_unevaluated
-from fastft.train.best import BestWeights, Measured, refuse_unmeasured
+from fastft.train.best import BestWeights, EarlyStopping, Measured, refuse_unmeasured
 from fastft.train.compiling import CompileCallback
 from fastft.train.finite import FiniteLosses
 from fastft.train.interrupt import Interruption, Stopped
@@ -160,7 +159,7 @@ class Trained(LateLog):
         self.add_callback(self.interruption)  # behind the recorder: it ends the run when a step is saved
         if self.args.early_stopping_patience is not None:
             patience, threshold = self.args.early_stopping_patience, self.args.early_stopping_threshold
-            self.add_callback(EarlyStoppingCallback(patience, threshold))
+            self.add_callback(EarlyStopping(patience, threshold))
         telling.take_over(self, line)
 
     def _sum_processes(self, counts: torch.Tensor) -> torch.Tensor:

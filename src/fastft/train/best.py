@@ -87,6 +87,15 @@ def refuse_unmeasured(args: Any, measured: Measured, eval_dataset: Any) -> None:
     raise UsageError(Problem(f"{type(args).__name__} metric_for_best_model", name, expected, remedy))
 
 
+class EarlyStopping(EarlyStoppingCallback):
+    """transformers' early stopping, which of several evaluation sets looks at the one that its metric is of."""
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Mapping[str, Any], **kwargs: Any) -> None:
+        """Look at the metric of an evaluation that has it; where none has it, the trainer says so."""
+        if f"eval_{str(args.metric_for_best_model).removeprefix('eval_')}" in metrics:
+            super().on_evaluate(args, state, control, metrics, **kwargs)
+
+
 class BestWeights(TrainerCallback):
     """Has the record say which weights a run has come to, and why it stopped early; hung up before the recorder.
 
