@@ -134,3 +134,24 @@ def test_what_a_callback_writes_as_a_run_begins_is_of_that_run(run, build_model,
     trainer(build_model(), tokenizer, dataset, settings, callbacks=[Writes()]).train()
     assert (run / "config.json").read_text() == "{}" and (run / "_earlier-1" / "checkpoint-2").is_dir()
     assert not (run / "_earlier-1" / "config.json").exists()
+
+
+def test_a_step_whose_end_a_callback_failed_at_is_counted(build_model, tokenizer, dataset, settings):
+    steps = {"save_strategy": "steps", "save_steps": 3, "max_steps": 3}
+    folder = Path(settings["output_dir"])
+    trainer(build_model(), tokenizer, dataset, {**settings, **steps}, output_dir=f"{folder}-whole").train()
+    with pytest.raises(RuntimeError):
+        failing = [Fails(RuntimeError())]
+        trainer(build_model(), tokenizer, dataset, {**settings, **steps}, callbacks=failing).train()
+    made = trainer(build_model(), tokenizer, dataset, {**settings, **steps})
+    made.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
+    found, whole = (json.loads((path / "run.json").read_text()) for path in (folder, Path(f"{folder}-whole")))
+    assert found["tokens"] == whole["tokens"] and found["flops"] == whole["flops"]
+
+
+def test_a_run_that_failed_behind_its_last_step_names_what_it_has(build_model, build_rows, tokenizer, settings):
+    made, folder = evaluated(build_model, build_rows, tokenizer, settings, lambda _: 1 / 0, max_steps=2)
+    with pytest.raises(MetricError) as caught:
+        made.train()
+    saved = str(folder / "checkpoint-2")
+    assert f"is saved in {saved}; fastft.load({saved!r}) loads it: no step was left." in str(caught.value)

@@ -55,13 +55,14 @@ def test_preference_evaluates_every_set_by_its_name(lines, build_model, tokenize
 def test_grpo_evaluates_every_set_by_its_name(build_model, tokenizer, tmp_path):
     rows = [{"prompt": prompt} for prompt in PROMPTS]
     options = {name: value for name, value in OPTIONS.items() if name != "max_length"}
-    fastft.grpo(
+    result = fastft.grpo(
         build_model(), tokenizer, rows, [even], tmp_path / "run", eval={"a": rows[:2], "b": rows[2:]},
         engine=GivenRollouts(), generations=2, max_new_tokens=4,
         **{**options, "eval_batch_size": 2},
     )  # fmt: skip
     told = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert {"eval_a_loss", "eval_b_loss"} <= {name for line in told for name in line}
+    assert {"eval_a_loss", "eval_b_loss", "eval_reward"} <= set(result.metrics)
 
 
 @pytest.mark.parametrize(
@@ -118,3 +119,13 @@ def test_early_stopping_looks_at_the_set_that_its_metric_is_of(build_model, toke
     )  # fmt: skip
     assert result.record["steps"] == 3 and result.record["status"] == "stopped early"  # as nothing is learnt
     assert not [one.getMessage() for one in caplog.records if "disabled" in one.getMessage()]
+
+
+@pytest.mark.parametrize("rows", [[], iter(ROWS[4:6])], ids=["empty", "iterator"])
+def test_a_set_may_be_an_iterator_and_is_not_empty(rows, lines, build_model, tokenizer):
+    held = {"one": ROWS[:2], "two": rows}
+    if rows == []:
+        with pytest.raises(DataError, match="eval 'two' data: expected at least one row"):
+            lines(fastft.sft, build_model(), tokenizer, ROWS[:2], eval=held)
+        return
+    assert lines(fastft.sft, build_model(), tokenizer, ROWS[:2], eval=held)["eval_two_loss"] > 0

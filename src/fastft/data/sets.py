@@ -28,10 +28,12 @@ def evaluated(made: Mapping[str, Any], held: Any) -> Any:
 
 def _are_sets(held: Any) -> bool:
     """Say whether it is a dict of sets, and neither one row nor columns."""
-    return isinstance(held, Mapping) and bool(held) and all(map(_is_set, held.values()))
+    parts = list(held.values()) if isinstance(held, Mapping) else []
+    empty = [part == [] for part in parts if isinstance(part, list)]  # which is told as such
+    return any(map(_is_set, parts)) and sum(map(_is_set, parts)) + sum(empty) == len(parts)
 
 
 def _is_set(part: Any) -> bool:
     if isinstance(part, str | Path):
         return Path(part).suffix.lower() in SUFFIXES or has_magic(str(part)) or Path(part).exists()
-    return hasattr(part, "column_names") or are_rows(part)
+    return hasattr(part, "column_names") or hasattr(part, "__next__") or are_rows(part)

@@ -238,6 +238,7 @@ MEASURES = {
     "embedding_learning_rate": 0,
     "loraplus_ratio": 0,
     "weight_decay": 0,
+    "max_grad_norm": 0,
     "label_smoothing_factor": 0,
     "max_unlearnable": 0,
     "neftune_noise_alpha": 0,

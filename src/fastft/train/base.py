@@ -352,10 +352,14 @@ class Trained(LateLog):
 
     def _rescue(self) -> str:
         """Save what was trained up to the last whole step, unless it is saved already, and say where it is."""
-        done, (target, why) = self.state.global_step, self._save_last_step()
+        done = self.state.global_step
+        if self.recorder.record.get("status") == "running" and done > self.recorder.ended:
+            self.recorder.on_step_end(self.args, self.state, self.control)  # a callback before it has failed
+        target, why = self._save_last_step()
         if target is not None:
             lacks = self._lacks(target)
             on = f"it cannot be gone on from: {lacks}" if lacks else f"resume={str(target)!r} goes on from it"
+            on = f"fastft.load({str(target)!r}) loads it: no step was left" if done >= self.state.max_steps else on
             return f"Step {done}, the last whole one, is saved in {target}; {on}."
         return f"Step {done} {why}" if why else self._last_checkpoint()
 

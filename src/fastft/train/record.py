@@ -79,10 +79,11 @@ class RecordCallback(TrainerCallback):
         self.extra: dict[str, Any] = {}
         self.notes: dict[str, list[str]] = {}  # what is to be said at the end, by what it is of
         self.seen: dict[str, Any] | None = None  # what was measured for a line that is still to come
+        self.ended = 0  # the last step whose end was seen
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Describe the run, keep what a resumed one has already logged, and start the clock."""
-        work, self.began, self.seen = flops.work_of(model), time.time(), None
+        work, self.began, self.seen, self.ended = flops.work_of(model), time.time(), None, state.global_step
         before = {} if self.begun is None else lineage.record_of(self.begun)
         self.spent.begin(work, before)
         untold = f"tokens, train_seconds and flops are counted from step {state.global_step} on, which is what "
@@ -124,6 +125,7 @@ class RecordCallback(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Note that the step is whole, and when training stopped before what may follow it."""
+        self.ended = state.global_step
         self.spent.tally.step_ended()
         self.spent.clock.step_ended()
 

@@ -161,7 +161,9 @@ def _other_settings(folder: Path, config: Any) -> list[Problem]:
         made, own = _plain(stored.get(theirs)), _plain(getattr(config, theirs, None))
         if made == own:
             continue
-        remedy = f"To go on, put such an adapter on the model: add_lora({name}={made!r}); or start with resume=False."
+        given = False if theirs == "use_dora" else "none" if theirs == "bias" else None
+        said = given if made is None else made
+        remedy = f"To go on, put such an adapter on the model: add_lora({name}={said!r}); or start with resume=False."
         problems.append(Problem(f"{folder} adapter, {name}", made, f"{own!r}, as in the model that is trained", remedy))
     return problems
 

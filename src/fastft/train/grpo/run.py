@@ -15,7 +15,7 @@ from fastft.train.grpo import prompts as prompt_data
 from fastft.train.grpo.checks import listed
 from fastft.train.grpo.config import PLAIN, GRPOConfig, make_config
 from fastft.train.grpo.trainer import GRPOTrainer
-from fastft.train.record import curve, ends
+from fastft.train.record import curve, ends, last_evaluation
 from fastft.train.resume import to_resume
 from fastft.train.words import in_words_of
 
@@ -101,6 +101,7 @@ def grpo(
     trainer.save_model()
     trainer.create_model_card()
     names = ("reward", "loss", "kl", "completions/mean_length")
-    curves = [curve(trainer.state.log_history, name) for name in names]
-    recorder = trainer.recorder  # only the main process has a record
-    return GrpoResult(*curves, dict(output.metrics), args.output_dir, recorder.record, tuple(recorder.noted()))
+    history, recorder = trainer.state.log_history, trainer.recorder  # only the main process has a record
+    curves = [curve(history, name) for name in names]
+    metrics = {**output.metrics, **last_evaluation(history)}
+    return GrpoResult(*curves, metrics, args.output_dir, recorder.record, tuple(recorder.noted()))
