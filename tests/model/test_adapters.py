@@ -251,6 +251,35 @@ def test_single_mistakes(tiny, options, message):
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"rank_pattern": {"q_porj": 8}}, "rank_pattern: .* 'q_porj'. did you mean 'q_proj'"),
+        ({"alpha_pattern": {"nonesuch": 8}}, "alpha_pattern: .* 'nonesuch'. There are down_proj, gate_proj"),
+        ({"rank_pattern": {"q_proj": 100_000}}, r"rank_pattern\['q_proj'\]: expected at most \d+, the largest rank"),
+        ({"rank_pattern": {"q_proj": "x"}}, r"rank_pattern\['q_proj'\]: expected a whole number.*, got 'x'"),
+        ({"rank_pattern": {"q_proj": 0}}, r"rank_pattern\['q_proj'\]: expected a whole number of at least 1, got 0"),
+        ({"alpha_pattern": {"q_proj": 0}}, r"alpha_pattern\['q_proj'\]: expected a number above 0, got 0"),
+        ({"rank_pattern": ["q_proj"]}, "rank_pattern: expected a dict of numbers"),
+        ({"rank_pattern": {"(": 4}}, "rank_pattern: .* It does not compile"),
+    ],
+    ids=["near", "none", "large", "text", "zero", "alpha", "list", "expression"],
+)  # fmt: skip
+def test_patterns_that_cannot_be_meant(tiny, options, told):
+    model, _ = load(tiny(), dtype="float32")
+    with pytest.raises(UsageError, match=told):
+        add_lora(model, **options)
+    assert not any("lora" in name for name, _ in model.named_parameters())
+
+
+def test_patterns_are_those_of_the_layers_that_they_fit(tiny):
+    ranks = {"q_proj": 2, r"layers\.0\.mlp\..*": 3}
+    model = add_lora(load(tiny(), dtype="float32")[0], r=4, rank_pattern=ranks, alpha_pattern={"v_proj": 7.0})
+    found = {name: part.shape[0] for name, part in model.named_parameters() if "lora_A" in name}
+    wanted = {name: 2 if "q_proj" in name else 3 if "layers.0.mlp" in name else 4 for name in found}
+    assert found == wanted and set(found.values()) == {2, 3, 4}
+
+
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_4"])
 def test_inits_that_need_16_bits_name_the_remedy(tiny, init):
     model, _ = load(tiny(), quant="nf4")

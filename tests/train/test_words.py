@@ -305,3 +305,14 @@ def test_a_model_in_fp16_on_a_cpu_asks_for_no_fp16(build_model):
 
     made = model_defaults(build_model().to(torch.float16), "run", {})
     assert (made["fp16"], made["bf16"], made["use_cpu"]) == (False, False, True)
+
+
+@pytest.mark.parametrize(("trainer", "config"), [("SFT", "DPO"), ("DPO", "SFT"), ("GRPO", "SFT"), ("ORPO", "CPO")])
+def test_the_config_of_another_trainer_is_told(trainer, config, build_model, tmp_path):
+    given = getattr(fastft, f"{config}Config")(str(tmp_path))
+    with pytest.raises(UsageError) as caught:
+        getattr(fastft, f"{trainer}Trainer")(build_model(), args=given, train_dataset=[], **(
+            {"reward_funcs": [len]} if trainer == "GRPO" else {}
+        ))  # fmt: skip
+    expected = f"args: expected a fastft.{trainer}Config or transformers TrainingArguments, got '{config}Config'"
+    assert any(expected in str(problem) for problem in caught.value.problems), caught.value

@@ -11,6 +11,7 @@ from torch import nn
 
 from fastft.errors import Problem, UsageError, argument_names, did_you_mean, unknown_arguments
 from fastft.given import model_problem, refuse
+from fastft.model import patterns
 from fastft.model.loftq import start_from_residual
 from fastft.noise import between_libraries, quiet
 from fastft.state import ModelState, base_model, get_state, quant_of, update_state
@@ -183,6 +184,7 @@ def problems_of(model: Any, given: Mapping[str, Any], options: Mapping[str, Any]
         )
         problems.append(Problem("seed", given["seed"], f"{DEFAULT_SEED} with init={given['init']!r}", remedy))
     problems += [*_rank_problems(base_model(model), given["r"]), *_module_problems(model, given)]
+    problems += patterns.problems(base_model(model), options)
     return problems + _option_problems(options)
 
 

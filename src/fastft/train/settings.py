@@ -171,11 +171,13 @@ def evolved(config: type, args: Any, fields: Mapping[str, Any]) -> Any:
 def as_config(config: type, trainer: type, args: Any) -> Any:
     """Return a `config`; TRL's own default of gradient checkpointing is not taken over, and that is said.
 
-    Raises `UsageError` for anything but training arguments.
+    Raises `UsageError` for anything but training arguments, and for those of another trainer.
     """
     if isinstance(args, config):
         return args
-    if args is None or isinstance(args, TrainingArguments):
+    theirs = [kind for kind in type(args).__mro__ if kind.__module__.startswith("trl.")]
+    anothers = theirs and not issubclass(config, theirs[0])
+    if not anothers and (args is None or isinstance(args, TrainingArguments)):
         fields = {}
         if recomputing.is_asked(args):
             print(
