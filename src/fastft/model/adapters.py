@@ -206,9 +206,8 @@ def _number_problems(given: Mapping[str, Any]) -> list[Problem]:
 
 def _rank_problems(base: nn.Module, r: Any) -> list[Problem]:
     """Return what is wrong with a rank that no linear layer of the model has room for."""
-    layers = [module for module in base.modules() if isinstance(module, nn.Linear)]
-    inner = [module for module in layers if module is not base.get_output_embeddings()]
-    most = max((min(module.in_features, module.out_features) for module in inner or layers), default=None)
+    inner = [module for module in base.modules() if module is not base.get_output_embeddings()]
+    most = patterns.largest_rank(inner) or patterns.largest_rank(base.modules())
     if most is None or not isinstance(r, int) or r <= most:
         return []
     remedy = "A layer's change has no higher rank than its smaller dimension: what is above it is computed for nothing."

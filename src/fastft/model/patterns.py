@@ -1,7 +1,7 @@
 """Ranks and alphas of single layers (`rank_pattern`, `alpha_pattern` of `add_lora`): what is wrong with them."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -29,6 +29,12 @@ def problems(base: nn.Module, options: Mapping[str, Any]) -> list[Problem]:
     return found
 
 
+def largest_rank(modules: Iterable[nn.Module]) -> int | None:
+    """Return the largest rank that a change of one of the linear layers among `modules` can have; None without any."""
+    linears = (module for module in modules if isinstance(module, nn.Linear))
+    return max((min(linear.in_features, linear.out_features) for linear in linears), default=None)
+
+
 def _wrong_value(argument: str, name: Any, value: Any) -> list[Problem]:
     number = isinstance(value, int if argument == "rank_pattern" else int | float) and not isinstance(value, bool)
     return [] if number and value > 0 else [Problem(f"{argument}[{name!r}]", value, NUMBERS[argument])]
@@ -44,7 +50,7 @@ def _wrong_name(argument: str, name: Any, value: Any, modules: Mapping[str, nn.M
         last = {path.rpartition(".")[2] for path, module in modules.items() if isinstance(module, nn.Linear)}
         near = did_you_mean(str(name), last) or f"There are {', '.join(sorted(last))}."
         return [Problem(argument, name, "a name or an expression that fits some module of this model", near)]
-    most = max((min(one.in_features, one.out_features) for one in fitting if isinstance(one, nn.Linear)), default=None)
+    most = largest_rank(fitting)
     if argument != "rank_pattern" or most is None or not isinstance(value, int) or value <= most:
         return []
     return [Problem(f"{argument}[{name!r}]", value, f"at most {most}, the largest rank that such a layer can have")]

@@ -98,7 +98,7 @@ def refuse_unknown(
     if config is not None:
         place = config.__name__
         renamed = {name: f"{place}({field if '=' in field else f'{field}=...'})" for name, field in RENAMED.items()}
-        elsewhere = {**ELSEWHERE, **{name: f"{place}({name}=...) takes it" for name in field_names(config)}}
+        elsewhere |= {name: f"{place}({name}=...) takes it" for name in field_names(config)}
     if problems := unknown_arguments(owner, names, known, renamed, elsewhere, unlisted):
         raise UsageError(*problems)
 

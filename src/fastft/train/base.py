@@ -42,13 +42,13 @@ from fastft.train import (
 )
 from fastft.train import resume as resuming
 from fastft.train.arguments import refuse_unevaluated
-from fastft.train.best import BestWeights, EarlyStopping, Measured, refuse_unmeasured
+from fastft.train.best import BestWeights, EarlyStopping, Measured, refuse_missing, refuse_unmeasured
 from fastft.train.compiling import CompileCallback
 from fastft.train.finite import FiniteLosses
 from fastft.train.interrupt import Interruption, Stopped
 from fastft.train.last_step import LastStep
 from fastft.train.late_log import LateLog
-from fastft.train.metric_values import Checked, refuse_missing
+from fastft.train.metric_values import Checked
 from fastft.train.overrides import has_own
 from fastft.train.record import RecordCallback
 from fastft.train.spent import Tally
@@ -288,12 +288,9 @@ class Trained(LateLog):
             told = type(error)(*error.problems, self._rescue())
             self._record_failure(told)
             raise told from error.__cause__  # not from `error`: it says what `told` says
-        except Exception as error:
-            if self.state.global_step and not isinstance(error, SaveError):
-                error.add_note(self._rescue())
-            self._record_failure(error)
-            raise
         except BaseException as error:
+            if self.state.global_step and isinstance(error, Exception) and not isinstance(error, SaveError):
+                error.add_note(self._rescue())
             self._record_failure(error)
             raise
         finally:

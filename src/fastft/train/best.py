@@ -7,7 +7,7 @@ from attrs import frozen
 from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.trainer_callback import CallbackHandler
 
-from fastft.errors import Problem, UsageError, did_you_mean
+from fastft.errors import MetricError, Problem, UsageError, did_you_mean
 from fastft.train.arguments import is_above_zero, text_of
 from fastft.train.record import RecordCallback
 
@@ -73,18 +73,35 @@ def refuse_unmeasured(args: Any, measured: Measured, eval_dataset: Any) -> None:
 
     A name may be written with "eval_" or without.
     """
-    name = args.metric_for_best_model
-    if name is None or eval_dataset is None:
+    if eval_dataset is None:
         return
     parts = [f"{part}_" for part in eval_dataset] if isinstance(eval_dataset, Mapping) else [""]
     known = [f"eval_{part}{one}" for part in parts for one in measured.of_each]
     known += [f"eval_{one}" for one in measured.logged]
-    if name in known or f"eval_{name}" in known:
-        return
+    if wrong := _not_among(args, known, "what an evaluation gives", measured.remedy):
+        raise UsageError(wrong)
+
+
+def refuse_missing(args: Any, metrics: Mapping[str, Any]) -> None:
+    """Raise `MetricError` if `metric_for_best_model` is none of the metrics that an evaluation gave."""
+    given = [name for name in metrics if name.startswith("eval_")]
+    if wrong := _not_among(args, given, "what the evaluation gave"):
+        raise MetricError(wrong)
+
+
+def _not_among(args: Any, known: Sequence[str], what: str, more: str = "") -> Problem | None:
+    """Return what is wrong with `metric_for_best_model` where it is none of the `known`; `more` is to be said then."""
+    name = args.metric_for_best_model
+    if name is None or _full_name(args) in known:
+        return None
     near = did_you_mean(str(name), [*known, *(one.removeprefix("eval_") for one in known)])
-    expected = f"what an evaluation gives: {', '.join(known)}"
-    remedy = " ".join(filter(None, (near, measured.remedy)))
-    raise UsageError(Problem(f"{type(args).__name__} metric_for_best_model", name, expected, remedy))
+    remedy = " ".join(filter(None, (near, more)))
+    return Problem(f"{type(args).__name__} metric_for_best_model", name, f"{what}: {', '.join(known)}", remedy)
+
+
+def _full_name(args: Any) -> str:
+    """Return the name under which `metric_for_best_model` is logged, which may be written without "eval_"."""
+    return f"eval_{str(args.metric_for_best_model).removeprefix('eval_')}"
 
 
 class EarlyStopping(EarlyStoppingCallback):
@@ -92,7 +109,7 @@ class EarlyStopping(EarlyStoppingCallback):
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Mapping[str, Any], **kwargs: Any) -> None:
         """Look at the metric of an evaluation that has it; where none has it, the trainer says so."""
-        if f"eval_{str(args.metric_for_best_model).removeprefix('eval_')}" in metrics:
+        if _full_name(args) in metrics:
             super().on_evaluate(args, state, control, metrics, **kwargs)
 
 
@@ -114,7 +131,7 @@ class BestWeights(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Tell it: transformers has loaded the best weights by now."""
         best, loaded = state.best_global_step, ""
-        metric = f"eval_{str(args.metric_for_best_model).removeprefix('eval_')}"
+        metric = _full_name(args)
         if args.load_best_model_at_end and best is not None and state.best_model_checkpoint is not None:
             self.recorder.extra["best"] = {"step": best, "metric": metric, "value": state.best_metric}
             loaded = f"; the weights are those of step {best}"

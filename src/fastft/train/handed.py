@@ -83,9 +83,13 @@ def _untrainable(model: Any, peft_config: Any) -> str | None:
     )
 
 
+def of_trl(kind: type) -> type | None:
+    """Return the class of TRL's that `kind` is or was made from, None where there is none."""
+    return next((base for base in kind.__mro__ if base.__module__.partition(".")[0] == "trl"), None)
+
+
 def _config_problem(owner: str, kind: type, config: Any) -> Problem | None:
-    theirs = next((base for base in kind.__mro__ if base.__module__.partition(".")[0] == "trl"), kind)
-    if config is None or isinstance(config, theirs):  # of TRL's own the trainer makes one of ours
+    if config is None or isinstance(config, of_trl(kind) or kind):  # of TRL's own the trainer makes one of ours
         return None
     where, expected = f"{owner} config", f"a fastft.{kind.__name__}"
     if isinstance(config, Mapping):

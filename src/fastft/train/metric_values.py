@@ -5,7 +5,7 @@ import numbers
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from fastft.errors import MetricError, Problem, did_you_mean, short
+from fastft.errors import MetricError, Problem, short
 
 REMEDY = "Correct the function: it takes an EvalPrediction and returns {name: number}."
 
@@ -45,14 +45,3 @@ def _is_number(value: Any) -> bool:
     """Say whether it is a number, or an array or tensor of one."""
     one = isinstance(value, numbers.Number) or getattr(value, "shape", None) == ()
     return one and not isinstance(value, complex)
-
-
-def refuse_missing(args: Any, metrics: Mapping[str, Any]) -> None:
-    """Raise `MetricError` if the metric by which the best weights are told is none of those of an evaluation."""
-    name = args.metric_for_best_model
-    if name is None or name in metrics or f"eval_{name}" in metrics:
-        return
-    known = [one for one in metrics if one.startswith("eval_")]
-    near = did_you_mean(str(name), [*known, *(one.removeprefix("eval_") for one in known)])
-    expected = f"what the evaluation gave: {', '.join(known)}"
-    raise MetricError(Problem(f"{type(args).__name__} metric_for_best_model", name, expected, near))

@@ -141,15 +141,16 @@ def _foreign(folder: Path, model: Any, method: str) -> list[Problem]:
     return [Problem(f"{path} {name}", shapes.get(name, nothing), f"{own.get(name, nothing)}", remedy)]
 
 
-# What decides which tensors an adapter has, and their shapes: PEFT's name -> that of `add_lora`.
+# What decides which tensors an adapter has, and their shapes: PEFT's name -> that of `add_lora`, and what stands there
+# where nothing is asked for.
 _SHAPING = {
-    "r": "r",
-    "target_modules": "targets",
-    "layers_to_transform": "layers",
-    "modules_to_save": "modules_to_save",
-    "trainable_token_indices": "train_tokens",
-    "use_dora": "dora",
-    "bias": "bias",
+    "r": ("r", None),
+    "target_modules": ("targets", None),
+    "layers_to_transform": ("layers", None),
+    "modules_to_save": ("modules_to_save", None),
+    "trainable_token_indices": ("train_tokens", None),
+    "use_dora": ("dora", False),
+    "bias": ("bias", "none"),
 }
 
 
@@ -157,12 +158,11 @@ def _other_settings(folder: Path, config: Any) -> list[Problem]:
     """Return which settings of a checkpoint's adapter are others than those of the model's, which are in `config`."""
     stored = files.read_json(folder / files.ADAPTER_CONFIG)
     problems = []
-    for theirs, name in _SHAPING.items():
+    for theirs, (name, nothing) in _SHAPING.items():
         made, own = _plain(stored.get(theirs)), _plain(getattr(config, theirs, None))
         if made == own:
             continue
-        given = False if theirs == "use_dora" else "none" if theirs == "bias" else None
-        said = given if made is None else made
+        said = nothing if made is None else made
         remedy = f"To go on, put such an adapter on the model: add_lora({name}={said!r}); or start with resume=False."
         problems.append(Problem(f"{folder} adapter, {name}", made, f"{own!r}, as in the model that is trained", remedy))
     return problems

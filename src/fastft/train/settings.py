@@ -175,8 +175,8 @@ def as_config(config: type, trainer: type, args: Any) -> Any:
     """
     if isinstance(args, config):
         return args
-    theirs = [kind for kind in type(args).__mro__ if kind.__module__.startswith("trl.")]
-    anothers = theirs and not issubclass(config, theirs[0])
+    theirs = handed.of_trl(type(args))
+    anothers = theirs is not None and not issubclass(config, theirs)
     if not anothers and (args is None or isinstance(args, TrainingArguments)):
         fields = {}
         if recomputing.is_asked(args):
